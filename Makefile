@@ -1,0 +1,49 @@
+# Each target makes .venv and installs what it needs, in the versions of constraints.txt; a second call is instant.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+
+.PHONY: help quickstart test test-cluster lint format schema clean
+.DEFAULT_GOAL := help
+
+help:  ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed: make PYTHON=python3.11'; exit 1; }
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.deepspeed: $(VENV)/.dev
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,deepspeed]'
+	@touch $@
+
+quickstart: $(VENV)/.base  ## train the embedded default on the CPU (a minute) and ask it
+	@test -f outputs/quickstart/samples.md || \
+	  $(RUN)/accelerate launch --config_file accelerate_configs/cpu.yaml src/sft.py recipes/quickstart.yaml
+	$(RUN)/python src/generate.py outputs/quickstart 'What is the capital of Japan?'
+
+test: $(VENV)/.dev  ## every test that one CPU can run (under 10 minutes)
+	$(RUN)/python -m pytest -m 'not cluster' --numprocesses 2 --dist worksteal $(PYTEST_ARGS)
+
+test-cluster: $(VENV)/.deepspeed  ## tests with several processes
+	$(RUN)/python -m pytest -m cluster $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## ruff
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+format: $(VENV)/.dev  ## let ruff mend what it can
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+schema: $(VENV)/.base  ## write recipes/recipe.schema.json again, after an upgrade or a new setting
+	PYTHONPATH=src $(RUN)/python -m finetuning.library_fields
+
+clean:  ## remove .venv and outputs
+	rm -rf $(VENV) outputs

@@ -1,0 +1,306 @@
+"""Recipe and tokenizer -> training and evaluation examples, every row accounted for.
+
+load -> where -> read -> render -> tokenize -> overflow -> eval split -> weight
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import tokenizers
+from tqdm import tqdm
+
+from finetuning.errors import UserError
+from finetuning.readers import READERS, BadRow, Message
+from finetuning.sections import Data, Eval, Source
+from finetuning.sources import Rows, fingerprint, load_rows
+from finetuning.templates import TEMPLATES, ChatTemplate, MarkerTemplate, Segment
+from finetuning.tokenization import IGNORE_INDEX, Examples, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run trains and evaluates on."""
+
+    train: Examples
+    eval: Examples | None
+    report: dict[str, Any]
+    """rows: {loaded, where, kept, train, eval}, dropped: {reason: rows}, cut: rows, tokens: {prompt, response, total,
+    max} of the kept rows, end_mark_share of them (0..1), places: of the first few dropped rows"""
+    fingerprint: str
+    """changes with the rows, the settings of the data section, the tokenizer or the code between them"""
+
+
+def load_template(data: Data, tokenizer: "PreTrainedTokenizerFast") -> MarkerTemplate | ChatTemplate:
+    """The recipe's template with the tokenizer's own special tokens.
+
+    Raises UserError if the tokenizer lacks what the template needs.
+    """
+    if data.template == "chat":
+        if not tokenizer.chat_template:
+            others = ", ".join(name for name in TEMPLATES if name != "chat")
+            raise UserError(f"data.template: chat, but the tokenizer has no chat template; allowed are {others}")
+        return ChatTemplate(tokenizer)
+    if tokenizer.eos_token is None:
+        raise UserError(f"data.template: {data.template} ends a response with the eos token, the tokenizer has none")
+    # What the tokenizer puts in front of every text (Llama, Gemma: yes; GPT-2, BLOOM: no) it was trained to see there.
+    begins_with_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    bos = tokenizer.bos_token if begins_with_bos else None
+    return MarkerTemplate(TEMPLATES[data.template], tokenizer.eos_token, bos, data.newline)
+
+
+def prepare(data: Data, tokenizer: "PreTrainedTokenizerFast", cache: Path | None = None) -> Prepared:
+    """The examples of the recipe's data section.
+
+    With a cache folder, the first process of a machine to ask does the work and the others read its result. Raises
+    UserError where rows do not fit or nothing is left to train on.
+    """
+    key = fingerprint_of(data, tokenizer)
+    if cache is None:
+        return build(data, tokenizer, key)
+    from filelock import FileLock
+
+    cache.mkdir(parents=True, exist_ok=True)
+    file = cache / f"{key}.npz"
+    with FileLock(cache / f"{key}.lock"):
+        if (prepared := read_cache(file)) is None:
+            prepared = build(data, tokenizer, key)
+            write_cache(file, prepared)
+    return prepared
+
+
+def training_texts(data: Data) -> Iterator[str]:
+    """Every text of the training rows with the markers around it, to train a tokenizer on."""
+    template = MarkerTemplate(TEMPLATES[data.template], eos="", newline=data.newline)
+    for conversation in read_conversations(data, Tally(data)):
+        if not conversation.is_eval:
+            yield from (segment.text for segment in template.render(conversation.messages) if not segment.is_special)
+
+
+def cache_folder() -> Path:
+    """Where prepared examples are kept: beside what the Hugging Face libraries cache."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "finetuning"
+
+
+PIPELINE = ("sources", "readers", "templates", "tokenization", "data")  # modules between a row and its examples
+
+
+class Conversation(NamedTuple):
+    """A row that was read."""
+
+    row: int
+    source: int
+    is_eval: bool
+    messages: list[Message]
+    place: str
+
+
+class Tally:
+    """Counts what becomes of the rows; `refuse` either raises or drops one, as the recipe says."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self.loaded = self.where = self.cut = 0
+        self.dropped: Counter[str] = Counter()
+        self.places: list[str] = []
+
+    def refuse(self, place: str, error: BadRow) -> None:
+        if self.data.invalid_rows == "error":
+            raise UserError(f"{place}: {error} (data.invalid_rows: drop leaves such rows out and counts them)")
+        self.drop("invalid", f"{place}: {error}")
+
+    def drop(self, reason: str, place: str) -> None:
+        self.dropped[reason] += 1
+        if self.dropped[reason] <= 5:
+            self.places.append(f"{reason}: {place}")
+
+
+def build(data: Data, tokenizer: "PreTrainedTokenizerFast", key: str) -> Prepared:
+    tally = Tally(data)
+    conversations, segments = render_all(data, load_template(data, tokenizer), tally)
+    whole = tokenize(segments, tokenizer, data.loss_on)
+    kept, is_closed = fit(whole, conversations, tally)
+    of_kept = [conversations[number] for number in kept]
+    is_eval = held_out(of_kept, data.eval)
+    copies = np.where(is_eval, 1, copies_by_weight(of_kept, data.sources))
+
+    examples = whole.select(kept, data.max_length)
+    examples = replace(examples, rows=np.array([conversation.row for conversation in of_kept], np.int64))
+    train = examples.select(np.repeat(np.arange(len(kept)), copies * ~is_eval))
+    held = examples.select(np.flatnonzero(is_eval)) if data.eval else None
+    report = make_report(tally, examples, is_closed, train, held)
+    if len(train) == 0 or (held is not None and len(held) == 0):
+        which = "train" if len(train) == 0 else "evaluate"
+        raise UserError(f"nothing to {which} on: {json.dumps(report['rows'])}, dropped {json.dumps(report['dropped'])}")
+    return Prepared(train, held, report, key)
+
+
+def render_all(
+    data: Data, template: MarkerTemplate | ChatTemplate, tally: Tally
+) -> tuple[list[Conversation], list[list[Segment]]]:
+    conversations, segments = [], []
+    for conversation in tqdm(read_conversations(data, tally), desc="rendering", disable=None, leave=False):
+        try:
+            segments.append(template.render(conversation.messages))
+            conversations.append(conversation)
+        except BadRow as error:
+            tally.refuse(conversation.place, error)
+    return conversations, segments
+
+
+def read_conversations(data: Data, tally: Tally) -> Iterator[Conversation]:
+    """Every row of every source that `where` keeps, read into messages; numbered through in the order of loading."""
+    for number, source in enumerate(data.sources):
+        splits = [(source, False)]
+        if data.eval and data.eval.split:
+            splits.append((source.model_copy(update={"split": data.eval.split}), True))
+        for part, is_eval in splits:
+            loaded = load_rows(part)
+            check_columns(part.where, loaded)
+            for index, row in enumerate(loaded.rows):
+                if all(row.get(column) == value for column, value in part.where.items()):
+                    tally.where += 1
+                    try:
+                        messages = READERS[part.reader](row)
+                    except BadRow as error:
+                        tally.refuse(loaded.place(index), error)
+                        continue
+                    place = loaded.place(index)
+                    yield Conversation(tally.loaded + index, number, is_eval, messages, place)
+            tally.loaded += len(loaded.rows)
+
+
+def check_columns(where: dict[str, Any], loaded: Rows) -> None:
+    for column in where:
+        if not any(column in row for row in loaded.rows):
+            columns = list(loaded.rows[0])
+            near = difflib.get_close_matches(column, columns, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"data.where: {loaded.files[0][0]} has no column {column}, it has {', '.join(columns)}{hint}"
+            )
+
+
+def fit(whole: Examples, conversations: list[Conversation], tally: Tally) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the examples that fit, or may be cut to fit, max_length with a token left to train; and for each
+    whether the last token trained is the end mark of a response."""
+    limit = tally.data.max_length
+    is_long = whole.lengths > limit
+    for number in np.flatnonzero(is_long):
+        problem = f"{conversations[number].place}: {whole.lengths[number]} tokens, data.max_length is {limit}"
+        if tally.data.overflow == "error":
+            raise UserError(f"{problem} (data.overflow: drop or cut)")
+        if tally.data.overflow == "drop":
+            tally.drop("overflow", problem)
+    is_dropped = is_long if tally.data.overflow == "drop" else np.zeros_like(is_long)
+
+    is_trained = whole.labels != IGNORE_INDEX
+    latest = np.maximum.accumulate(np.where(is_trained, np.arange(len(is_trained)), -1))
+    starts = whole.ends - whole.lengths
+    last = np.append(latest, -1)[starts + np.minimum(whole.lengths, limit) - 1]  # last token trained, flat index
+    has_response = (last >= starts) & (whole.lengths > 0)
+    for number in np.flatnonzero(~has_response & ~is_dropped):
+        tally.drop("no_response", conversations[number].place)
+    kept = np.flatnonzero(has_response & ~is_dropped)
+    tally.cut = int(is_long[kept].sum())
+    is_closed = (last + 1 == whole.ends) | ~np.append(is_trained, False)[last + 1]
+    return kept, is_closed[kept]
+
+
+def held_out(kept: list[Conversation], split: Eval | None) -> np.ndarray:
+    """(kept,) bool: which of the kept rows are for evaluation. The same on every machine and run."""
+    numbers = np.arange(len(kept))
+    if split is None:
+        return np.zeros(len(kept), bool)
+    if split.every:
+        return numbers % split.every == 0
+    if split.fraction:
+        count = max(1, round(len(kept) * split.fraction))
+        return np.isin(numbers, np.random.default_rng(split.seed or 0).permutation(len(kept))[:count])
+    return np.array([conversation.is_eval for conversation in kept], bool)
+
+
+def copies_by_weight(kept: list[Conversation], sources: list[Source]) -> np.ndarray:
+    """(kept,) int: how often each row is used; the fraction of a weight is a seeded draw."""
+    weights = np.array([sources[conversation.source].weight for conversation in kept])
+    draw = np.random.default_rng(0).random(len(kept))
+    return np.floor(weights).astype(int) + (draw < weights % 1)
+
+
+def make_report(
+    tally: Tally, kept: Examples, is_closed: np.ndarray, train: Examples, held: Examples | None
+) -> dict[str, Any]:
+    response = int((kept.labels != IGNORE_INDEX).sum())
+    total = len(kept.input_ids)
+    return {
+        "rows": {
+            "loaded": tally.loaded,
+            "where": tally.where,
+            "kept": len(kept),
+            "train": len(train),
+            "eval": len(held) if held is not None else 0,
+        },
+        "dropped": dict(tally.dropped),
+        "cut": tally.cut,
+        "tokens": {
+            "prompt": total - response,
+            "response": response,
+            "total": total,
+            "max": int(kept.lengths.max(initial=0)),
+        },
+        "end_mark_share": float(is_closed.mean()) if len(kept) else 0.0,
+        "places": tally.places,
+    }
+
+
+def fingerprint_of(data: Data, tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Digest of all that decides the examples, this package's code included: an edited reader is never served stale."""
+    parts = [fingerprint(source) for source in data.sources]
+    if data.eval and data.eval.split:
+        parts += [fingerprint(source.model_copy(update={"split": data.eval.split})) for source in data.sources]
+    settings = data.model_dump(exclude={"layout"})
+    code = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in PIPELINE]
+    words = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
+    text = json.dumps([parts, settings, words, code, tokenizers.__version__], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_cache(file: Path) -> Prepared | None:
+    """What write_cache wrote, or None if it is not there or damaged (zip checks every byte)."""
+    try:
+        with np.load(file) as arrays:
+            report = json.loads(str(arrays["report"]))
+            names = Examples.__dataclass_fields__
+            train, held = (
+                Examples(*(arrays[f"{part}.{name}"] for name in names)) if f"{part}.rows" in arrays else None
+                for part in ("train", "eval")
+            )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return Prepared(train, held, report, file.stem)
+
+
+def write_cache(file: Path, prepared: Prepared) -> None:
+    parts = {"train": prepared.train, **({"eval": prepared.eval} if prepared.eval else {})}
+    arrays = {f"{part}.{name}": value for part, examples in parts.items() for name, value in vars(examples).items()}
+    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as stream:
+            np.savez(stream, report=json.dumps(prepared.report), **arrays)
+        unfinished.replace(file)
+    except OSError as error:  # a full disk costs the next run some seconds, not this run
+        unfinished.unlink(missing_ok=True)
+        tqdm.write(f"not cached: {file}: {error.strerror}")

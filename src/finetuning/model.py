@@ -1,0 +1,152 @@
+"""Recipe -> tokenizer, base model, LoRA settings, number format.
+
+Torch and the model classes are imported where they are used: a recipe is checked and its rows are tokenized without
+them.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.errors import UserError
+from finetuning.recipe import Recipe
+from finetuning.sections import FromScratch, Model
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"  # the one special token of a tokenizer from scratch
+
+
+def load_tokenizer(model: Model, texts: Iterable[str]) -> "PreTrainedTokenizerFast":
+    """The base model's tokenizer with a pad token; with `from_scratch` one trained on the texts.
+
+    Raises UserError where there is none, or none that tokenizes in batches.
+    """
+    if model.from_scratch:
+        return train_tokenizer(model.from_scratch, texts)
+    return read_tokenizer(str(Path(model.name).expanduser()), model.revision)
+
+
+def read_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokenizerFast":
+    """The tokenizer of a local folder or Hub id."""
+    # AutoTokenizer would import torch (3 s) to find the same class.
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, TypeError):
+        tokenizer = convert_tokenizer(name, revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def convert_tokenizer(name: str, revision: str | None) -> "PreTrainedTokenizerFast":
+    """A tokenizer published without tokenizer.json (a SentencePiece model, say), as the Auto class converts it."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"model.name: {name} has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"model.name: {name} has only a slow tokenizer; one that converts to tokenizer.json is needed")
+    return tokenizer
+
+
+def train_tokenizer(settings: FromScratch, texts: Iterable[str]) -> "PreTrainedTokenizerFast":
+    """A byte-level BPE tokenizer of at most vocab_size tokens; the same for the same texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def load_model(model: Model, tokenizer: "PreTrainedTokenizerFast", seed: int) -> "PreTrainedModel":
+    """The base model on the CPU, every weight in model.dtype. Raises UserError where it cannot be had."""
+    import torch
+    from transformers import AutoModelForCausalLM, set_seed
+
+    dtype = getattr(torch, model.dtype)
+    if model.from_scratch:
+        set_seed(seed)
+        return AutoModelForCausalLM.from_config(scratch_config(model.from_scratch, tokenizer), dtype=dtype)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(Path(model.name).expanduser()),
+            revision=model.revision,
+            dtype=dtype,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.name: {model.name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    rows = loaded.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"model.name: {model.name} embeds {rows} tokens, its tokenizer has {len(tokenizer)}")
+    return loaded
+
+
+def scratch_config(settings: FromScratch, tokenizer: "PreTrainedTokenizerFast") -> Any:
+    from transformers import AutoConfig
+
+    fields = dict(settings.config)
+    end = tokenizer.eos_token_id
+    try:
+        return AutoConfig.for_model(
+            fields.pop("model_type"),
+            **fields,
+            vocab_size=len(tokenizer),
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    except KeyError:
+        raise UserError("model.from_scratch.config: model_type is missing, such as model_type: gpt2") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.from_scratch.config: {str(error).splitlines()[0]}") from None
+
+
+def lora_config(recipe: Recipe) -> "LoraConfig | None":
+    """What peft needs to put an adapter on the base model, or None for full fine-tuning."""
+    if recipe.lora is None:
+        return None
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump(exclude_unset=True))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"lora: {str(error).splitlines()[0]}") from None
+
+
+def precision(recipe: Recipe, device: "torch.device", capability: tuple[int, int] | None) -> dict[str, bool]:
+    """{bf16, fp16} for the trainer: what the recipe says, else what the device computes in hardware.
+
+    `capability` is the CUDA compute capability: bf16 from 8.0 on. torch.cuda.is_bf16_supported() is of no use, it says
+    yes on a T4 (7.5), which emulates; and trl turns bf16 on everywhere, 70 times slower on a CPU without it.
+    """
+    bf16, fp16 = recipe.training.bf16, recipe.training.fp16
+    if bf16 and fp16:
+        raise UserError("training.bf16 and training.fp16 are both true; at most one can be")
+    if fp16 and device.type == "cpu":
+        raise UserError("training.fp16: the CPU has no fp16 training (it would silently be float32); leave it out")
+    if bf16 and device.type == "cuda" and capability < (8, 0):
+        raise UserError(f"training.bf16: this GPU (compute capability {capability}) only emulates it; use fp16: true")
+    if bf16 is not None or fp16:
+        return {"bf16": bool(bf16), "fp16": bool(fp16)}
+    native = device.type == "cuda" and capability >= (8, 0)
+    return {"bf16": native, "fp16": device.type == "cuda" and not native}

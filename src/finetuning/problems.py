@@ -1,0 +1,152 @@
+"""What is wrong with a recipe, in one line: where, what was found, what is allowed, the nearest valid name."""
+
+import difflib
+import json
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from finetuning.sections import OWNED, Section
+
+KeyPath = tuple[str | int, ...]  # ("data", "path", 0, "reader")
+Fields = dict[str, Any]  # a section's fields by name, as pydantic has them
+
+# Keys that the libraries renamed or dropped, or that live here under another name, with what to write instead.
+RENAMED = {
+    "torch_dtype": "model.dtype",
+    "model_name_or_path": "model.name",
+    "model_revision": "model.revision",
+    "load_in_8bit": "model.quantization: 8bit",
+    "load_in_4bit": "model.quantization: 4bit",
+    "use_peft": "a lora section",
+    "lora_r": "lora.r",
+    "dataset_name": "data.path",
+    "max_seq_length": "data.max_length",
+    "warmup_ratio": "training.warmup_steps (a number below 1 is a share of all steps)",
+    "evaluation_strategy": "training.eval_strategy",
+    "group_by_length": "training.train_sampling_strategy: group_by_length",
+    "no_cuda": "training.use_cpu",
+    "per_gpu_train_batch_size": "training.per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "training.per_device_eval_batch_size",
+    "overwrite_output_dir": "another training.output_dir (the key is gone: a run folder is never overwritten)",
+    "save_safetensors": "nothing (the key is gone: weights are always safetensors)",
+    "logging_dir": "nothing (the key is gone: logs go to <training.output_dir>/runs)",
+    "push_to_hub_model_id": "publish.repo",
+}
+
+
+def explain(
+    error: ValidationError, root: Fields, settings: dict[str, Any], places: dict[KeyPath, str], path: str
+) -> str:
+    """The first problem in one line, and how many more there are. `root` are the fields of the whole recipe."""
+    problems: dict[KeyPath, list[dict[str, Any]]] = {}
+    for problem in error.errors():
+        problems.setdefault(key_path(problem, settings), []).append(problem)
+    key, found = next(iter(problems.items()))
+    place = next((places[key[:end]] for end in range(len(key), 0, -1) if key[:end] in places), path)
+    more = [".".join(map(str, other)) for other in problems if other != key]
+    also = f" (and {len(more)} more: {', '.join(more[:3])})" if more else ""
+    return f"{place}: {describe_problem(root, key, found)}{also}"
+
+
+def key_path(problem: dict[str, Any], settings: Any) -> KeyPath:
+    """Where in the recipe the problem is: pydantic's location less the names of the union members it tried."""
+    key: KeyPath = ()
+    for part in problem["loc"]:
+        if (isinstance(settings, dict) and part in settings) or (
+            isinstance(settings, list) and isinstance(part, int) and part < len(settings)
+        ):
+            settings = settings[part]
+        elif problem["type"] == "missing" and part == problem["loc"][-1]:
+            pass
+        else:
+            continue
+        key = (*key, part)
+    return key
+
+
+def describe_problem(root: Fields, key: KeyPath, problems: list[dict[str, Any]]) -> str:
+    name, kind = ".".join(map(str, key)), problems[0]["type"]
+    if kind == "extra_forbidden":
+        return unknown_key(root, key)
+    if kind == "missing":
+        allowed = allowed_values(root, key)
+        return f"{name} is missing" + (f"; allowed are {', '.join(allowed)}" if allowed else "")
+    if kind == "value_error":
+        return ": ".join(filter(None, (name, str(problems[0]["ctx"]["error"]))))
+    found = shown(problems[0]["input"])
+    choices = allowed_values(root, key)
+    if choices:
+        near = difflib.get_close_matches(str(problems[0]["input"]), choices, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{name} is {found}; allowed are {', '.join(choices)}{hint}"
+    expected = " or ".join(dict.fromkeys(EXPECTED.get(p["type"], plain(p["msg"])) for p in problems))
+    return f"{name} is {found}; expected {expected}"
+
+
+EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "none_required": "null",
+}
+
+
+def plain(message: str) -> str:
+    return message.removeprefix("Input should be ").removeprefix("String should ")
+
+
+def allowed_values(root: Fields, key: KeyPath) -> list[str]:
+    """The choices of a setting that has a fixed set of them."""
+    annotation = section_at(root, key[:-1]).get(key[-1])
+    schema = annotation.annotation if annotation is not None else None
+    values: list[str] = []
+    for member in (schema, *getattr(schema, "__args__", ())):
+        if getattr(member, "__origin__", None) is Literal:
+            values += [str(value) for value in member.__args__]
+    return values
+
+
+def section_at(root: Fields, key: KeyPath) -> dict[str, Any]:
+    """The fields a section has, by the path of its keys."""
+    fields = root
+    for part in key:
+        if isinstance(part, int):
+            continue
+        annotation = fields[part].annotation if part in fields else None
+        members = [annotation, *getattr(annotation, "__args__", ())]
+        members += [inner for member in members for inner in getattr(member, "__args__", ())]
+        sections = [m for m in members if isinstance(m, type) and issubclass(m, Section)]
+        fields = sections[0].model_fields if sections else {}
+    return fields
+
+
+def unknown_key(root: Fields, key: KeyPath) -> str:
+    name, section = str(key[-1]), ".".join(map(str, key[:-1]))
+    said = f"{section}.{name}" if section else name
+    allowed = sorted(section_at(root, key[:-1]))
+    if owner := OWNED.get(section, {}).get(name):
+        return f"{said} belongs to {owner}"
+    if name in RENAMED and name not in allowed:
+        return f"{said} has a new name: write {RENAMED[name]}"
+    if near := difflib.get_close_matches(name, allowed, n=1):
+        return f"unknown key {said}; did you mean {'.'.join(filter(None, (section, near[0])))}?{listed(allowed)}"
+    for other in root:
+        if name in section_at(root, (other,)):
+            return f"unknown key {said}; did you mean {other}.{name}?"
+    return f"unknown key {said}{listed(allowed)}"
+
+
+def listed(names: list[str]) -> str:
+    return f" (allowed are {', '.join(names)})" if 0 < len(names) <= 20 else ""
+
+
+def shown(value: Any) -> str:
+    """A value as YAML has it, shortened."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,138 @@
+"""YAML (and `section.key=value` overrides) -> Recipe: typed, frozen, every key checked."""
+
+import difflib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
+
+from finetuning.errors import UserError
+from finetuning.problems import KeyPath, explain, shown
+from finetuning.sections import Data, Generation, Lora, Model, Publish, Section, Training
+
+
+class Recipe(Section):
+    """One training run."""
+
+    model: Model
+    """the base model"""
+    data: Data
+    """what is trained on"""
+    lora: Lora | None = None
+    """train an adapter of this shape instead of all weights"""
+    training: Training
+    """how it is trained"""
+    generation: Generation = Generation()
+    """how it is asked"""
+    publish: Publish | None = None
+    """where it belongs on the Hub"""
+
+    @model_validator(mode="after")
+    def check_template(self) -> "Recipe":
+        if self.model.from_scratch and self.data.template == "chat":
+            raise ValueError(
+                "data.template: chat needs a base model's tokenizer, model.from_scratch has no chat template"
+            )
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings as plain values: our own with their defaults, the libraries' as far as they were given."""
+        own = self.model_dump(include={"model", "data", "publish"})
+        given = self.model_dump(include={"lora", "training", "generation"}, exclude_unset=True)
+        if isinstance(self.data.path, list):
+            own["data"]["path"] = [source.model_dump(exclude_unset=True) for source in self.data.path]
+        return {name: {**own, **given}.get(name) for name in Recipe.model_fields if name in {**own, **given}}
+
+    def as_yaml(self) -> str:
+        stream = io.StringIO()
+        writer = YAML(typ="safe", pure=True)
+        writer.default_flow_style, writer.allow_unicode, writer.sort_base_mapping_type_on_output = False, True, False
+        writer.dump(self.resolved(), stream)
+        return stream.getvalue()
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for completion and checking in editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """The recipe in the file with `section.key=value` overrides applied in order.
+
+    Raises UserError with the place, what was found, what is allowed and the nearest valid name.
+    """
+    settings, places = read_yaml(Path(path))
+    for override in overrides:
+        apply_override(settings, places, override)
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(explain(error, Recipe.model_fields, settings, places, str(path))) from None
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """The file's settings, and for each of them `file:line`. YAML 1.2: `2e-5` is a number, `no` is text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe{similar_recipe(path)}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, a recipe is a YAML file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text, a recipe is a YAML file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        settings = YAML(typ="safe", pure=True).load(text)
+        root = YAML(typ="safe", pure=True).compose(text)
+    except DuplicateKeyError as error:
+        raise UserError(f"{path}:{error.problem_mark.line + 1}: {error.problem.split(' with')[0]}") from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: is not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: a recipe is a mapping of {', '.join(Recipe.model_fields)}, found {shown(settings)}")
+    return settings, {key: f"{path}:{line}" for key, line in node_lines(root)}
+
+
+def similar_recipe(path: Path) -> str:
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def node_lines(node: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
+    """Key path and line (from 1) of every setting below a YAML node."""
+    if isinstance(node.value, str):
+        return
+    for index, child in enumerate(node.value):
+        name, place, value = (child[0].value, child[0], child[1]) if isinstance(child, tuple) else (index, child, child)
+        yield (*key, name), place.start_mark.line + 1
+        yield from node_lines(value, (*key, name))
+
+
+def apply_override(settings: dict[str, Any], places: dict[KeyPath, str], override: str) -> None:
+    """Sets one `section.key=value` in place; the value is read as YAML."""
+    name, equals, text = override.partition("=")
+    keys = name.split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise UserError(f"override {override!r}: expected section.key=value, such as training.max_steps=10")
+    try:
+        value = YAML(typ="safe", pure=True).load(text) if text.strip() else None
+    except YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not YAML: {getattr(error, 'problem', error)}") from None
+    inner = settings
+    for depth, key in enumerate(keys[:-1]):
+        if inner.get(key) is None:
+            inner[key] = {}
+        inner = inner[key]
+        places[tuple(keys[: depth + 1])] = f"override {override!r}"
+        if not isinstance(inner, dict):
+            raise UserError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is {shown(inner)}, it has no keys")
+    inner[keys[-1]] = value
+    places[tuple(keys)] = f"override {override!r}"

@@ -1,0 +1,90 @@
+"""What a person sees: the funnel of rows, coloured masks, answers before and after, the histogram of lengths."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from finetuning.tokenization import IGNORE_INDEX, Example, Examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PROMPT, RESPONSE = "bright_black", "bold green"  # colours of tokens that are not trained, and that are
+
+
+def print_funnel(console: Console, report: dict[str, Any]) -> None:
+    """How many rows were loaded, kept and lost, and why."""
+    rows, tokens = report["rows"], report["tokens"]
+    console.print(
+        f"rows     {rows['loaded']:,} loaded -> {rows['where']:,} selected -> {rows['kept']:,} kept "
+        f"-> {rows['train']:,} train, {rows['eval']:,} eval"
+    )
+    lost = {**report["dropped"], **({"cut": report["cut"]} if report["cut"] else {})}
+    if lost:
+        console.print("lost     " + ", ".join(f"{number:,} {reason}" for reason, number in lost.items()))
+        for place in report["places"]:
+            console.print(f"         {place}", style=PROMPT, markup=False, highlight=False)
+    share = tokens["response"] / max(1, tokens["total"])
+    console.print(
+        f"tokens   {tokens['total']:,}: {tokens['prompt']:,} prompt, {tokens['response']:,} response ({share:.1%}); "
+        f"longest example {tokens['max']:,}"
+    )
+    console.print(f"end mark trained in {report['end_mark_share']:.1%} of the kept rows")
+
+
+def print_example(console: Console, example: Example, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """The text of one example, prompt grey and response green."""
+    console.print(coloured(example, tokenizer))
+    console.rule(style=PROMPT)
+
+
+def coloured(example: Example, tokenizer: "PreTrainedTokenizerFast") -> Text:
+    """Runs of tokens are decoded together, so that characters of several tokens (Japanese, emoji) stay whole."""
+    is_trained = example["labels"] != IGNORE_INDEX
+    borders = np.flatnonzero(np.diff(is_trained)) + 1
+    text, shown = Text(), ""
+    for end in [*borders.tolist(), len(is_trained)]:
+        whole = tokenizer.decode(example["input_ids"][:end].tolist())
+        text.append(whole[len(shown) :], style=RESPONSE if is_trained[end - 1] else PROMPT)
+        shown = whole
+    return text
+
+
+def print_answers(console: Console, samples: list[tuple[str, str, str]]) -> None:
+    table = Table("question", "before", "after", show_lines=True)
+    for sample in samples:
+        table.add_row(*(Text(cell) for cell in sample))
+    console.print(table)
+
+
+def plot_lengths(lengths: list[int], max_length: int, folder: Path) -> None:
+    """token_lengths.png: histogram of example lengths in tokens, with Japanese labels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import matplotlib_fontja
+
+    matplotlib_fontja.japanize()  # matplotlib's own fonts have no kana and kanji
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    axes.hist(lengths, bins=60, color="#4c72b0")
+    axes.axvline(np.median(lengths), color="#dd8452", label=f"中央値 {np.median(lengths):.0f}")
+    axes.axvline(max_length, color="#c44e52", linestyle="--", label=f"上限 {max_length}")
+    axes.set_xlabel("トークン数")
+    axes.set_ylabel("レコード数")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "token_lengths.png", dpi=120)
+    plt.close(figure)
+
+
+def examples_in_order(train: Examples, held: Examples | None) -> list[tuple[str, int, Example]]:
+    """(split, row, example) of every example, in the order of the rows."""
+    found = [("train", int(row), example) for row, example in zip(train.rows, train, strict=True)]
+    if held is not None:
+        found += [("eval", int(row), example) for row, example in zip(held.rows, held, strict=True)]
+    return sorted(found, key=lambda item: item[1])

@@ -1,0 +1,201 @@
+"""The sections of a recipe: what may be said, in which unit, and which section owns what.
+
+`training`, `lora` and `generation` take the fields of trl.SFTConfig, peft.LoraConfig and transformers.GenerationConfig
+under their own names, so the libraries' manuals are ours. Nothing here imports torch: a misspelt key is refused in a
+fraction of a second.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+
+from finetuning.library_fields import load_library_fields, python_type
+from finetuning.readers import READERS
+from finetuning.templates import TEMPLATES
+
+# Fields of the libraries that another section owns (or that nobody may set), with the owner.
+OWNED = {
+    "training": {
+        **dict.fromkeys(("max_length", "truncation_mode"), "data.max_length and data.overflow"),
+        **dict.fromkeys(("packing", "packing_strategy", "padding_free", "eval_packing"), "data.layout"),
+        **dict.fromkeys(("completion_only_loss", "assistant_only_loss"), "data.loss_on"),
+        **dict.fromkeys(("dataset_text_field", "dataset_kwargs", "chat_template_path", "eos_token"), "data.template"),
+        **dict.fromkeys(("dataset_num_proc", "shuffle_dataset", "remove_unused_columns"), "the data section"),
+        **dict.fromkeys(("label_names", "length_column_name", "pad_token", "pad_to_multiple_of"), "data.layout"),
+        **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "the model section"),
+        **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_always_push"), "the publish section"),
+        **dict.fromkeys(("hub_private_repo", "hub_revision"), "the publish section"),
+        "hub_token": "the environment variable HF_TOKEN",
+        **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), "accelerate_configs/"),
+        **dict.fromkeys(("local_rank", "accelerator_config"), "accelerate_configs/"),
+        "resume_from_checkpoint": "the run folder: the same command again continues it",
+        **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the script that is run"),
+    },
+    "lora": {
+        **dict.fromkeys(("base_model_name_or_path", "revision"), "model.name and model.revision"),
+        **dict.fromkeys(("task_type", "peft_type", "peft_version", "inference_mode", "auto_mapping"), "src/sft.py"),
+        "runtime_config": "src/sft.py",
+    },
+    "generation": {"max_length": "generation.max_new_tokens"},
+}
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe; unknown keys and values of another type are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class FromScratch(Section):
+    """A model with random weights and a byte-level BPE tokenizer trained on the rows."""
+
+    config: dict[str, Any]
+    """fields of the transformers config, `model_type` among them"""
+    vocab_size: int = Field(ge=257)
+    """tokens in the vocabulary, at most; 256 bytes and the end mark are always there"""
+
+
+class Model(Section):
+    """The base model."""
+
+    name: str | None = None
+    """Hub id or local folder"""
+    revision: str | None = None
+    """branch, tag or commit on the Hub"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """number format of the weights in memory; autocast (training.bf16, training.fp16) is on top of it"""
+    quantization: None = None
+    """not supported yet: only null"""
+    from_scratch: FromScratch | None = None
+    """instead of `name`"""
+
+    @model_validator(mode="after")
+    def check(self) -> "Model":
+        if (self.name is None) == (self.from_scratch is None):
+            raise ValueError("exactly one of name and from_scratch must be given")
+        return self
+
+
+class Eval(Section):
+    """Which examples are held out: one of `every`, `fraction`, `split`."""
+
+    every: int | None = Field(default=None, ge=2)
+    """examples: of those kept, number 0, every, 2 * every, ... are held out"""
+    fraction: float | None = Field(default=None, gt=0, lt=1)
+    """share of the examples, 0..1, drawn at random"""
+    seed: int | None = None
+    """of the draw for `fraction`; 0 if not given"""
+    split: str | None = None
+    """name of another split of the same data"""
+
+    @model_validator(mode="after")
+    def check(self) -> "Eval":
+        given = [name for name in ("every", "fraction", "split") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of every, fraction and split must be given, found {given or 'none'}")
+        if self.seed is not None and self.fraction is None:
+            raise ValueError("seed belongs to fraction: every and split draw nothing")
+        return self
+
+
+class Source(Section):
+    """Rows of one kind."""
+
+    path: str
+    """Hub id, or a local json, jsonl, csv or parquet file (also .gz) or a folder of them"""
+    config: str | None = None
+    """configuration (subset) of a Hub data set"""
+    revision: str | None = None
+    """branch, tag or commit of a Hub data set"""
+    split: str = "train"
+    """name of the split"""
+    reader: Literal[tuple(READERS)] | None = None
+    """how a row is read into messages"""
+    sessions: int | None = Field(default=None, ge=1)
+    """reader harry_potter: only the first sessions of the file"""
+    where: dict[str, Any] = {}
+    """keep only rows whose columns equal these values"""
+    weight: float = Field(default=1.0, gt=0)
+    """times each training example is used: 0.5 is a seeded half of them, 2 each one twice"""
+
+    @model_validator(mode="after")
+    def check_sessions(self) -> "Source":
+        if self.sessions is not None and self.reader not in ("harry_potter", None):
+            raise ValueError("sessions belongs to reader: harry_potter")
+        return self
+
+
+class Data(Source):
+    """What is trained on, and how a row becomes tokens."""
+
+    path: str | list[Source]
+    """Hub id, local file or folder; a list of {path, ...} mixes several, each with what it sets apart from here"""
+    invalid_rows: Literal["error", "drop"] = "error"
+    """a row that does not fit its reader or template: refuse the run, or drop and count it"""
+    template: Literal[tuple(TEMPLATES)]
+    """how messages are written down as text"""
+    newline: str | None = None
+    """written instead of every line feed, such as <NL>; undone in answers"""
+    max_length: int = Field(default=512, ge=2)
+    """tokens of an example at most, end mark included"""
+    overflow: Literal["drop", "cut", "error"] = "drop"
+    """a longer example: drop and count it, cut it (its end mark is then not trained), or refuse the run"""
+    loss_on: Literal["response", "all"] = "response"
+    """tokens that are trained: responses and their end marks, or all of them"""
+    layout: Literal["packed", "padded"] = "packed"
+    """how the examples of a batch lie in memory: one after another, or padded; memory and speed only"""
+    eval: Eval | None = None
+    """which examples are held out"""
+
+    @model_validator(mode="after")
+    def check_data(self) -> "Data":
+        if self.newline is not None and self.template == "chat":
+            raise ValueError("newline does not go with template: chat, whose line feeds are the tokenizer's own")
+        for source in self.sources:
+            if source.reader is None:
+                raise ValueError(f"reader is missing for {source.path}; allowed are {', '.join(READERS)}")
+        return self
+
+    @property
+    def sources(self) -> list[Source]:
+        """What rows are read from, each with the settings of the data section filled in."""
+        if isinstance(self.path, str):
+            entries = [{"path": self.path}]
+        else:
+            entries = [source.model_dump(exclude_unset=True) for source in self.path]
+        shared = {name: getattr(self, name) for name in Source.model_fields}
+        return [Source(**{**shared, **entry}) for entry in entries]
+
+
+class Publish(Section):
+    """Where the finished run belongs on the Hub."""
+
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """Hub repository, owner/name"""
+    subfolder: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*(/[a-z0-9][a-z0-9_-]*)*$")
+    """folder in the repository, such as chapter05/sft_model"""
+
+
+def library_section(section: str, doc: str, **own_fields: Any) -> type[Section]:
+    """A Section with the fields a library's config class has, less those owned elsewhere, and our own."""
+    fields = {
+        name: (python_type(field), Field(default=field["default"], description=field["help"]))
+        for name, field in load_library_fields()[section].items()
+        if name not in OWNED[section]
+    }
+    return create_model(section.capitalize(), __base__=Section, __doc__=doc, **{**fields, **own_fields})
+
+
+Training = library_section(
+    "training",
+    "Any field of trl.SFTConfig that no other section owns.",
+    output_dir=(str, Field(min_length=1, description="the run folder")),
+)
+Lora = library_section("lora", "Any field of peft.LoraConfig; the base model is then frozen.")
+Generation = library_section(
+    "generation",
+    "Any field of transformers.GenerationConfig, and the questions to ask.",
+    prompts=(list[str], Field(default=[], description="asked before and after training")),
+    max_new_tokens=(int, Field(default=128, ge=1, description="tokens of an answer at most")),
+    seed=(int, Field(default=0, description="of sampled answers (do_sample: true)")),
+)

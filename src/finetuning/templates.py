@@ -1,0 +1,230 @@
+"""Messages -> segments: which text stands around each message, and which text the model must produce.
+
+    messages   user "Hi"                assistant "Hello!"
+    segments   "### Question: Hi\\n### Answer:" prompt | " Hello!" response | "<eos>" response, a special token
+
+Training text and the prompt of generation come from the same template, so they cannot drift apart. To add a template of
+plain markers, add one entry to TEMPLATES. `chat` is the tokenizer's own chat template.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+from finetuning.readers import BadRow, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class Segment(NamedTuple):
+    """A piece of text. Only a special one may become a special token: row text that spells one stays ordinary text."""
+
+    text: str
+    is_response: bool = False
+    is_special: bool = False
+
+
+@dataclass(frozen=True)
+class Markers:
+    """The text before and after each role's words. A role without markers is refused."""
+
+    user: tuple[str, str]
+    opening: str
+    """ends the prompt; the response follows"""
+    lead: str = ""
+    """first characters of the response, before the assistant's words"""
+    system: tuple[str, str] | None = None
+    context: tuple[str, str] | None = None
+    """without it the material is put below the question"""
+    tool: tuple[str, str] | None = None
+    between: str = "\n"
+    """from one response's end mark to the next turn"""
+
+
+TEMPLATES: dict[str, Markers | None] = {
+    "question_answer": Markers(
+        system=("", "\n"),
+        user=("### Question: ", "\n"),
+        context=("### Context: ", "\n"),
+        tool=("### Result: ", "\n"),
+        opening="### Answer:",
+        lead=" ",
+    ),
+    # The Japanese Alpaca form, see https://github.com/masa3141/japanese-alpaca-lora
+    "instruction_ja": Markers(
+        system=("", "\n\n"),
+        user=("### 指示:\n", "\n\n"),
+        context=("### 入力:\n", "\n\n"),
+        tool=("### 結果:\n", "\n\n"),
+        opening="### 回答:\n",
+    ),
+    "plain_chat": Markers(
+        system=("System: ", "\n"),
+        user=("User: ", "\n"),
+        tool=("Tool: ", "\n"),
+        opening="Assistant:",
+        lead=" ",
+    ),
+    "chat": None,  # ChatTemplate
+}
+
+
+class MarkerTemplate:
+    """Plain markers around each role's words, the end-of-text token after every response."""
+
+    def __init__(self, markers: Markers, eos: str, bos: str | None = None, newline: str | None = None) -> None:
+        self.markers, self.eos, self.bos, self.newline = markers, eos, bos, newline
+
+    @property
+    def end_marks(self) -> list[str]:
+        """The special tokens that end a response."""
+        return [self.eos]
+
+    def render(self, messages: Sequence[Message]) -> list[Segment]:
+        """The whole conversation. Raises BadRow on a role the template has no place for."""
+        segments = [Segment(self.bos, is_special=True)] if self.bos else []
+        for number, message in enumerate(fold_context(messages) if self.markers.context is None else messages):
+            if number and segments[-1].is_response:
+                segments.append(self.plain(self.markers.between))
+            segments += self.turn(message, number)
+        return segments
+
+    def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
+        """The conversation up to where the next response starts."""
+        return [*self.render([*messages, {"role": "assistant", "content": ""}])[:-2]]
+
+    def answer(self, text: str) -> str:
+        """The assistant's words in a generated response."""
+        text = text.removeprefix(self.markers.lead)
+        return text.replace(self.newline, "\n") if self.newline else text
+
+    def turn(self, message: Message, number: int) -> list[Segment]:
+        role, words = message["role"], message["content"]
+        if role == "assistant":
+            response = self.plain(self.markers.lead + words, is_response=True)
+            return [self.plain(self.markers.opening), response, Segment(self.eos, is_response=True, is_special=True)]
+        around = getattr(self.markers, role)
+        if around is None:
+            raise BadRow(f"turn {number}: the template has no place for the role {role}")
+        return [self.plain(around[0] + words + around[1])]
+
+    def plain(self, text: str, is_response: bool = False) -> Segment:
+        return Segment(text.replace("\n", self.newline) if self.newline else text, is_response)
+
+
+class ChatTemplate:
+    """The chat template the tokenizer brings along.
+
+    Every conversation is rendered by the template itself, once with its words and once with placeholders in their
+    place: the second shows where the words stand, so that special tokens come from the template alone. The rendering up
+    to a message plus the generation prompt is the prompt; what the message adds, through the end mark, the response.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def special(self) -> re.Pattern[str]:
+        """The tokenizer's special tokens in template text, with the white space they take along."""
+        tokens = sorted(self.tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content))
+        texts = [
+            (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+            for token in tokens
+        ]
+        return re.compile("(" + "|".join(texts) + ")" if texts else r"(?!)")
+
+    @cached_property
+    def end_marks(self) -> list[str]:
+        """The special tokens that end a response: the template's own and the end-of-text token."""
+        segments = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        closing = [s.text.strip() for s in segments if s.is_response and s.is_special]
+        return list(dict.fromkeys([*closing[-1:], *filter(None, [self.tokenizer.eos_token])]))
+
+    def render(self, messages: Sequence[Message]) -> list[Segment]:
+        """The whole conversation. Raises BadRow where the template refuses it or rewrites what came before."""
+        messages = fold_context(messages)
+        pieces = self.pieces(messages)
+        text = "".join(piece for piece, _ in pieces)
+        responses = [self.response_span(messages, number, text) for number in self.assistant_turns(messages)]
+        return self.split(pieces, responses)
+
+    def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
+        """The conversation and the template's generation prompt."""
+        return self.split(self.pieces(fold_context(messages), add_generation_prompt=True), [])
+
+    def answer(self, text: str) -> str:
+        """The assistant's words in a generated response."""
+        return text
+
+    @staticmethod
+    def assistant_turns(messages: Sequence[Message]) -> list[int]:
+        return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+    def apply(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError, KeyError) as error:
+            raise BadRow(f"the tokenizer's chat template refuses the conversation: {error}") from None
+
+    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[tuple[str, bool]]:
+        """The rendering in pieces of (text, whether it is a message's words)."""
+        text = self.apply(messages, add_generation_prompt)
+        marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
+        marked = self.apply(
+            [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)], add_generation_prompt
+        )
+        parts = re.split("\ue000(\\d+)\ue001", marked)
+        for clean in (str, str.strip):  # many templates trim the words
+            words = [clean(message["content"]) for message in messages]
+            pieces = [(words[int(part)], True) if odd % 2 else (part, False) for odd, part in enumerate(parts)]
+            if "".join(piece for piece, _ in pieces) == text:
+                return pieces
+        raise BadRow("the tokenizer's chat template rewrites the words of a message; use another template")
+
+    def response_span(self, messages: Sequence[Message], number: int, text: str) -> tuple[int, int]:
+        """Where in the text of the whole conversation the response of message `number` starts and ends."""
+        prompt = self.apply(messages[:number], add_generation_prompt=True)
+        until = self.apply(messages[: number + 1])
+        if not (until.startswith(prompt) and text.startswith(until)):
+            raise BadRow(
+                f"turn {number}: the tokenizer's chat template rewrites earlier turns, so that the prompt of this "
+                "response is not the beginning of the conversation; use another template, or one response a row"
+            )
+        start = until.find(messages[number]["content"].strip(), len(prompt)) + len(messages[number]["content"].strip())
+        end_mark = self.special.search(until, max(start, len(prompt)))
+        return len(prompt), end_mark.end() if end_mark else len(until)
+
+    def split(self, pieces: list[tuple[str, bool]], responses: list[tuple[int, int]]) -> list[Segment]:
+        """Pieces cut at special tokens and at the borders of responses."""
+        segments: list[Segment] = []
+        at = 0
+        borders = sorted({border for span in responses for border in span})
+        for text, is_words in pieces:
+            for part in [text] if is_words else self.special.split(text):
+                is_special = not is_words and bool(self.special.fullmatch(part))
+                cuts = [at, *(border for border in borders if at < border < at + len(part)), at + len(part)]
+                for start, end in pairwise(cuts):
+                    is_response = any(first <= start < last for first, last in responses)
+                    segments.append(Segment(part[start - at : end - at], is_response, is_special))
+                at += len(part)
+        return [segment for segment in segments if segment.text]
+
+
+def fold_context(messages: Sequence[Message]) -> list[Message]:
+    """The same conversation with material put below the question it belongs to."""
+    folded: list[Message] = []
+    for message in messages:
+        if message["role"] == "context" and folded:
+            words = f"{folded[-1]['content']}\n\n{message['content']}"
+            folded[-1] = {"role": folded[-1]["role"], "content": words}
+        else:
+            folded.append({"role": "user", "content": message["content"]} if message["role"] == "context" else message)
+    return folded

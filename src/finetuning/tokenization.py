@@ -1,0 +1,185 @@
+"""Segments -> {input_ids, labels}.
+
+    segments   "### Question: Hi\\n### Answer:" prompt | " Hello!" response | "<eos>" response, special
+    input_ids  [21017, 18233, 25, 15902, 198, 21017, 23998, 25,  |  18435, 0,  |  50256]
+    labels     [ -100,  -100, -100, -100, -100, -100, -100, -100, |  18435, 0,  |  50256]
+
+Neighbouring segments of one kind are encoded as one text; prompt and response are encoded apart, so that the ids of a
+prompt are the first ids of every example that starts with it, and the mask needs no search.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+import numpy as np
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tqdm import tqdm
+
+from finetuning.templates import Segment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+IGNORE_INDEX = -100  # label of a token that is left out of the loss; torch's default
+BLOCK = 4096  # texts encoded in one call: enough for every core, small enough for a live progress bar
+
+
+class Example(TypedDict):
+    input_ids: np.ndarray  # (T,) int32
+    labels: np.ndarray  # (T,) int32, IGNORE_INDEX where the token is not trained
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenized examples, one after another in flat arrays."""
+
+    input_ids: np.ndarray  # (tokens of all examples,) int32
+    labels: np.ndarray  # (tokens of all examples,) int32
+    lengths: np.ndarray  # (examples,) int64
+    rows: np.ndarray  # (examples,) int64: number of the row an example was made from
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[Example]:
+        for start, end in zip(self.ends - self.lengths, self.ends, strict=True):
+            yield {"input_ids": self.input_ids[start:end], "labels": self.labels[start:end]}
+
+    @property
+    def ends(self) -> np.ndarray:
+        """(examples,) int64: where in the flat arrays each example ends."""
+        return np.cumsum(self.lengths)
+
+    def select(self, numbers: np.ndarray, max_length: int | None = None) -> "Examples":
+        """The examples of these numbers, in their order, repeated ones repeated; only their first tokens if cut."""
+        lengths = np.minimum(self.lengths[numbers], max_length or np.inf).astype(np.int64)
+        shift = (self.ends - self.lengths)[numbers] - (np.cumsum(lengths) - lengths)
+        tokens = np.repeat(shift, lengths) + np.arange(lengths.sum())
+        return Examples(self.input_ids[tokens], self.labels[tokens], lengths, self.rows[numbers])
+
+
+class Run(NamedTuple):
+    """Neighbouring segments that are encoded as one text."""
+
+    text: str
+    is_response: bool
+    is_special: bool
+    is_first: bool
+
+
+class Encoder:
+    """Encodes texts without ever reading a special token out of them.
+
+    Most SentencePiece-style tokenizers put a space before a text; in front of a response that continues a prompt it
+    would be a token of its own, so only the first text of an example gets it.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        self.token_to_id = tokenizer.backend_tokenizer.token_to_id
+        self.first = without_special_tokens(tokenizer.backend_tokenizer)
+        self.rest = without_prefix_space(self.first)
+
+    def encode(self, runs: list[Run]) -> list[list[int]]:
+        """Token ids of every run's text; special runs are one token, looked up."""
+        ids = [[self.special_id(run.text)] if run.is_special else [] for run in runs]
+        for tokenizer, is_first in ((self.first, True), (self.rest, False)):
+            chosen = [n for n, run in enumerate(runs) if run.is_first == is_first and not run.is_special]
+            encodings = tokenizer.encode_batch_fast([runs[n].text for n in chosen], add_special_tokens=False)
+            for n, encoding in zip(chosen, encodings, strict=True):
+                ids[n] = encoding.ids
+        return ids
+
+    def special_id(self, text: str) -> int:
+        token = self.token_to_id(text)
+        return self.token_to_id(text.strip()) if token is None else token  # some take white space along
+
+
+def without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy to which the spelling of a special token is ordinary text.
+
+    `encode_special_tokens` alone is not enough: a Unigram model has special tokens among its pieces (llm-jp's does) and
+    finds them, and those of byte fallback (`<0x0A>`), in any text.
+    """
+    settings = json.loads(tokenizer.to_str())
+    hidden = {token["content"]: f"\ue002{token['content']}" for token in settings["added_tokens"] if token["special"]}
+    for token in settings["added_tokens"]:
+        token["content"] = hidden.get(token["content"], token["content"])
+    model = settings["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {hidden.get(piece, piece): token for piece, token in model["vocab"].items()}
+    else:
+        lowest = min((score for _, score in model["vocab"]), default=0.0)
+        unlikely = {f"<0x{byte:02X}>": lowest - 1e4 for byte in range(256)} if model.get("byte_fallback") else {}
+        model["vocab"] = [[hidden.get(piece, piece), unlikely.get(piece, score)] for piece, score in model["vocab"]]
+    if model.get("unk_token"):
+        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+    settings.update(post_processor=None, truncation=None, padding=None)
+    plain = Tokenizer.from_str(json.dumps(settings))
+    plain.encode_special_tokens = True
+    return plain
+
+
+def without_prefix_space(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that puts nothing in front of a text."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.encode_special_tokens = True  # a copy forgets it
+    if tokenizer.normalizer is not None:
+        # What adds to a plain letter adds to every text: normalizers Prepend, or Replace of the text's beginning.
+        steps = [step for step in steps_of(tokenizer.normalizer) if step.normalize_str("a") == "a"]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    if tokenizer.pre_tokenizer is not None:
+        steps = steps_of(tokenizer.pre_tokenizer)
+        for step in steps:
+            if isinstance(step, pre_tokenizers.Metaspace):
+                step.prepend_scheme = "never"
+            if isinstance(step, pre_tokenizers.ByteLevel):
+                step.add_prefix_space = False
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return tokenizer
+
+
+def steps_of(part: Any) -> list[Any]:
+    """The steps of a normalizer or pre-tokenizer."""
+    return list(part) if isinstance(part, (normalizers.Sequence, pre_tokenizers.Sequence)) else [part]
+
+
+def runs_of(segments: list[Segment]) -> list[Run]:
+    """Neighbouring ordinary segments of one kind joined; special tokens alone. Empty text is left out."""
+    runs: list[Run] = []
+    for (is_response, is_special), group in groupby(segments, key=lambda s: (s.is_response, s.is_special)):
+        texts = [segment.text for segment in group]
+        for text in texts if is_special else ["".join(texts)]:
+            if text:
+                is_first = all(run.is_special for run in runs)
+                runs.append(Run(text, is_response, is_special, is_first))
+    return runs
+
+
+def encode_prompts(prompts: list[list[Segment]], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
+    """Token ids of each prompt: the beginning of every training example that starts with these segments."""
+    encoder = Encoder(tokenizer)
+    return [[token for ids in encoder.encode(runs_of(segments)) for token in ids] for segments in prompts]
+
+
+def tokenize(
+    conversations: list[list[Segment]], tokenizer: "PreTrainedTokenizerFast", loss_on: str = "response"
+) -> Examples:
+    """One example for each list of segments, uncut, in order. The first token is never predicted, so never trained."""
+    encoder = Encoder(tokenizer)
+    runs_of_each = [runs_of(segments) for segments in conversations]
+    runs = [run for runs in runs_of_each for run in runs]
+    blocks = tqdm(range(0, len(runs), BLOCK), desc="tokenizing", disable=None, leave=False)
+    ids = [token_ids for start in blocks for token_ids in encoder.encode(runs[start : start + BLOCK])]
+
+    tokens_in_run = np.fromiter(map(len, ids), np.int64, len(ids))
+    input_ids = np.fromiter(chain.from_iterable(ids), np.int32, tokens_in_run.sum())
+    is_trained = np.repeat(np.array([run.is_response or loss_on == "all" for run in runs], bool), tokens_in_run)
+    runs_before = np.cumsum([0, *map(len, runs_of_each)])
+    starts = np.concatenate([[0], np.cumsum(tokens_in_run)])[runs_before]
+    is_trained[starts[:-1][starts[:-1] < len(is_trained)]] = False
+    labels = np.where(is_trained, input_ids, np.int32(IGNORE_INDEX))
+    return Examples(input_ids, labels, np.diff(starts), np.arange(len(conversations)))

@@ -1,0 +1,55 @@
+"""Ask a trained model: run folder, or the recipe it was trained by -> answers.
+
+python src/generate.py outputs/dolly_gpt2 "What is the capital of Japan?"
+python src/generate.py recipes/dolly_gpt2.yaml "What is the capital of Japan?" generation.max_new_tokens=20
+python src/generate.py outputs/dolly_gpt2 - < questions.txt        # one question a line
+python src/generate.py outputs/dolly_gpt2                          # ask in a loop, until an empty line
+
+Prints the responses only, in order, made with the generation settings of the recipe; arguments generation.key=value
+change them.
+"""
+
+import sys
+from collections.abc import Callable
+
+from finetuning.errors import UserError, run
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.exit(__doc__)
+    from finetuning.recipe import load_recipe
+    from finetuning.run_folder import find_run_folder
+
+    overrides = [argument for argument in arguments[1:] if argument.startswith("generation.") and "=" in argument]
+    questions = [argument for argument in arguments[1:] if argument not in overrides]
+    folder = find_run_folder(arguments[0])
+    recipe = load_recipe(folder / "recipe.yaml", overrides)
+    if not questions and not sys.stdin.isatty():
+        raise UserError("no question; give one, or - to read questions from standard input, one a line")
+    if questions == ["-"]:
+        questions = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+
+    from finetuning.answers import load_asker
+
+    asker = load_asker(folder, recipe)
+    if questions:
+        print(*asker(questions), sep="\n")
+    elif sys.stdin.isatty():
+        converse(asker)
+
+
+def converse(asker: Callable[[list[str]], list[str]]) -> None:
+    """Asks what is typed until an empty line or the end of input."""
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            question = ""
+        if not question:
+            return
+        print(*asker([question]), sep="\n")
+
+
+if __name__ == "__main__":
+    run(main)
