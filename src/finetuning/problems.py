@@ -42,11 +42,17 @@ def explain(
     problems: dict[KeyPath, list[dict[str, Any]]] = {}
     for problem in error.errors():
         problems.setdefault(key_path(problem, settings), []).append(problem)
+    # A value that may be text or a list is refused as text too, and that says less than what is wrong in the list.
+    problems = {key: found for key, found in problems.items() if not any(is_inside(other, key) for other in problems)}
     key, found = next(iter(problems.items()))
     place = next((places[key[:end]] for end in range(len(key), 0, -1) if key[:end] in places), path)
     more = [".".join(map(str, other)) for other in problems if other != key]
     also = f" (and {len(more)} more: {', '.join(more[:3])})" if more else ""
     return f"{place}: {describe_problem(root, key, found)}{also}"
+
+
+def is_inside(key: KeyPath, outer: KeyPath) -> bool:
+    return len(key) > len(outer) and key[: len(outer)] == outer
 
 
 def key_path(problem: dict[str, Any], settings: Any) -> KeyPath:
@@ -80,6 +86,10 @@ def describe_problem(root: Fields, key: KeyPath, problems: list[dict[str, Any]])
         near = difflib.get_close_matches(str(problems[0]["input"]), choices, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{name} is {found}; allowed are {', '.join(choices)}{hint}"
+    if kind == "string_pattern_mismatch":
+        return f"{name} is {found}; expected {section_at(root, key[:-1])[key[-1]].description}"
+    if key == ("model", "quantization"):
+        return f"{name} is {found}; quantised base models are not supported yet, only null is allowed"
     expected = " or ".join(dict.fromkeys(EXPECTED.get(p["type"], plain(p["msg"])) for p in problems))
     return f"{name} is {found}; expected {expected}"
 
@@ -98,7 +108,8 @@ EXPECTED = {
 
 
 def plain(message: str) -> str:
-    return message.removeprefix("Input should be ").removeprefix("String should ")
+    message = message.removeprefix("Input should be ").removeprefix("String should ")
+    return message.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
 
 
 def allowed_values(root: Fields, key: KeyPath) -> list[str]:
@@ -139,7 +150,8 @@ def unknown_key(root: Fields, key: KeyPath) -> str:
     for other in root:
         if name in section_at(root, (other,)):
             return f"unknown key {said}; did you mean {other}.{name}?"
-    return f"unknown key {said}{listed(allowed)}"
+    near = ", ".join(difflib.get_close_matches(name, allowed, n=3, cutoff=0.0))
+    return f"unknown key {said}{listed(allowed) or f' (nearest are {near})'}"
 
 
 def listed(names: list[str]) -> str:

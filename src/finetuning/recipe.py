@@ -120,7 +120,7 @@ def apply_override(settings: dict[str, Any], places: dict[KeyPath, str], overrid
     """Sets one `section.key=value` in place; the value is read as YAML."""
     name, equals, text = override.partition("=")
     keys = name.split(".")
-    if not equals or len(keys) < 2 or not all(keys):
+    if not equals or not all(keys) or (len(keys) < 2 and name not in Recipe.model_fields):
         raise UserError(f"override {override!r}: expected section.key=value, such as training.max_steps=10")
     try:
         value = YAML(typ="safe", pure=True).load(text) if text.strip() else None
