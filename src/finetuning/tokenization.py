@@ -16,7 +16,7 @@ from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tqdm import tqdm
 
 from finetuning.templates import Segment
@@ -112,14 +112,15 @@ def without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
     if isinstance(model["vocab"], dict):
         model["vocab"] = {hidden.get(piece, piece): token for piece, token in model["vocab"].items()}
     else:
-        lowest = min((score for _, score in model["vocab"]), default=0.0)
-        unlikely = {f"<0x{byte:02X}>": lowest - 1e4 for byte in range(256)} if model.get("byte_fallback") else {}
-        model["vocab"] = [[hidden.get(piece, piece), unlikely.get(piece, score)] for piece, score in model["vocab"]]
+        model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
     if model.get("unk_token"):
         model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
     settings.update(post_processor=None, truncation=None, padding=None)
     plain = Tokenizer.from_str(json.dumps(settings))
     plain.encode_special_tokens = True
+    if model["type"] == "Unigram" and model.get("byte_fallback"):
+        apart = pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "isolated")
+        plain.pre_tokenizer = pre_tokenizers.Sequence([*steps_of(plain.pre_tokenizer), apart])
     return plain
 
 
@@ -144,6 +145,8 @@ def without_prefix_space(tokenizer: Tokenizer) -> Tokenizer:
 
 def steps_of(part: Any) -> list[Any]:
     """The steps of a normalizer or pre-tokenizer."""
+    if part is None:
+        return []
     return list(part) if isinstance(part, (normalizers.Sequence, pre_tokenizers.Sequence)) else [part]
 
 
