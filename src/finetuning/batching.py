@@ -1,92 +1,221 @@
-"""Examples -> batches: the same examples in either layout, padded or packed.
+"""Examples -> batches: which examples meet in a step, and how they lie in memory.
 
-padded   [[1, 2, 3, 0],        packed   [[1, 2, 3, 4, 5]]         no padding, no attention mask;
-          [4, 5, 0, 0]]                  position_ids [[0, 1, 2, 0, 1]] tell the examples apart
+    padded   [[1, 2, 3, 0],        packed   [[1, 2, 3, 4, 5]]         no padding; `lengths` (3, 2) and
+              [4, 5, 0, 0]]                  position_ids [[0, 1, 2, 0, 1]] tell the examples apart
+
+A batch is a set of examples: the layout never changes the loss. Neither does the number of processes: they share out
+the examples of one seeded order, the same for the same seed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 
-from finetuning.errors import UserError
-from finetuning.tokenization import IGNORE_INDEX, Example
+from finetuning.tokenization import IGNORE_INDEX, Example, Examples
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+Batch = dict[str, Any]
 
-Batch = dict[str, torch.Tensor]
+WINDOW = 50  # steps whose examples are sorted together when grouping by length
 
 
 @dataclass(frozen=True)
 class Collator:
-    """A list of examples -> the tensors a model takes."""
+    """A list of examples -> what a model and the loss take.
+
+    input_ids (1, T) packed or (B, T) padded; labels likewise; position_ids (1, T) packed only; positions (N,) of the N
+    hidden states, flattened, that predict a trained token; targets (N,), those tokens; lengths, a number per example.
+    No attention mask: packed examples are told apart by lengths, and causal attention never looks at padding on the
+    right.
+    """
 
     layout: str
     pad_token_id: int
     """fills padded rows; never attended to, never trained, so any id will do"""
 
     def __call__(self, examples: list[Example]) -> Batch:
-        return pack(examples) if self.layout == "packed" else pad(examples, self.pad_token_id)
+        lengths = [len(example["input_ids"]) for example in examples]
+        longest = max(lengths)
+        if self.layout == "packed":
+            input_ids = np.concatenate([example["input_ids"] for example in examples])[None]
+            labels = np.concatenate([example["labels"] for example in examples])[None]
+        else:
+            input_ids = np.full((len(examples), longest), self.pad_token_id)
+            labels = np.full((len(examples), longest), IGNORE_INDEX)
+            for number, example in enumerate(examples):
+                input_ids[number, : lengths[number]] = example["input_ids"]
+                labels[number, : lengths[number]] = example["labels"]
+        # An example's first token is never trained, so the position before a target is of the same example.
+        predicted = np.flatnonzero(labels.reshape(-1) != IGNORE_INDEX)
+        batch = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "positions": predicted - 1,
+            "targets": labels.reshape(-1)[predicted],
+        }
+        if self.layout == "packed":
+            batch["position_ids"] = np.concatenate([np.arange(length) for length in lengths])[None]
+        return {**{name: torch.as_tensor(array.astype(np.int64)) for name, array in batch.items()}, "lengths": lengths}
 
 
-def pack(examples: list[Example]) -> Batch:
-    """{input_ids, labels, position_ids}, each (1, T) with T the tokens of all examples together.
+class ExampleSet(torch.utils.data.Dataset):
+    """Examples by number. Of number ~n (negative) comes example n with nothing to train.
 
-    There is no attention_mask: transformers tells packed examples apart by position_ids only where there is none.
+    Such an example keeps a process busy that has no other in the last batch of an epoch.
     """
-    return {
-        "input_ids": row(np.concatenate([example["input_ids"] for example in examples])),
-        "labels": row(np.concatenate([example["labels"] for example in examples])),
-        "position_ids": row(np.concatenate([np.arange(len(example["input_ids"])) for example in examples])),
-    }
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = list(examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: int) -> Example:
+        if number >= 0:
+            return self.examples[number]
+        example = self.examples[~number]
+        return {"input_ids": example["input_ids"], "labels": np.full_like(example["labels"], IGNORE_INDEX)}
 
 
-def pad(examples: list[Example], pad_token_id: int) -> Batch:
-    """{input_ids, labels, attention_mask}, each (B, T), T the tokens of the longest example; padded on the right."""
-    longest = max(len(example["input_ids"]) for example in examples)
-    batch = {
-        "input_ids": torch.full((len(examples), longest), pad_token_id),
-        "labels": torch.full((len(examples), longest), IGNORE_INDEX),
-        "attention_mask": torch.zeros((len(examples), longest), dtype=torch.long),
-    }
-    for number, example in enumerate(examples):
-        length = len(example["input_ids"])
-        batch["input_ids"][number, :length] = torch.as_tensor(example["input_ids"])
-        batch["labels"][number, :length] = torch.as_tensor(example["labels"])
-        batch["attention_mask"][number, :length] = 1
-    return batch
+@dataclass
+class BatchSampler:
+    """The numbers of the examples of every micro-batch of one process, epoch by epoch.
 
-
-def row(values: np.ndarray) -> torch.Tensor:
-    return torch.as_tensor(values.astype(np.int64))[None]
-
-
-@torch.no_grad()
-def require_isolation(model: "PreTrainedModel", tolerance: float = 1e-3) -> None:
-    """Raises UserError if packed examples see each other in this very model.
-
-    Asks it: two short examples, packed and alone, must give the same logits. Architectures differ: BLOOM ignores
-    position_ids and trains across examples without a word.
+    A step takes batch_size * processes * accumulation examples; or, with `tokens`, as many as fill that many bins of
+    so many tokens. They are dealt out so that every process has about the same number of tokens.
     """
-    examples = [{"input_ids": ids, "labels": ids} for ids in (np.arange(5, 10), np.arange(12, 4, -1))]
-    was_training = model.training
-    model.eval()
-    try:
-        apart = torch.cat([logits(model, pack([example])) for example in examples], dim=1)
-        together = logits(model, pack(examples))
-    finally:
-        model.train(was_training)
-    difference = (apart - together).abs().max().item()
-    if not difference <= tolerance * max(1.0, apart.abs().max().item()):
-        kind = model.config.model_type
-        raise UserError(
-            f"data.layout: packed, but in this {kind} model packed examples see each other (logits differ by "
-            f"{difference:.1g}); use data.layout=padded"
-        )
+
+    lengths: np.ndarray  # (examples,)
+    batch_size: int
+    """examples of a micro-batch"""
+    tokens: int | None = None
+    """tokens of a micro-batch at most, instead of batch_size"""
+    processes: int = 1
+    process: int = 0
+    accumulation: int = 1
+    """micro-batches of a step"""
+    seed: int | None = None
+    """of the order; None keeps the examples' own"""
+    by_length: bool = False
+    """examples of like length meet in a step; the steps come in random order all the same"""
+    epoch: int = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch, the same for every process and epoch."""
+        if self.tokens:
+            return -(-int(pack_lengths(self.lengths, self.tokens).max() + 1) // self.processes)
+        return -(-len(self.lengths) // (self.batch_size * self.processes))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps():
+            for parts in self.deal(step):
+                part = parts[self.process]
+                # A process without an example computes one that trains nothing.
+                yield part.tolist() if len(part) else [~int(parts[0][0])]
+
+    def steps(self) -> Iterator[list[np.ndarray]]:
+        """For each step the numbers of its examples, in bins if it is tokens that are counted."""
+        random = np.random.default_rng((self.seed, self.epoch)) if self.seed is not None else None
+        if self.tokens:
+            units = self.bins(random)
+            size = self.processes * self.accumulation
+        else:
+            units = self.order(random)
+            size = self.batch_size * self.processes * self.accumulation
+        groups = [units[start : start + size] for start in range(0, len(units), size)]
+        if self.by_length and random is not None:
+            # The last one stays: it may be smaller, and accumulation counts on whole steps before it.
+            groups = [groups[number] for number in random.permutation(len(groups) - 1)] + groups[-1:]
+        yield from groups
+
+    def order(self, random: np.random.Generator | None) -> np.ndarray:
+        if random is None:
+            return np.arange(len(self.lengths))
+        order = random.permutation(len(self.lengths))
+        if self.by_length:
+            window = WINDOW * self.batch_size * self.processes * self.accumulation
+            for start in range(0, len(order), window):
+                part = order[start : start + window]
+                order[start : start + window] = part[np.argsort(-self.lengths[part], kind="stable")]
+        return order
+
+    def bins(self, random: np.random.Generator | None) -> list[np.ndarray]:
+        """The examples in bins of at most `tokens`, in random order; examples of one length change places."""
+        order = self.order(random) if random is None else random.permutation(len(self.lengths))
+        bin_of = pack_lengths(self.lengths[order], self.tokens)
+        by_bin = np.argsort(bin_of, kind="stable")
+        bins = np.split(order[by_bin], np.cumsum(np.bincount(bin_of))[:-1])
+        return bins if random is None else [bins[number] for number in random.permutation(len(bins))]
+
+    def deal(self, step: Any) -> Iterator[list[np.ndarray]]:
+        """The step's examples as micro-batches, each a list of one part for every process."""
+        if self.tokens:
+            parts = [*step, *([np.empty(0, np.int64)] * (-len(step) % self.processes))]
+        else:
+            count = -(-len(step) // (self.batch_size * self.processes)) * self.processes
+            parts = self.share_out(step, count)
+        for start in range(0, len(parts), self.processes):
+            yield parts[start : start + self.processes]
+
+    def share_out(self, step: np.ndarray, count: int) -> list[np.ndarray]:
+        """`count` parts of at most batch_size examples: the longest first, each to the part with the fewest tokens."""
+        parts: list[list[int]] = [[] for _ in range(count)]
+        load = np.zeros(count)
+        for number in step[np.argsort(-self.lengths[step], kind="stable")].tolist():
+            lightest = int(load.argmin())
+            parts[lightest].append(number)
+            load[lightest] += self.lengths[number]
+            if len(parts[lightest]) == self.batch_size:
+                load[lightest] = np.inf
+        return [np.array(part, np.int64) for part in parts]
 
 
-def logits(model: "PreTrainedModel", batch: Batch) -> torch.Tensor:
-    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
-    return model(**inputs, use_cache=False).logits.float()
+def pack_lengths(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """(n,) int64: the bin of each length so that no bin holds more than `capacity`, in as few bins as best fit finds.
+
+    Best-fit decreasing, on counts: lengths are placed longest first, each where it leaves the least free; all bins with
+    the same room are alike, so equal lengths are placed together. Time grows with n for sorting, and with the number of
+    distinct lengths times free spaces, not with n times bins. A longer length gets a bin of its own.
+    """
+    lengths = np.minimum(np.asarray(lengths), capacity)
+    order = np.argsort(-lengths, kind="stable")
+    counts = np.bincount(lengths, minlength=capacity + 1)
+    open_bins: dict[int, list[np.ndarray]] = {}  # free space -> bins with just that room
+    spaces = 0  # bit s is set where open_bins[s] has one
+    bin_of = np.empty(len(lengths), np.int64)
+    placed = made = 0
+
+    def leave_open(bins: np.ndarray, space: int) -> None:
+        nonlocal spaces
+        if space and len(bins):
+            open_bins.setdefault(space, []).append(bins)
+            spaces |= 1 << space
+
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[length])
+        while left and length and (fitting := spaces >> length):
+            space = length + (fitting & -fitting).bit_length() - 1  # the lowest set bit: the tightest fit
+            stack = open_bins[space]
+            bins = stack.pop()
+            if len(bins) > left:
+                stack.append(bins[left:])
+                bins = bins[:left]
+            if not stack:
+                spaces &= ~(1 << space)
+            bin_of[order[placed : placed + len(bins)]] = bins
+            placed, left = placed + len(bins), left - len(bins)
+            leave_open(bins, space - length)
+        if left:
+            each = capacity // max(1, length)
+            new = np.arange(made, made + -(-left // each))
+            bin_of[order[placed : placed + left]] = np.repeat(new, each)[:left]
+            rest = left - (len(new) - 1) * each  # in the last of them
+            leave_open(new[:-1], capacity - each * length)
+            leave_open(new[-1:], capacity - rest * length)
+            placed, made = placed + left, made + len(new)
+    return bin_of

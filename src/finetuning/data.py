@@ -71,12 +71,19 @@ def prepare(data: Data, tokenizer: "PreTrainedTokenizerFast", cache: Path | None
         return build(data, tokenizer, key)
     from filelock import FileLock
 
-    cache.mkdir(parents=True, exist_ok=True)
-    file = cache / f"{key}.npz"
-    with FileLock(cache / f"{key}.lock"):
+    file, lock = cache / f"{key}.npz", FileLock(cache / f"{key}.lock")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:  # a read-only home, say
+        tqdm.write(f"not cached: {cache}: {error.strerror}")
+        return build(data, tokenizer, key)
+    try:
         if (prepared := read_cache(file)) is None:
             prepared = build(data, tokenizer, key)
             write_cache(file, prepared)
+    finally:
+        lock.release()
     return prepared
 
 
@@ -271,7 +278,7 @@ def fingerprint_of(data: Data, tokenizer: "PreTrainedTokenizerFast") -> str:
     parts = [fingerprint(source) for source in data.sources]
     if data.eval and data.eval.split:
         parts += [fingerprint(source.model_copy(update={"split": data.eval.split})) for source in data.sources]
-    settings = data.model_dump(exclude={"layout"})
+    settings = data.model_dump(exclude={"layout", "order", "batch_tokens"})
     code = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in PIPELINE]
     words = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
     text = json.dumps([parts, settings, words, code, tokenizers.__version__], sort_keys=True, default=str)

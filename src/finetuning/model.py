@@ -121,6 +121,18 @@ def scratch_config(settings: FromScratch, tokenizer: "PreTrainedTokenizerFast") 
         raise UserError(f"model.from_scratch.config: {str(error).splitlines()[0]}") from None
 
 
+def fuse_gelu(model: "PreTrainedModel") -> None:
+    """Puts torch's one-kernel GELU in place of GPT-2's and BLOOM's: the same function (to 2e-7), there eight kernels."""
+    from torch.nn import GELU
+    from transformers.activations import NewGELUActivation
+    from transformers.models.bloom.modeling_bloom import BloomGelu
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, (NewGELUActivation, BloomGelu)):
+                setattr(module, name, GELU(approximate="tanh"))
+
+
 def lora_config(recipe: Recipe) -> "LoraConfig | None":
     """What peft needs to put an adapter on the base model, or None for full fine-tuning."""
     if recipe.lora is None:

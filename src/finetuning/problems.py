@@ -24,7 +24,7 @@ RENAMED = {
     "max_seq_length": "data.max_length",
     "warmup_ratio": "training.warmup_steps (a number below 1 is a share of all steps)",
     "evaluation_strategy": "training.eval_strategy",
-    "group_by_length": "training.train_sampling_strategy: group_by_length",
+    "group_by_length": "data.order: by_length",
     "no_cuda": "training.use_cpu",
     "per_gpu_train_batch_size": "training.per_device_train_batch_size",
     "per_gpu_eval_batch_size": "training.per_device_eval_batch_size",
@@ -100,6 +100,8 @@ EXPECTED = {
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "too_short": "text or a list that is not empty",
     "list_type": "a list",
     "dict_type": "a mapping",
     "model_type": "a mapping",
@@ -160,5 +162,8 @@ def listed(names: list[str]) -> str:
 
 def shown(value: Any) -> str:
     """A value as YAML has it, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError):  # keys that JSON does not know, a list inside itself
+        text = str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

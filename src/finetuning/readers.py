@@ -75,7 +75,7 @@ def read_turn(turn: Any, place: str) -> Message:
         raise BadRow(f"{place}: unknown role {brief(speaker)}; allowed are {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise BadRow(f"{place}: expected text, found {brief(content)}")
-    return message(role, content)
+    return message(role, whole(content, place))
 
 
 # The one question under which a scene of the Harry-Potter-Dialogue-Dataset is learnt.
@@ -145,7 +145,16 @@ def text(row: Row, column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
         raise BadRow(f"column {column}: expected text, found {brief(value)}{has(row, column)}")
-    return value
+    return whole(value, f"column {column}")
+
+
+def whole(words: str, place: str) -> str:
+    """The words as they are, unless a character of them is cut in two, which no tokenizer reads: a lone surrogate."""
+    try:
+        words.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{place}: half a character, {words[error.start]!r}, at position {error.start}") from None
+    return words
 
 
 def has(row: Row, column: str) -> str:

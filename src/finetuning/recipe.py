@@ -12,7 +12,7 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
 from finetuning.errors import UserError
-from finetuning.problems import KeyPath, explain, shown
+from finetuning.problems import KeyPath, explain, is_inside, shown
 from finetuning.sections import Data, Generation, Lora, Model, Publish, Section, Training
 
 
@@ -89,7 +89,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         settings = YAML(typ="safe", pure=True).load(text)
-        root = YAML(typ="safe", pure=True).compose(text)
+        lines = dict(node_lines(YAML(typ="safe", pure=True).compose(text)))
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply, or an alias stands inside what it names") from None
     except DuplicateKeyError as error:
         raise UserError(f"{path}:{error.problem_mark.line + 1}: {error.problem.split(' with')[0]}") from None
     except YAMLError as error:
@@ -98,7 +100,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
         raise UserError(f"{path}{line}: is not YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: a recipe is a mapping of {', '.join(Recipe.model_fields)}, found {shown(settings)}")
-    return settings, {key: f"{path}:{line}" for key, line in node_lines(root)}
+    return settings, {key: f"{path}:{line}" for key, line in lines.items()}
 
 
 def similar_recipe(path: Path) -> str:
@@ -108,10 +110,12 @@ def similar_recipe(path: Path) -> str:
 
 def node_lines(node: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
     """Key path and line (from 1) of every setting below a YAML node."""
-    if isinstance(node.value, str):
+    if node is None or isinstance(node.value, str):
         return
     for index, child in enumerate(node.value):
         name, place, value = (child[0].value, child[0], child[1]) if isinstance(child, tuple) else (index, child, child)
+        if isinstance(name, list):
+            continue  # a key that is a list or mapping has no name; it is refused later
         yield (*key, name), place.start_mark.line + 1
         yield from node_lines(value, (*key, name))
 
@@ -130,9 +134,11 @@ def apply_override(settings: dict[str, Any], places: dict[KeyPath, str], overrid
     for depth, key in enumerate(keys[:-1]):
         if inner.get(key) is None:
             inner[key] = {}
+            places[tuple(keys[: depth + 1])] = f"override {override!r}"
         inner = inner[key]
-        places[tuple(keys[: depth + 1])] = f"override {override!r}"
         if not isinstance(inner, dict):
             raise UserError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is {shown(inner)}, it has no keys")
     inner[keys[-1]] = value
+    for replaced in [key for key in places if is_inside(key, tuple(keys))]:
+        del places[replaced]
     places[tuple(keys)] = f"override {override!r}"

@@ -21,7 +21,8 @@ OWNED = {
         **dict.fromkeys(("completion_only_loss", "assistant_only_loss"), "data.loss_on"),
         **dict.fromkeys(("dataset_text_field", "dataset_kwargs", "chat_template_path", "eos_token"), "data.template"),
         **dict.fromkeys(("dataset_num_proc", "shuffle_dataset", "remove_unused_columns"), "the data section"),
-        **dict.fromkeys(("label_names", "length_column_name", "pad_token", "pad_to_multiple_of"), "data.layout"),
+        **dict.fromkeys(("label_names", "pad_token", "pad_to_multiple_of"), "data.layout"),
+        **dict.fromkeys(("train_sampling_strategy", "length_column_name"), "data.order"),
         **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "the model section"),
         **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_always_push"), "the publish section"),
         **dict.fromkeys(("hub_private_repo", "hub_revision"), "the publish section"),
@@ -58,7 +59,7 @@ class FromScratch(Section):
 class Model(Section):
     """The base model."""
 
-    name: str | None = None
+    name: str | None = Field(default=None, min_length=1)
     """Hub id or local folder"""
     revision: str | None = None
     """branch, tag or commit on the Hub"""
@@ -101,7 +102,7 @@ class Eval(Section):
 class Source(Section):
     """Rows of one kind."""
 
-    path: str
+    path: str = Field(min_length=1)
     """Hub id, or a local json, jsonl, csv or parquet file (also .gz) or a folder of them"""
     config: str | None = None
     """configuration (subset) of a Hub data set"""
@@ -128,7 +129,7 @@ class Source(Section):
 class Data(Source):
     """What is trained on, and how a row becomes tokens."""
 
-    path: str | list[Source]
+    path: str | list[Source] = Field(min_length=1)
     """Hub id, local file or folder; a list of {path, ...} mixes several, each with what it sets apart from here"""
     invalid_rows: Literal["error", "drop"] = "error"
     """a row that does not fit its reader or template: refuse the run, or drop and count it"""
@@ -144,6 +145,10 @@ class Data(Source):
     """tokens that are trained: responses and their end marks, or all of them"""
     layout: Literal["packed", "padded"] = "packed"
     """how the examples of a batch lie in memory: one after another, or padded; memory and speed only"""
+    order: Literal["random", "by_length", "sequential"] = "random"
+    """of the examples in an epoch, drawn from training.seed; by_length: examples of like length meet in a step"""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """tokens of a device's micro-batch at most, instead of training.per_device_train_batch_size examples"""
     eval: Eval | None = None
     """which examples are held out"""
 
@@ -154,6 +159,8 @@ class Data(Source):
         for source in self.sources:
             if source.reader is None:
                 raise ValueError(f"reader is missing for {source.path}; allowed are {', '.join(READERS)}")
+            if self.eval and self.eval.split == source.split:
+                raise ValueError(f"eval.split {source.split} is what is trained on; name another split")
         return self
 
     @property

@@ -4,11 +4,14 @@ Local files are read here and not by `datasets`: an unreadable line is named by 
 no error, and nothing heavy is imported.
 """
 
+import codecs
 import csv
 import gzip
 import hashlib
 import io
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,22 +80,26 @@ def looks_local(path: str) -> bool:
 
 
 def files_of_split(path: Path, split: str) -> list[Path]:
-    """The data files of a split: the file itself, or those of a folder that bear the split's name.
+    """The data files of a split: those of a folder that bear the split's name as a word of theirs.
 
-    A folder whose files name no split (no train, test, validation, ...) is all of it `train`.
+    A single file, or a folder whose files name no split (no train, test, validation, ...), is all of it `train`.
     """
     if not path.exists():
         raise UserError(f"data.path: {path}: no such file or folder")
     if path.is_file():
         if suffix_of(path) not in PARSERS:
             raise UserError(f"data.path: {path}: unknown kind of file; allowed are {', '.join(PARSERS)}, also with .gz")
+        if split != "train":
+            raise UserError(f"data.path: {path}: no split {split!r} in a file, all of it is train; name a folder")
         return [path]
     files = sorted(file for file in path.rglob("*") if file.is_file() and suffix_of(file) in PARSERS)
     if not files:
         raise UserError(f"data.path: {path}: no data file in this folder; expected {', '.join(PARSERS)}, also with .gz")
-    named = [file for file in files if split in file.relative_to(path).as_posix().lower()]
+    names = [file.relative_to(path).as_posix().lower() for file in files]
+    word = re.compile(rf"(?<![a-z]){re.escape(split.lower())}(?![a-z])")
+    named = [file for file, name in zip(files, names, strict=True) if word.search(name)]
     known = ("train", "test", "valid", "dev", "eval")
-    if named or (split == "train" and not any(name in file.name.lower() for file in files for name in known)):
+    if named or (split == "train" and not any(other in name for name in names for other in known)):
         return named or files
     raise UserError(
         f"data.path: {path}: no file of split {split!r}; found {', '.join(file.name for file in files[:5])}"
@@ -107,7 +114,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         content = path.read_bytes()
         return gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
@@ -121,12 +128,15 @@ def read_rows(path: Path, content: bytes, source: Source) -> Iterator[Row]:
         raise UserError(f"{path}:{error.lineno}: is not JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply") from None
     except BadRow as error:
         raise UserError(f"{path}: {error}") from None
 
 
 def parse_json(content: bytes) -> Iterator[Row]:
     """One JSON array of objects; lines of JSON under the wrong name are taken too."""
+    content = content.removeprefix(codecs.BOM_UTF8)
     if content.lstrip()[:1] == b"[":
         rows = json.loads(content)
         for number, row in enumerate(rows):
@@ -145,10 +155,16 @@ def parse_jsonl(content: bytes) -> Iterator[Row]:
 
 
 def parse_csv(content: bytes) -> Iterator[Row]:
-    for row in csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline="")):
-        if None in row or None in row.values():
-            raise BadRow(f"row {list(row.values())[:1]} has not as many columns as the header")
-        yield row
+    csv.field_size_limit(2**31 - 1)  # by default a field of more than 131,072 characters is refused
+    # strict: a quote that is not closed is an error, and does not swallow the rest of the file.
+    lines = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+    try:
+        for row in lines:
+            if None in row or None in row.values():
+                raise BadRow(f"line {lines.line_num}: not as many columns as the header")
+            yield row
+    except csv.Error as error:
+        raise BadRow(f"line {lines.line_num}: {error}") from None
 
 
 def parse_parquet(content: bytes) -> Iterable[Row]:
@@ -157,7 +173,7 @@ def parse_parquet(content: bytes) -> Iterable[Row]:
 
     try:
         return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise BadRow(f"is not parquet: {error}") from None
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from finetuning.readers import BadRow, Message
@@ -146,27 +146,26 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message]) -> list[Segment]:
         """The whole conversation. Raises BadRow where the template refuses it or rewrites what came before."""
-        messages = fold_context(messages)
-        pieces = self.pieces(messages)
-        text = "".join(piece for piece, _ in pieces)
-        responses = [self.response_span(messages, number, text) for number in self.assistant_turns(messages)]
-        return self.split(pieces, responses)
+        return self.segments(fold_context(messages))
 
     def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
         """The conversation and the template's generation prompt."""
-        return self.split(self.pieces(fold_context(messages), add_generation_prompt=True), [])
+        return self.segments(fold_context(messages), add_generation_prompt=True)
 
     def answer(self, text: str) -> str:
         """The assistant's words in a generated response."""
         return text
 
-    @staticmethod
-    def assistant_turns(messages: Sequence[Message]) -> list[int]:
-        return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    def segments(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Segment]:
+        pieces = self.pieces(messages, add_generation_prompt)
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        return self.split(pieces, [self.response_span(messages, number, pieces) for number in turns])
 
     def apply(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         from jinja2 import TemplateError
 
+        if not messages:
+            raise BadRow("the tokenizer's chat template needs a message before the first response")
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
@@ -174,23 +173,31 @@ class ChatTemplate:
         except (TemplateError, TypeError, KeyError) as error:
             raise BadRow(f"the tokenizer's chat template refuses the conversation: {error}") from None
 
-    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[tuple[str, bool]]:
-        """The rendering in pieces of (text, whether it is a message's words)."""
+    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[tuple[str, int | None]]:
+        """The rendering in pieces of (text, number of the message whose words it is; None if it is the template's)."""
         text = self.apply(messages, add_generation_prompt)
         marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
         marked = self.apply(
             [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)], add_generation_prompt
         )
-        parts = re.split("\ue000(\\d+)\ue001", marked)
-        for clean in (str, str.strip):  # many templates trim the words
-            words = [clean(message["content"]) for message in messages]
-            pieces = [(words[int(part)], True) if odd % 2 else (part, False) for odd, part in enumerate(parts)]
-            if "".join(piece for piece, _ in pieces) == text:
-                return pieces
-        raise BadRow("the tokenizer's chat template rewrites the words of a message; use another template")
+        before, *parts = re.split("\ue000(\\d+)\ue001", marked)
+        pieces: list[tuple[str, int | None]] = [(before, None)]
+        at = len(before)
+        for number, behind in zip(map(int, parts[::2]), parts[1::2], strict=True):
+            words = messages[number]["content"]
+            forms = (words, words.strip(), words.rstrip(), words.lstrip())  # many templates trim some role's words
+            found = next((form for form in forms if text.startswith(form + behind, at)), words)
+            pieces += [(found, number), (behind, None)]
+            at += len(found) + len(behind)
+        if "".join(piece for piece, _ in pieces) != text:
+            raise BadRow("the tokenizer's chat template rewrites the words of a message; use another template")
+        return pieces
 
-    def response_span(self, messages: Sequence[Message], number: int, text: str) -> tuple[int, int]:
-        """Where in the text of the whole conversation the response of message `number` starts and ends."""
+    def response_span(
+        self, messages: Sequence[Message], number: int, pieces: list[tuple[str, int | None]]
+    ) -> tuple[int, int]:
+        """Where in the text of all pieces the response of message `number` starts and ends."""
+        text = "".join(piece for piece, _ in pieces)
         prompt = self.apply(messages[:number], add_generation_prompt=True)
         until = self.apply(messages[: number + 1])
         if not (until.startswith(prompt) and text.startswith(until)):
@@ -198,22 +205,24 @@ class ChatTemplate:
                 f"turn {number}: the tokenizer's chat template rewrites earlier turns, so that the prompt of this "
                 "response is not the beginning of the conversation; use another template, or one response a row"
             )
-        start = until.find(messages[number]["content"].strip(), len(prompt)) + len(messages[number]["content"].strip())
-        end_mark = self.special.search(until, max(start, len(prompt)))
+        ends = accumulate(len(piece) for piece, _ in pieces)
+        end_of_words = next((end for end, (_, owner) in zip(ends, pieces, strict=True) if owner == number), 0)
+        end_mark = self.special.search(until, max(end_of_words, len(prompt)))
         return len(prompt), end_mark.end() if end_mark else len(until)
 
-    def split(self, pieces: list[tuple[str, bool]], responses: list[tuple[int, int]]) -> list[Segment]:
+    def split(self, pieces: list[tuple[str, int | None]], responses: list[tuple[int, int]]) -> list[Segment]:
         """Pieces cut at special tokens and at the borders of responses."""
         segments: list[Segment] = []
         at = 0
         borders = sorted({border for span in responses for border in span})
-        for text, is_words in pieces:
-            for part in [text] if is_words else self.special.split(text):
-                is_special = not is_words and bool(self.special.fullmatch(part))
+        for text, owner in pieces:
+            for part in self.special.split(text) if owner is None else [text]:
                 cuts = [at, *(border for border in borders if at < border < at + len(part)), at + len(part)]
                 for start, end in pairwise(cuts):
+                    words = part[start - at : end - at]
                     is_response = any(first <= start < last for first, last in responses)
-                    segments.append(Segment(part[start - at : end - at], is_response, is_special))
+                    is_special = owner is None and bool(self.special.fullmatch(words))
+                    segments.append(Segment(words, is_response, is_special))
                 at += len(part)
         return [segment for segment in segments if segment.text]
 
@@ -222,9 +231,8 @@ def fold_context(messages: Sequence[Message]) -> list[Message]:
     """The same conversation with material put below the question it belongs to."""
     folded: list[Message] = []
     for message in messages:
-        if message["role"] == "context" and folded:
-            words = f"{folded[-1]['content']}\n\n{message['content']}"
-            folded[-1] = {"role": folded[-1]["role"], "content": words}
+        if message["role"] == "context" and folded and folded[-1]["role"] == "user":
+            folded[-1] = {"role": "user", "content": f"{folded[-1]['content']}\n\n{message['content']}"}
         else:
             folded.append({"role": "user", "content": message["content"]} if message["role"] == "context" else message)
     return folded

@@ -118,8 +118,9 @@ def without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
     settings.update(post_processor=None, truncation=None, padding=None)
     plain = Tokenizer.from_str(json.dumps(settings))
     plain.encode_special_tokens = True
-    if model["type"] == "Unigram" and model.get("byte_fallback"):
-        apart = pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "isolated")
+    if model["type"] == "Unigram":
+        spelled = "\ue002|<(?=0x[0-9A-F]{2}>)" if model.get("byte_fallback") else "\ue002"
+        apart = pre_tokenizers.Split(Regex(spelled), "isolated")
         plain.pre_tokenizer = pre_tokenizers.Sequence([*steps_of(plain.pre_tokenizer), apart])
     return plain
 

@@ -1,49 +1,127 @@
-"""Recipe, model and examples -> a trl.SFTTrainer that takes our batches as they are."""
+"""Recipe, model and examples -> a trl.SFTTrainer whose steps do only the work the loss needs."""
 
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from finetuning.batching import Collator, require_isolation
+from finetuning.attention import Packing, isolate, packed_as, require_isolation
+from finetuning.batching import Batch, BatchSampler, Collator, ExampleSet
 from finetuning.data import Prepared
 from finetuning.errors import UserError
-from finetuning.model import load_model, lora_config, precision
+from finetuning.loss import ResponseHead, Targets, require_plain_head
+from finetuning.model import fuse_gelu, load_model, lora_config, precision
 from finetuning.recipe import Recipe
 from finetuning.run_folder import append_metrics
-from finetuning.tokenization import IGNORE_INDEX, Examples
+from finetuning.throughput import Throughput
+from finetuning.tokenization import Examples
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 class ResponseTrainer(SFTTrainer):
-    """trl's trainer, with an evaluation loss that counts every response token once.
+    """trl's trainer with our batches, our loss and an evaluation that counts every response token once.
 
-    Trainer averages the losses of batches, so that a short answer's tokens weigh more than a long one's.
+    Overridden because, measured: trl scores every position outside of CUDA and recomputes logits in backward; it asks
+    the device for metrics in every micro-batch; Trainer averages evaluation losses over batches, so that a token of a
+    short answer weighs more than one of a long answer.
     """
 
+    def __init__(self, *, recipe: Recipe, prepared: Prepared, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.recipe, self.prepared = recipe, prepared
+        self.head = ResponseHead(self.accelerator.unwrap_model(self.model))
+        self.throughput = Throughput(self.model, self.args.device)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, in compute_loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        data, training = self.recipe.data, self.args
+        seed = training.seed if training.data_seed is None else training.data_seed
+        return self.load(
+            self.prepared.train,
+            batch_size=training.per_device_train_batch_size,
+            tokens=data.batch_tokens,
+            accumulation=training.gradient_accumulation_steps,
+            seed=None if data.order == "sequential" else seed,
+            by_length=data.order == "by_length",
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        return self.load(self.prepared.eval, batch_size=self.args.per_device_eval_batch_size)
+
+    def load(self, examples: Examples, **kwargs: Any) -> DataLoader:
+        """A loader of this process's batches. accelerate does not share them out again: it would repeat examples."""
+        processes, process = self.args.world_size, self.args.process_index
+        return EpochLoader(
+            ExampleSet(examples),
+            batch_sampler=BatchSampler(examples.lengths, processes=processes, process=process, **kwargs),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # its own, lest the loader draw from the random numbers of training
+        )
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        with packed_as(self.packing(inputs)):  # until backward is done: checkpointed layers attend again
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Cross-entropy of the response tokens; over the tokens of the whole step, on all processes, in training."""
+        targets = Targets(inputs["positions"], inputs["targets"])
+        arguments = {name: inputs[name] for name in ("input_ids", "position_ids") if name in inputs}
+        with self.head.scoring(targets):
+            loss = model(**arguments, use_cache=False).logits
+        self.throughput.count(inputs, self.head.scores)
+        if num_items_in_batch is None:
+            return loss / max(1, len(targets.tokens))
+        # DDP and ZeRO average gradients over processes, each of which has only its own tokens.
+        return loss * (self.accelerator.num_processes / num_items_in_batch)
+
+    def prediction_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager(), packed_as(self.packing(inputs)):
+            return self.compute_loss(model, inputs).detach(), None, None
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.eval_sums = torch.zeros(2, dtype=torch.float64)  # loss summed over response tokens, their number
+        training, self.throughput = self.throughput, Throughput(self.model, self.args.device)
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        loss, tokens = self.accelerator.reduce(self.eval_sums.to(self.args.device, torch.float32)).tolist()
-        output.metrics[f"{prefix}_loss"] = loss / max(1.0, tokens)
-        output.metrics[f"{prefix}_perplexity"] = math.exp(min(loss / max(1.0, tokens), 700.0))
+        loss, accuracy = self.throughput.loss_and_accuracy(self.accelerator)
+        output.metrics[f"{prefix}_loss"] = loss
+        output.metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
+        output.metrics[f"{prefix}_mean_token_accuracy"] = accuracy
+        self.throughput = training
         return output
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        result = super().prediction_step(model, inputs, *args, **kwargs)
-        tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().item()
-        self.eval_sums += torch.tensor([result[0].item() * tokens, tokens], dtype=torch.float64)
-        return result
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.throughput.since_last_log(self.accelerator)
+        super().log(logs, start_time)
+
+    def packing(self, inputs: Batch) -> Packing | None:
+        return Packing(tuple(inputs["lengths"]), self.args.device) if "position_ids" in inputs else None
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """trl's walks over all modules, in every micro-batch, to count parameters."""
+        return self.throughput.flops_of(inputs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """trl writes one with every checkpoint, with loading code that does not fit a subfolder; not wanted."""
+
+
+class EpochLoader(DataLoader):
+    """A DataLoader that tells its batch sampler the epoch, as Trainer expects of accelerate's."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
 
 
 class MetricsFile(TrainerCallback):
@@ -64,10 +142,15 @@ def make_trainer(
     args = make_arguments(recipe, has_eval=prepared.eval is not None)
     model = load_model(recipe.model, tokenizer, args.seed)
     require_positions(model, prepared)
+    require_plain_head(model, recipe.lora)
+    fuse_gelu(model)
     if recipe.data.layout == "packed":
+        isolate(model)
         require_isolation(model)
     try:
         return ResponseTrainer(
+            recipe=recipe,
+            prepared=prepared,
             model=model,
             args=args,
             data_collator=Collator(recipe.data.layout, tokenizer.pad_token_id or 0),
@@ -100,6 +183,9 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     settings.setdefault("dataloader_pin_memory", has_gpu)
     # trl's default of recomputing every activation costs a third of the speed; a recipe asks for it where it must.
     settings.setdefault("gradient_checkpointing", False)
+    # Trainer's default replaces a loss that is not a number by the average of those before, and asks the device for
+    # it in every micro-batch.
+    settings.setdefault("logging_nan_inf_filter", False)
     if has_eval:
         settings.setdefault("eval_on_start", True)  # the loss before training, to compare with
         settings.setdefault("per_device_eval_batch_size", recipe.training.per_device_train_batch_size)
@@ -111,9 +197,10 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
         raise UserError(f"training: {' '.join(str(error).split())}") from None
 
 
-def as_dataset(examples: Examples) -> Dataset:
+def as_dataset(examples: Examples) -> "Dataset":
     """The examples as a datasets.Dataset (trl takes no other), without copying their tokens."""
     import pyarrow
+    from datasets import Dataset
 
     offsets = pyarrow.array([0, *examples.ends.tolist()], pyarrow.int64())
     columns = {

@@ -1,0 +1,228 @@
+"""Attention over packed examples: each sees itself and nothing else, at the cost of the examples, not of their square.
+
+A packed batch is one row of T tokens. The attention that transformers would use builds one (T, T) mask for it; here the
+examples are attended to one by one (CPU), as padded rows (GPU), or by a variable-length kernel (GPUs with
+FlashAttention). Idea and proof of exactness: attention is a function of an example's own queries, keys and values.
+"""
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from finetuning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME, EAGER = "packed", "packed_eager"  # our names among transformers' attention implementations
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How examples lie in one row of tokens."""
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def bounds(self) -> Iterator[tuple[int, int]]:
+        ends = list(accumulate(self.lengths))
+        return zip([0, *ends[:-1]], ends, strict=True)
+
+    @cached_property
+    def borders(self) -> torch.Tensor:
+        """(examples + 1,) int32: where each example starts, and the end."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(self.device, non_blocking=True)
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """(examples, longest): flat position of every token of an example; behind its end, of its last one."""
+        rows = [[min(start + n, end - 1) for n in range(self.longest)] for start, end in self.bounds]
+        return torch.tensor(rows).to(self.device, non_blocking=True)
+
+    @cached_property
+    def back(self) -> torch.Tensor:
+        """(T,): position of every token in the flattened `rows`."""
+        places = [number * self.longest + n for number, length in enumerate(self.lengths) for n in range(length)]
+        return torch.tensor(places).to(self.device, non_blocking=True)
+
+
+class Current:
+    """The packing of the batch that is being computed; None for rows that are each one sequence.
+
+    BLOOM's forward drops every argument it does not know, so the packing cannot travel with the batch.
+    """
+
+    packing: Packing | None = None
+
+
+@contextmanager
+def packed_as(packing: Packing | None) -> Iterator[None]:
+    """Within, models attend as the packing says. To be held until backward is done: checkpointing attends again."""
+    before, Current.packing = Current.packing, packing
+    try:
+        yield
+    finally:
+        Current.packing = before
+
+
+@torch.no_grad()
+def require_isolation(model: "PreTrainedModel", tolerance: float = 1e-3) -> None:
+    """Raises UserError if packed examples see each other in this very model.
+
+    Asks it: two short examples, packed and alone, must give the same logits, up to the rounding of its number format.
+    """
+    first, second = torch.arange(5, 10)[None], torch.arange(12, 4, -1)[None]
+    was_training = model.training
+    model.eval()
+    try:
+        apart = torch.cat([logits(model, ids) for ids in (first, second)], dim=1)
+        with packed_as(Packing((first.shape[1], second.shape[1]), model.device)):
+            together = logits(model, torch.cat([first, second], dim=1))
+    finally:
+        model.train(was_training)
+    difference = (apart - together).abs().max().item()
+    allowed = tolerance if model.dtype == torch.float32 else 0.05
+    if not difference <= allowed * max(1.0, apart.abs().max().item()):
+        raise UserError(
+            f"data.layout: packed, but in this {model.config.model_type} model packed examples see each other (logits "
+            f"differ by {difference:.1g}); use data.layout=padded"
+        )
+
+
+def logits(model: "PreTrainedModel", input_ids: torch.Tensor) -> torch.Tensor:
+    packing = Current.packing
+    lengths = packing.lengths if packing else (input_ids.shape[1],)
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+    device = model.device
+    return model(input_ids=input_ids.to(device), position_ids=position_ids.to(device), use_cache=False).logits.float()
+
+
+def isolate(model: "PreTrainedModel") -> None:
+    """Has the model attend by `packed_as`; outside of it nothing changes, generation included."""
+    if model.config.model_type == "bloom":
+        for block in model.transformer.h:
+            attention = block.self_attention
+            attention.forward = types.MethodType(attend_bloom, attention)
+        model.config._attn_implementation = EAGER
+    else:
+        model.set_attn_implementation(NAME)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    scale: float | None,
+    dropout: float = 0.0,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention within each example. query (1, H, T, D), key and value (1, H or fewer, T, D) -> (1, H, T, D).
+
+    `bias` (H, 1, longest) is added to the scores of an example's first, second, ... key.
+    """
+    if bias is None and dropout == 0 and has_flash(query):
+        return attend_flash(query, key, value, packing, scale)
+    settings = {"scale": scale, "dropout_p": dropout, "enable_gqa": key.shape[1] != query.shape[1]}
+    settings |= {"is_causal": True} if bias is None else {}
+    mask = None if bias is None else causal(bias, packing.longest)
+    if query.device.type == "cpu":
+        parts = []
+        for start, end in packing.bounds:
+            cut = None if mask is None else mask[:, :, : end - start, : end - start]
+            q, k, v = (part[:, :, start:end] for part in (query, key, value))
+            parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=cut, **settings))
+        return torch.cat(parts, dim=2)
+    q, k, v = (part[0].transpose(0, 1)[packing.rows].transpose(1, 2) for part in (query, key, value))
+    output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
+    return output.transpose(1, 2).flatten(0, 1)[packing.back].transpose(0, 1)[None]
+
+
+def attend_flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float | None
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
+    border, longest = packing.borders, packing.longest
+    gqa = key.shape[1] != query.shape[1]
+    output = varlen_attn(q, k, v, border, border, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=gqa)
+    return output.transpose(0, 1)[None]
+
+
+def has_flash(query: torch.Tensor) -> bool:
+    """Whether torch's variable-length FlashAttention takes these: half precision on compute capability 8.0 and up."""
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and is_half and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def causal(bias: torch.Tensor, length: int) -> torch.Tensor:
+    """(1, H, length, length): the bias where a key is not after its query, minus infinity elsewhere."""
+    later = torch.ones(length, length, dtype=torch.bool, device=bias.device).triu(1)
+    return bias[:, :, :length].expand(-1, length, -1).masked_fill(later, float("-inf"))[None]
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention of transformers' AttentionInterface: (1, H, T, D) -> (1, T, H, D)."""
+    if Current.packing is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    return attend(query, key, value, Current.packing, scaling, dropout).transpose(1, 2).contiguous(), None
+
+
+def unless_packed(mask: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
+    """A mask function of transformers' AttentionMaskInterface: none for a packed batch, else that of `mask`."""
+    return lambda *args, **kwargs: mask(*args, **kwargs) if Current.packing is None else None
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, unless_packed(sdpa_mask))
+AttentionMaskInterface.register(EAGER, unless_packed(eager_mask))
+
+
+def attend_bloom(
+    self: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    residual: torch.Tensor,
+    alibi: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' BloomAttention.forward, for a packed batch.
+
+    BLOOM ignores position_ids. Its bias, alibi, grows with the distance of a key alone (softmax does not see a constant
+    added to a query's scores), so that examples need to be kept apart, but not to start at position 0.
+    """
+    if Current.packing is None:
+        return type(self).forward(self, hidden_states, residual, alibi, *args, **kwargs)
+    query, key, value = self._reshape(self.query_key_value(hidden_states))
+    dropout = self.attention_dropout.p if self.training else 0.0
+    bias = alibi[:, :, : Current.packing.longest].to(query.dtype)
+    context = attend(query, key, value, Current.packing, self.inv_norm_factor, dropout, bias)
+    output = self.dense(context.transpose(1, 2).flatten(2))
+    return F.dropout(output, self.hidden_dropout, self.training) + residual, None

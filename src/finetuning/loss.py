@@ -1,0 +1,129 @@
+"""Hidden states -> loss over response tokens, without the logits of any other token.
+
+The head's weight and the cross-entropy meet in tiles of a few rows: no (B, T, V) logits exist. The gradient is formed
+while a tile's logits are at hand, so that backward has nothing to compute again: three matrix products, two with a
+frozen head, where recomputing takes four and three. The idea is that of Liger's fused linear cross-entropy
+(https://github.com/linkedin/Liger-Kernel), here in plain torch for every device.
+"""
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from finetuning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TILE = 2**24  # logits alive at once: 64 MiB in float32
+
+
+class Targets(NamedTuple):
+    """Which positions are scored, and against which token."""
+
+    positions: torch.Tensor  # (N,) in the flattened (B * T) hidden states, each one before its target
+    tokens: torch.Tensor  # (N,)
+
+
+class Scores(NamedTuple):
+    loss: torch.Tensor  # () cross-entropy, summed over the N targets
+    correct: torch.Tensor  # () how many targets are the likeliest token
+
+
+class ResponseHead:
+    """A model's output embeddings, made to score targets instead of returning logits.
+
+    The head is still called as the module it is, inside the model's own forward: what DDP, ZeRO-3 and FSDP2 hook there
+    (gathering its weight, say) they find as ever.
+    """
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self.head = model.get_output_embeddings()
+        self.targets: Targets | None = None
+        self.scores: Scores | None = None
+        self.head.forward = types.MethodType(self.forward, self.head)
+
+    @contextmanager
+    def scoring(self, targets: Targets) -> Iterator[None]:
+        """Within, the model's `logits` are the loss, summed over the targets; `scores` has both figures."""
+        self.targets = targets
+        try:
+            yield
+        finally:
+            self.targets = None
+
+    def forward(self, head: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.targets is None:
+            return F.linear(hidden_states, head.weight, head.bias)
+        hidden = hidden_states.flatten(0, -2).index_select(0, self.targets.positions)
+        self.scores = Scores(*ResponseLoss.apply(hidden, head.weight, head.bias, self.targets.tokens))
+        return self.scores.loss
+
+
+def require_plain_head(model: "PreTrainedModel", lora: Any) -> None:
+    """Raises UserError where the loss is more than the head's product: scaled or capped logits, a LoRA on the head."""
+    config = model.config.get_text_config()
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+    scaled = [name for name in names if getattr(config, name, None) not in (None, 1, 1.0)]
+    if scaled or type(model.get_output_embeddings()) is not torch.nn.Linear:
+        what = scaled[0] if scaled else type(model.get_output_embeddings()).__name__
+        raise UserError(f"model.name: the output layer of {config.model_type} models ({what}) is not supported")
+    given = lora.model_dump(exclude_unset=True) if lora else {}
+    modules = [given.get("target_modules"), given.get("modules_to_save")]
+    if any("lm_head" in names for names in modules if names):
+        raise UserError("lora: lm_head cannot be adapted: the loss is computed from its weight; leave it out")
+
+
+class ResponseLoss(torch.autograd.Function):
+    """hidden (N, C), weight (V, C), bias (V,) or None, tokens (N,) -> Scores."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        rows, matrix = hidden.to(dtype), weight.to(dtype)
+        grad_hidden = torch.empty_like(rows) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        loss = torch.zeros((), device=hidden.device)
+        correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+        step = max(16, TILE // weight.shape[0])
+        for start in range(0, len(rows), step):
+            tile, wanted = rows[start : start + step], tokens[start : start + step, None]
+            logits = F.linear(tile, matrix, None if bias is None else bias.to(dtype)).float()
+            of_target = logits.gather(1, wanted)
+            top = logits.amax(1, keepdim=True)
+            correct += (of_target == top).sum()
+            exp = logits.sub_(top).exp_()  # in place: a tile is large
+            total = exp.sum(1, keepdim=True)
+            loss += (total.log() + top - of_target).sum()
+            if not (needs_hidden or needs_weight or needs_bias):
+                continue
+            grad = exp.div_(total).scatter_add_(1, wanted, torch.full_like(of_target, -1.0))  # softmax - one-hot
+            if needs_bias:
+                grad_bias += grad.sum(0).to(bias.dtype)
+            grad = grad.to(dtype)
+            if needs_hidden:
+                torch.mm(grad, matrix, out=grad_hidden[start : start + step])
+            if needs_weight and dtype == weight.dtype:
+                grad_weight.addmm_(grad.t(), tile)
+            elif needs_weight:
+                grad_weight += grad.t() @ tile
+        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+        ctx.dtype = hidden.dtype
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        # Scaled here and not in forward: only now is the factor known (gradient accumulation, fp16 loss scale).
+        hidden, weight, bias = (None if grad is None else grad.mul_(grad_loss) for grad in ctx.grads)
+        ctx.grads = None
+        return None if hidden is None else hidden.to(ctx.dtype), weight, bias, None

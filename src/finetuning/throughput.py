@@ -1,0 +1,73 @@
+"""How much was computed, how fast, and how well: counted on the host or left on the device until it is logged."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetuning.loss import Scores
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# Dense half-precision peak, FLOP/s, by a part of the device's name (NVIDIA's data sheets).
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "A10G": 125e12, "V100": 125e12, "T4": 65e12}
+
+
+class Throughput:
+    """Sums over micro-batches since the last log. No figure leaves the device in between."""
+
+    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+        # ZeRO-3 leaves empty shells of parameters; their full size is in ds_numel.
+        sizes = [(getattr(p, "ds_numel", None) or p.numel(), p.requires_grad) for p in model.parameters()]
+        total = sum(size for size, _ in sizes)
+        trained = sum(size for size, requires_grad in sizes if requires_grad)
+        # Forward two FLOPs a weight and token, backward as many for the activations, and for each trained weight.
+        self.flops_per_token = 4 * total + 2 * trained
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak = next((peak for part, peak in PEAKS.items() if part in name), None)
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64 if self.device.type != "mps" else torch.float32)
+        self.loss = self.loss.to(self.device)
+        self.correct = torch.zeros((), dtype=torch.long, device=self.device)
+        self.responses = self.tokens = self.slots = 0
+        self.since = time.perf_counter()
+
+    def count(self, inputs: dict[str, Any], scores: Scores) -> None:
+        self.loss += scores.loss.detach()
+        self.correct += scores.correct
+        self.responses += len(inputs["targets"])
+        self.tokens += sum(inputs["lengths"])
+        self.slots += inputs["input_ids"].numel()
+
+    def flops_of(self, inputs: dict[str, Any]) -> int:
+        return self.flops_per_token * sum(inputs["lengths"])
+
+    def totals(self, accelerator: "Accelerator") -> list[float]:
+        """[loss, correct, responses, tokens, slots] over all processes."""
+        counts = torch.tensor([self.responses, self.tokens, self.slots], dtype=self.loss.dtype, device=self.device)
+        sums = torch.cat([torch.stack([self.loss, self.correct.to(self.loss.dtype)]), counts])
+        return accelerator.reduce(sums).tolist()
+
+    def loss_and_accuracy(self, accelerator: "Accelerator") -> tuple[float, float]:
+        """Mean cross-entropy of a response token, and the share of them that is the likeliest token."""
+        loss, correct, responses, _, _ = self.totals(accelerator)
+        return loss / max(1.0, responses), correct / max(1.0, responses)
+
+    def since_last_log(self, accelerator: "Accelerator") -> dict[str, float]:
+        _, correct, responses, tokens, slots = self.totals(accelerator)  # waits for the device
+        seconds = time.perf_counter() - self.since
+        self.reset()
+        figures = {
+            "mean_token_accuracy": correct / max(1.0, responses),
+            "response_tokens_per_second": responses / seconds,
+            "tokens_per_second": tokens / seconds,
+            "padding_share": 1 - tokens / max(1.0, slots),
+        }
+        if self.peak:
+            used = self.flops_per_token * tokens / seconds
+            figures["model_flops_share"] = used / (self.peak * accelerator.num_processes)
+        return figures
