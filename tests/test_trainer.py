@@ -139,7 +139,7 @@ def test_evaluation_counts_every_response_token_once(base, rows, tmp_path):
     metrics = trainer.evaluate()
     trainer.model.eval()
     loss = tokens = correct = 0
-    for example in trainer.prepared.eval:
+    for example in trainer.eval_examples:
         ids, labels = (torch.tensor(example[name].tolist()) for name in ("input_ids", "labels"))
         with torch.no_grad():
             logits = trainer.model(input_ids=ids[None]).logits[0, :-1]

@@ -122,7 +122,7 @@ def scratch_config(settings: FromScratch, tokenizer: "PreTrainedTokenizerFast") 
 
 
 def fuse_gelu(model: "PreTrainedModel") -> None:
-    """Puts torch's one-kernel GELU in place of GPT-2's and BLOOM's: the same function (to 2e-7), there eight kernels."""
+    """Puts torch's one-kernel GELU in place of GPT-2's and BLOOM's eight: the same function (to 2e-7)."""
     from torch.nn import GELU
     from transformers.activations import NewGELUActivation
     from transformers.models.bloom.modeling_bloom import BloomGelu

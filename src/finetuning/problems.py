@@ -44,7 +44,8 @@ def explain(
         problems.setdefault(key_path(problem, settings), []).append(problem)
     # A value that may be text or a list is refused as text too, and that says less than what is wrong in the list.
     problems = {key: found for key, found in problems.items() if not any(is_inside(other, key) for other in problems)}
-    key, found = next(iter(problems.items()))
+    # A misspelt key comes before what is then missing.
+    key, found = min(problems.items(), key=lambda item: item[1][0]["type"] not in ("extra_forbidden", "invalid_key"))
     place = next((places[key[:end]] for end in range(len(key), 0, -1) if key[:end] in places), path)
     more = [".".join(map(str, other)) for other in problems if other != key]
     also = f" (and {len(more)} more: {', '.join(more[:3])})" if more else ""
@@ -78,6 +79,8 @@ def describe_problem(root: Fields, key: KeyPath, problems: list[dict[str, Any]])
     if kind == "missing":
         allowed = allowed_values(root, key)
         return f"{name} is missing" + (f"; allowed are {', '.join(allowed)}" if allowed else "")
+    if kind == "invalid_key":
+        return f"key {shown(problems[0]['input'])}; expected text"
     if kind == "value_error":
         return ": ".join(filter(None, (name, str(problems[0]["ctx"]["error"]))))
     found = shown(problems[0]["input"])

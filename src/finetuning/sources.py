@@ -164,7 +164,7 @@ def parse_csv(content: bytes) -> Iterator[Row]:
                 raise BadRow(f"line {lines.line_num}: not as many columns as the header")
             yield row
     except csv.Error as error:
-        raise BadRow(f"line {lines.line_num}: {error}") from None
+        raise BadRow(f"line {lines.reader.line_num}: {error}") from None
 
 
 def parse_parquet(content: bytes) -> Iterable[Row]:

@@ -33,27 +33,35 @@ class ResponseTrainer(SFTTrainer):
     short answer weighs more than one of a long answer.
     """
 
-    def __init__(self, *, recipe: Recipe, prepared: Prepared, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        train_examples: Examples,
+        eval_examples: Examples | None = None,
+        order: str = "random",
+        batch_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.recipe, self.prepared = recipe, prepared
+        self.train_examples, self.eval_examples = train_examples, eval_examples
+        self.order, self.batch_tokens = order, batch_tokens
         self.head = ResponseHead(self.accelerator.unwrap_model(self.model))
         self.throughput = Throughput(self.model, self.args.device)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, in compute_loss
 
     def get_train_dataloader(self) -> DataLoader:
-        data, training = self.recipe.data, self.args
-        seed = training.seed if training.data_seed is None else training.data_seed
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return self.load(
-            self.prepared.train,
-            batch_size=training.per_device_train_batch_size,
-            tokens=data.batch_tokens,
-            accumulation=training.gradient_accumulation_steps,
-            seed=None if data.order == "sequential" else seed,
-            by_length=data.order == "by_length",
+            self.train_examples,
+            batch_size=self.args.per_device_train_batch_size,
+            tokens=self.batch_tokens,
+            accumulation=self.args.gradient_accumulation_steps,
+            seed=None if self.order == "sequential" else seed,
+            by_length=self.order == "by_length",
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        return self.load(self.prepared.eval, batch_size=self.args.per_device_eval_batch_size)
+        return self.load(self.eval_examples, batch_size=self.args.per_device_eval_batch_size)
 
     def load(self, examples: Examples, **kwargs: Any) -> DataLoader:
         """A loader of this process's batches. accelerate does not share them out again: it would repeat examples."""
@@ -149,8 +157,10 @@ def make_trainer(
         require_isolation(model)
     try:
         return ResponseTrainer(
-            recipe=recipe,
-            prepared=prepared,
+            train_examples=prepared.train,
+            eval_examples=prepared.eval,
+            order=recipe.data.order,
+            batch_tokens=recipe.data.batch_tokens,
             model=model,
             args=args,
             data_collator=Collator(recipe.data.layout, tokenizer.pad_token_id or 0),
