@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
         write_samples(folder, samples)
         log_samples(recipe, folder, samples, trainer.state.global_step)
         write_finish(folder)
-    print_answers(console, samples if questions else [])
+        print_answers(console, samples)
     console.print(losses)
     console.print(f"run folder: {folder}")
 

@@ -5,9 +5,9 @@ load -> where -> read -> render -> tokenize -> overflow -> eval split -> weight
 
 import difflib
 import hashlib
+import io
 import json
 import os
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -142,7 +142,7 @@ def build(data: Data, tokenizer: "PreTrainedTokenizerFast", key: str) -> Prepare
     kept, is_closed = fit(whole, conversations, tally)
     of_kept = [conversations[number] for number in kept]
     is_eval = held_out(of_kept, data.eval)
-    copies = np.where(is_eval, 1, copies_by_weight(of_kept, data.sources))
+    copies = copies_by_weight(of_kept, data.sources)
 
     examples = whole.select(kept, data.max_length)
     examples = replace(examples, rows=np.array([conversation.row for conversation in of_kept], np.int64))
@@ -280,33 +280,41 @@ def fingerprint_of(data: Data, tokenizer: "PreTrainedTokenizerFast") -> str:
         parts += [fingerprint(source.model_copy(update={"split": data.eval.split})) for source in data.sources]
     settings = data.model_dump(exclude={"layout", "order", "batch_tokens"})
     code = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in PIPELINE]
-    words = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
-    text = json.dumps([parts, settings, words, code, tokenizers.__version__], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    words = [tokenizer.special_tokens_map, tokenizer.chat_template, tokenizers.__version__]
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(json.dumps([parts, settings, code, words], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def read_cache(file: Path) -> Prepared | None:
-    """What write_cache wrote, or None if it is not there or damaged (zip checks every byte)."""
+    """What write_cache wrote, or None if it is not there or any byte of it has changed."""
     try:
-        with np.load(file) as arrays:
-            report = json.loads(str(arrays["report"]))
-            names = Examples.__dataclass_fields__
-            train, held = (
-                Examples(*(arrays[f"{part}.{name}"] for name in names)) if f"{part}.rows" in arrays else None
-                for part in ("train", "eval")
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        whole = file.read_bytes()
+    except OSError:
         return None
+    content, digest = whole[:-32], whole[-32:]
+    if hashlib.sha256(content).digest() != digest:
+        return None
+    with np.load(io.BytesIO(content)) as arrays:
+        report = json.loads(str(arrays["report"]))
+        names = Examples.__dataclass_fields__
+        train, held = (
+            Examples(*(arrays[f"{part}.{name}"] for name in names)) if f"{part}.rows" in arrays else None
+            for part in ("train", "eval")
+        )
     return Prepared(train, held, report, file.stem)
 
 
 def write_cache(file: Path, prepared: Prepared) -> None:
+    """An .npz file with its own SHA-256 at the end: zip does not check the names and places of what it holds."""
     parts = {"train": prepared.train, **({"eval": prepared.eval} if prepared.eval else {})}
     arrays = {f"{part}.{name}": value for part, examples in parts.items() for name, value in vars(examples).items()}
+    stream = io.BytesIO()
+    np.savez(stream, report=json.dumps(prepared.report), **arrays)
+    content = stream.getvalue()
     unfinished = file.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with unfinished.open("wb") as stream:
-            np.savez(stream, report=json.dumps(prepared.report), **arrays)
+        unfinished.write_bytes(content + hashlib.sha256(content).digest())
         unfinished.replace(file)
     except OSError as error:  # a full disk costs the next run some seconds, not this run
         unfinished.unlink(missing_ok=True)

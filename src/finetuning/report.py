@@ -55,6 +55,9 @@ def coloured(example: Example, tokenizer: "PreTrainedTokenizerFast") -> Text:
 
 
 def print_answers(console: Console, samples: list[tuple[str, str, str]]) -> None:
+    """Question, answer before and after training, side by side."""
+    if not samples:
+        return
     table = Table("question", "before", "after", show_lines=True)
     for sample in samples:
         table.add_row(*(Text(cell) for cell in sample))

@@ -159,6 +159,9 @@ def parse_csv(content: bytes) -> Iterator[Row]:
     # strict: a quote that is not closed is an error, and does not swallow the rest of the file.
     lines = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
     try:
+        names = lines.fieldnames or []
+        if len(set(names)) < len(names):
+            raise BadRow(f"line 1: two columns have one name: {', '.join(names)}")
         for row in lines:
             if None in row or None in row.values():
                 raise BadRow(f"line {lines.line_num}: not as many columns as the header")

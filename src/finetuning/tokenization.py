@@ -126,21 +126,22 @@ def without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def without_prefix_space(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that puts nothing in front of a text."""
+    """A tokenizer that puts nothing in front of a text: a copy, or the same if it never does."""
+    # What adds to a plain letter adds to every text: normalizers Prepend, or Replace of the text's beginning.
+    kept = [step for step in steps_of(tokenizer.normalizer) if step.normalize_str("a") == "a"]
+    splitting = steps_of(tokenizer.pre_tokenizer)
+    metaspaces = [step for step in splitting if isinstance(step, pre_tokenizers.Metaspace)]
+    byte_levels = [step for step in splitting if isinstance(step, pre_tokenizers.ByteLevel) and step.add_prefix_space]
+    if len(kept) == len(steps_of(tokenizer.normalizer)) and not metaspaces and not byte_levels:
+        return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.encode_special_tokens = True  # a copy forgets it
-    if tokenizer.normalizer is not None:
-        # What adds to a plain letter adds to every text: normalizers Prepend, or Replace of the text's beginning.
-        steps = [step for step in steps_of(tokenizer.normalizer) if step.normalize_str("a") == "a"]
-        tokenizer.normalizer = normalizers.Sequence(steps)
-    if tokenizer.pre_tokenizer is not None:
-        steps = steps_of(tokenizer.pre_tokenizer)
-        for step in steps:
-            if isinstance(step, pre_tokenizers.Metaspace):
-                step.prepend_scheme = "never"
-            if isinstance(step, pre_tokenizers.ByteLevel):
-                step.add_prefix_space = False
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.normalizer = normalizers.Sequence(kept)
+    for step in metaspaces:
+        step.prepend_scheme = "never"
+    for step in byte_levels:
+        step.add_prefix_space = False
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splitting)
     return tokenizer
 
 

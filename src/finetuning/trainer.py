@@ -191,6 +191,7 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     }
     settings.setdefault("use_cpu", not has_gpu)  # two gloo processes find each other only with this flag
     settings.setdefault("dataloader_pin_memory", has_gpu)
+    settings.setdefault("ddp_find_unused_parameters", False)  # every parameter is used; looking costs a walk a step
     # trl's default of recomputing every activation costs a third of the speed; a recipe asks for it where it must.
     settings.setdefault("gradient_checkpointing", False)
     # Trainer's default replaces a loss that is not a number by the average of those before, and asks the device for

@@ -1,0 +1,125 @@
+"""Data preparation and packing: rows per second beside trl and the tokenizer alone, seconds for many lengths.
+
+python benchmarks/data.py --data dolly.jsonl --tokenizer gpt2-folder
+
+Preparation is everything from the file to ids and labels: read, render, tokenize, mask, cut. The floor is one batch
+encoding of the same texts by the tokenizer. CPU seconds of the whole process part, best of the repeats.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "true"
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+import numpy as np  # noqa: E402
+
+from finetuning.batching import pack_lengths  # noqa: E402
+from finetuning.data import prepare  # noqa: E402
+from finetuning.model import read_tokenizer  # noqa: E402
+from finetuning.readers import read_dolly  # noqa: E402
+from finetuning.sections import Data  # noqa: E402
+from finetuning.templates import TEMPLATES, MarkerTemplate  # noqa: E402
+
+MAX_LENGTH = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="dolly's local jsonl file")
+    parser.add_argument("--tokenizer", required=True, help="local folder of GPT-2's tokenizer")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    tokenizer = read_tokenizer(options.tokenizer)
+    texts = [prompt + response for prompt, response in rendered(options.data, tokenizer.eos_token)]
+    data = Data(path=options.data, reader="dolly", template="question_answer", max_length=MAX_LENGTH, overflow="cut")
+
+    floor, _ = best(options.repeats, lambda: tokenizer.backend_tokenizer.encode_batch_fast(texts))
+    ours, prepared = best(options.repeats, lambda: prepare(data, tokenizer))
+    theirs, dataset = best(1, lambda: trl_dataset(options.data, tokenizer))
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(data, tokenizer, Path(folder))
+        cached = min(wall(lambda: prepare(data, tokenizer, Path(folder))) for _ in range(3))
+
+    print("| preparation of", len(texts), "rows | CPU s | rows/s | of one batch encoding | of trl's path |")
+    print("|---|---|---|---|---|")
+    for name, seconds in (("trl", theirs), ("ours", ours), ("one batch encoding (floor)", floor)):
+        print(
+            f"| {name} | {seconds:.2f} | {len(texts) / seconds:.0f} | {seconds / floor:.2f} | {theirs / seconds:.1f} times |"
+        )
+    print(f"\nours again, from the cache: {cached:.3f} s (wall)")
+    print(f"ids and labels equal to trl's: {same(prepared.train, dataset)}\n")
+    packing(prepared.train.lengths)
+
+
+def rendered(path: str, eos: str) -> list[tuple[str, str]]:
+    """(prompt, response with end mark) of every row."""
+    template = MarkerTemplate(TEMPLATES["question_answer"], eos)
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+    pairs = []
+    for row in rows:
+        segments = template.render(read_dolly(row))
+        prompt = "".join(segment.text for segment in segments if not segment.is_response)
+        pairs.append((prompt, "".join(segment.text for segment in segments if segment.is_response)))
+    return pairs
+
+
+def best(repeats: int, work: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds of the fastest call, and what it returned."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.process_time()
+        result = work()
+        seconds.append(time.process_time() - start)
+    return min(seconds), result
+
+
+def wall(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def trl_dataset(path: str, tokenizer):
+    """trl's own preparation of the same prompts and responses."""
+    import datasets
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from trl import SFTConfig, SFTTrainer
+
+    datasets.disable_caching()
+    pairs = rendered(path, tokenizer.eos_token)
+    columns = {"prompt": [prompt for prompt, _ in pairs], "completion": [response for _, response in pairs]}
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1))
+    settings = {"max_length": MAX_LENGTH, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
+    args = SFTConfig(output_dir=tempfile.mkdtemp(), **settings)
+    dataset = datasets.Dataset.from_dict(columns)
+    return SFTTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=dataset).train_dataset
+
+
+def same(examples, dataset) -> bool:
+    theirs = dataset.with_format(None)
+    return len(examples) == len(theirs) and all(
+        ours["input_ids"].tolist() == row["input_ids"] and ours["labels"].tolist() == row["labels"]
+        for ours, row in zip(examples, theirs, strict=True)
+    )
+
+
+def packing(lengths: np.ndarray) -> None:
+    print("| packing into bins of 2,048 | CPU s | bins | real tokens in the slots |")
+    print("|---|---|---|---|")
+    for count in (len(lengths), 1_000_000, 10_000_000):
+        drawn = lengths if count == len(lengths) else np.random.default_rng(0).choice(lengths, count)
+        seconds, bins = best(2, lambda drawn=drawn: pack_lengths(drawn, 2048))
+        share = drawn.sum() / (2048 * (bins.max() + 1))
+        print(f"| {count:,} lengths | {seconds:.3f} | {bins.max() + 1:,} | {share:.2%} |")
+
+
+if __name__ == "__main__":
+    main()

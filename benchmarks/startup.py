@@ -1,0 +1,90 @@
+"""From the command to the end of the first optimizer step, on dolly, beside a plain trl script.
+
+python benchmarks/startup.py --data dolly.jsonl --tokenizer gpt2-folder
+
+Both train a very small GPT-2 for one step through `accelerate launch` on the CPU: cold, with nothing prepared, and
+again. Wall seconds; the ratio is what counts.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+TRL = """
+import json, sys
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+data, model, output = sys.argv[1:]
+rows = load_dataset("json", data_files=data, split="train").filter(lambda row: row["context"] == "")
+rows = rows.map(lambda row: {"prompt": f"### Question: {row['instruction']}\\n### Answer:",
+                             "completion": f" {row['response']}"}, remove_columns=rows.column_names)
+args = SFTConfig(output_dir=output, max_length=512, max_steps=1, per_device_train_batch_size=8, use_cpu=True, bf16=False,
+                 gradient_checkpointing=False, save_strategy="no", report_to="none")
+trainer = SFTTrainer(model=AutoModelForCausalLM.from_pretrained(model), args=args,
+                     processing_class=AutoTokenizer.from_pretrained(model), train_dataset=rows)
+trainer.train()
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="dolly's local jsonl file")
+    parser.add_argument("--tokenizer", required=True, help="local folder of GPT-2's tokenizer")
+    parser.add_argument("--repeats", type=int, default=2)
+    options = parser.parse_args()
+    work = Path(tempfile.mkdtemp())
+    make_model(Path(options.tokenizer), work / "model")
+    (work / "trl.py").write_text(TRL)
+    commands = {
+        "trl": [str(work / "trl.py"), options.data, str(work / "model"), str(work / "out")],
+        "ours": ["src/sft.py", "recipes/dolly_gpt2.yaml", f"model.name={work / 'model'}", f"data.path={options.data}",
+                 "training.max_steps=1", "training.save_strategy=no", "training.eval_on_start=false", "data.eval=null",
+                 "training.eval_strategy=no", "generation.prompts=[]"],
+    }  # fmt: skip
+    print("| command to the end of the run of one step | cold s | warm s |")
+    print("|---|---|---|")
+    for name, command in commands.items():
+        cold, warm = [], []
+        for repeat in range(options.repeats):
+            shutil.rmtree(work / "home", ignore_errors=True)
+            cold.append(launch(command, work, f"{name}-{repeat}-cold"))
+            warm.append(launch(command, work, f"{name}-{repeat}-warm"))
+        print(f"| {name} | {min(cold):.1f} | {min(warm):.1f} |", flush=True)
+
+
+def make_model(tokenizer: Path, folder: Path) -> None:
+    shutil.copytree(tokenizer, folder)
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2)).save_pretrained(folder)
+
+
+def launch(command: list[str], work: Path, name: str) -> float:
+    extra = [f"training.output_dir={work / name}"] if command[0].startswith("src") else []
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    config = str(ROOT / "accelerate_configs" / "cpu.yaml")
+    home = {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
+    done = subprocess.run(
+        [accelerate, "launch", "--config_file", config, *command, *extra],
+        cwd=ROOT,
+        env={**os.environ, **home},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(f"{json.dumps(command)} failed:\n{done.stderr[-2000:]}")
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The loss over response positions against torch's own cross-entropy over all logits."""
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from finetuning import loss
+from finetuning.errors import UserError
+from finetuning.loss import ResponseHead, ResponseLoss, Targets, require_plain_head
+from finetuning.sections import Lora
+
+
+def problem(dtype=torch.float64, rows: int = 37, width: int = 16, vocabulary: int = 101, bias: bool = False):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, width, dtype=dtype, generator=generator, requires_grad=True)
+    weight = torch.randn(vocabulary, width, dtype=dtype, generator=generator, requires_grad=True)
+    offset = torch.randn(vocabulary, dtype=dtype, generator=generator, requires_grad=True) if bias else None
+    return hidden, weight, offset, torch.randint(vocabulary, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tile", [1, 101 * 20, 2**24])
+def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, tile, bias):
+    monkeypatch.setattr(loss, "TILE", tile)
+    hidden, weight, offset, tokens = problem(bias=bias)
+    wanted = F.cross_entropy(F.linear(hidden, weight, offset), tokens, reduction="sum")
+    found, correct = ResponseLoss.apply(hidden, weight, offset, tokens)
+    given = [part for part in (hidden, weight, offset) if part is not None]
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert correct.item() == (F.linear(hidden, weight, offset).argmax(1) == tokens).sum().item()
+    # The factor stands for what comes after the loss: tokens of the step, accumulation, fp16 loss scale.
+    for mine, theirs in zip(torch.autograd.grad(found * 7, given), torch.autograd.grad(wanted * 7, given), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_no_gradient_is_formed_for_what_is_frozen(frozen):
+    hidden, weight, _, tokens = problem()
+    parts = {"hidden": hidden, "weight": weight}
+    parts[frozen] = parts[frozen].detach()
+    total, _ = ResponseLoss.apply(parts["hidden"], parts["weight"], None, tokens)
+    total.backward()
+    assert (hidden.grad is None) == (frozen == "hidden")
+    assert (weight.grad is None) == (frozen == "weight")
+
+
+def test_a_batch_without_targets_costs_nothing_and_still_has_gradients():
+    hidden, weight, _, tokens = problem(rows=0)
+    total, correct = ResponseLoss.apply(hidden, weight, None, tokens)
+    total.backward()
+    assert (total.item(), correct.item()) == (0, 0)
+    assert weight.grad.abs().sum() == 0
+
+
+def test_under_autocast_the_products_are_in_half_precision_and_the_loss_is_not():
+    hidden, weight, _, tokens = problem(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = ResponseLoss.apply(hidden, weight, None, tokens)
+    total.backward()
+    wanted = F.cross_entropy(hidden.detach() @ weight.detach().t(), tokens, reduction="sum")
+    assert total.dtype == weight.grad.dtype == hidden.grad.dtype == torch.float32
+    assert total.item() == pytest.approx(wanted.item(), rel=2e-2)
+    assert total.item() != pytest.approx(wanted.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_a_scoring_head_gives_the_loss_and_otherwise_logits(kind):
+    model = tiny.model_of(kind)
+    ids = torch.randint(5, 500, (2, 9), generator=torch.Generator().manual_seed(1))
+    logits = model(input_ids=ids, use_cache=False).logits
+    head = ResponseHead(model)
+    positions, tokens = torch.tensor([3, 4, 9, 16]), ids.flatten()[[4, 5, 10, 17]]
+    with head.scoring(Targets(positions, tokens)):
+        total = model(input_ids=ids, use_cache=False).logits
+    wanted = F.cross_entropy(logits.flatten(0, 1)[positions], tokens, reduction="sum")
+    assert total.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, logits)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_an_adapter_on_the_head_is_refused(field):
+    with pytest.raises(UserError, match="lm_head"):
+        require_plain_head(tiny.model_of("llama"), Lora(**{field: ["lm_head"]}))
+
+
+def test_scaled_logits_are_refused():
+    model = tiny.model_of("llama")
+    model.config.logit_scale = 0.5
+    with pytest.raises(UserError, match="logit_scale"):
+        require_plain_head(model, None)

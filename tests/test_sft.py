@@ -1,0 +1,199 @@
+"""The whole way, as a user goes it: recipe, run folder, answers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import generate
+import preview
+import sft
+from finetuning.errors import UserError
+from finetuning.recipe import load_recipe
+
+RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
+# Rows of every format, for recipes whose data is not at hand.
+ROWS = {
+    "dolly": [{"instruction": f"What is {n}?", "context": "", "response": f"It is {n}."} for n in range(40)],
+    "alpaca": [{"instruction": f"{n} は何？", "input": "数\n字", "output": f"{n} です。"} for n in range(40)],
+    "sharegpt": [
+        {"conversations": [{"from": who, "value": f"{who} {n}\n{turn}"} for turn in "ab" for who in ("human", "gpt")]}
+        for n in range(40)
+    ],
+}
+FAST = ("training.max_steps=2", "generation.max_new_tokens=4", "training.save_strategy=no", "training.eval_strategy=no")
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def run_folder(tmp_path, *overrides: str, recipe: str = "recipes/quickstart.yaml") -> Path:
+    sft.main([recipe, f"training.output_dir={tmp_path / 'run'}", "training.report_to=none", *FAST, *overrides])
+    return tmp_path / "run"
+
+
+def stand_in(recipe, folder: Path) -> list[str]:
+    """Overrides that put a tiny model and a few rows in the place of what the recipe takes from the Hub."""
+    if recipe.model.from_scratch:
+        return []
+    kind = "bloom" if "bloom" in recipe.model.name else "gpt2"
+    tokenizer = tiny.byte_level()
+    tiny.model_of(kind, vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = ROWS[recipe.data.reader]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    revision = ["data.revision=null"] if recipe.data.revision else []
+    return [f"model.name={folder / 'model'}", f"data.path={folder / 'rows.jsonl'}", *revision]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_trains_on_a_small_stand_in(path, tmp_path):
+    overrides = [*stand_in(load_recipe(path), tmp_path), "data.max_length=120"]
+    folder = run_folder(tmp_path, *overrides, recipe=str(path))
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["step"] == 2
+    assert load_recipe(folder / "recipe.yaml").data == load_recipe(path, overrides).data
+
+
+def test_a_run_folder_explains_itself(tmp_path):
+    folder = run_folder(tmp_path, "training.logging_steps=1")
+    assert load_recipe(folder / "recipe.yaml").training.max_steps == 2
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["torch"] and environment["data"] and environment["finished"]
+    assert environment["launch"]["processes"] == 1
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2]
+    assert [entry["step"] for entry in logged if "eval_loss" in entry] == [0, 2]
+    samples = (folder / "samples.md").read_text(encoding="utf-8")
+    assert "## 日本の首都はどこですか？" in samples and samples.count("After:") == 3
+    assert (folder / "model.safetensors").exists() and (folder / "tokenizer.json").exists()
+
+
+def test_the_folder_alone_answers_as_training_did(tmp_path, capsys):
+    folder = run_folder(tmp_path, "training.max_steps=20", "training.learning_rate=1e-2")
+    after = (folder / "samples.md").read_text(encoding="utf-8").split("After:\n\n    ")[1].splitlines()[0]
+    capsys.readouterr()
+    generate.main([str(folder), "What is the capital of Japan?"])
+    assert capsys.readouterr().out.strip() == after.strip()
+
+
+def test_batched_answers_are_those_of_single_questions(tmp_path, capsys):
+    folder = run_folder(tmp_path, "training.max_steps=20", "training.learning_rate=1e-2")
+    questions = ["What is 2 + 3?", "日本の首都はどこですか？", "Name the opposite of hot, please, in one word."]
+    capsys.readouterr()
+    generate.main([str(folder), *questions])
+    together = capsys.readouterr().out
+    for question in questions:
+        generate.main([str(folder), question])
+    assert capsys.readouterr().out == together
+
+
+def test_questions_come_from_standard_input_too(tmp_path, run_script):
+    folder = run_folder(tmp_path)
+    done = run_script("generate.py", folder, "-", "generation.max_new_tokens=2", stdin="What is 1 + 1?\n\nAnd 2?\n")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2
+    none = run_script("generate.py", folder)
+    assert none.returncode == 2 and none.stderr.startswith("error: no question")
+
+
+def test_lora_leaves_the_base_alone_and_saves_a_small_adapter(tmp_path, capsys):
+    tokenizer = tiny.byte_level()
+    tiny.model_of("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    overrides = ["model.from_scratch=null", f"model.name={tmp_path / 'model'}", "training.max_steps=10"]
+    lora = ["lora={r: 4, target_modules: [q_proj, v_proj]}", "training.learning_rate=1e-2"]
+    folder = run_folder(tmp_path, *overrides, *lora)
+    after = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    adapter = load_file(folder / "adapter_model.safetensors")
+    assert adapter and all("lora_" in name for name in adapter)
+    assert not (folder / "model.safetensors").exists()
+    capsys.readouterr()
+    generate.main([str(folder), "What is 2 + 3?"])
+    assert capsys.readouterr().out
+
+
+def test_the_same_command_goes_on_from_the_last_checkpoint(tmp_path):
+    """Stopped in the middle of the second epoch and started again, a run ends with the same weights, bit for bit."""
+    steps = [
+        "training.save_total_limit=null",
+        "training.max_steps=50",
+        "training.save_strategy=steps",
+        "training.save_steps=20",
+        "training.logging_steps=1",
+        "generation.prompts=[]",
+    ]
+    whole = run_folder(tmp_path / "whole", *steps)
+    folder = run_folder(tmp_path / "stopped", *steps)
+    for name in ("checkpoint-50", "model.safetensors", "metrics.jsonl"):
+        subprocess.run(["rm", "-rf", str(folder / name)], check=True)
+    environment = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps({**environment, "finished": None}))
+    assert sorted(path.name for path in folder.glob("checkpoint-*"))[-1] == "checkpoint-40"
+    again = run_folder(tmp_path / "stopped", *steps)
+    logged = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
+    assert min(entry["step"] for entry in logged if "loss" in entry) > 40
+    first, second = (load_file(path / "model.safetensors") for path in (whole, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_folder_of_another_recipe_or_a_finished_one_is_refused(tmp_path):
+    folder = run_folder(tmp_path)
+    with pytest.raises(UserError, match=r"training\.learning_rate was 0\.002, is 0\.5"):
+        run_folder(tmp_path, "training.learning_rate=0.5")
+    with pytest.raises(UserError, match="is finished"):
+        run_folder(tmp_path)
+    assert (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_loggers_get_scalars_and_answers(tmp_path, logger):
+    overrides = ["training.report_to=none", *FAST, "training.logging_steps=1", f"training.report_to={logger}"]
+    command = ["recipes/quickstart.yaml", f"training.output_dir={tmp_path / 'run'}", *overrides]
+    done = subprocess.run([sys.executable, "src/sft.py", *command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if logger == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(next((tmp_path / "run" / "runs").iterdir())))
+        events.Reload()
+        assert "train/loss" in events.Tags()["scalars"] and "eval/perplexity" in events.Tags()["scalars"]
+        assert events.Tags()["tensors"]
+    else:
+        assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_preview_and_training_see_the_same_examples(tmp_path):
+    preview.main(["recipes/quickstart.yaml", f"training.output_dir={tmp_path}"])
+    written = [json.loads(line) for line in (tmp_path / "preview" / "examples.jsonl").read_text().splitlines()]
+    report = json.loads((tmp_path / "preview" / "report.json").read_text())
+    assert report["rows"] == {"loaded": 589, "where": 589, "kept": 589, "train": 530, "eval": 59}
+    assert [line["row"] for line in written] == list(range(589))
+    assert [line["row"] for line in written if line["split"] == "eval"] == list(range(0, 589, 10))
+    assert sum(len(line["input_ids"]) for line in written) == report["tokens"]["total"]
+    assert sum(token != -100 for line in written for token in line["labels"]) == report["tokens"]["response"]
+    assert report["end_mark_share"] == 1.0 and report["dropped"] == {}
+    assert (tmp_path / "preview" / "token_lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quickstart_learns_to_answer(tmp_path):
+    """The embedded default, shortened: the answers it was trained on, and most of those it was not."""
+    folder = run_folder(
+        tmp_path, "training.max_steps=600", "training.lr_scheduler_type=linear", "generation.max_new_tokens=16"
+    )
+    samples = (folder / "samples.md").read_text(encoding="utf-8")
+    assert "After:\n\n    Tokyo\n" in samples and "After:\n\n    東京\n" in samples
+    evaluated = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "eval_loss" in line
+    ]
+    assert evaluated[-1]["eval_loss"] < 1.0 < 6.0 < evaluated[0]["eval_loss"]
