@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: help quickstart test test-cluster lint format schema clean
+.PHONY: help quickstart test test-cluster bench lint format schema clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -33,6 +33,22 @@ test: $(VENV)/.dev  ## every test that one CPU can run (under 10 minutes)
 
 test-cluster: $(VENV)/.deepspeed  ## tests with several processes
 	$(RUN)/python -m pytest -m cluster $(PYTEST_ARGS)
+
+# Dolly and GPT-2's tokenizer: Hub ids, or local copies as in `make bench DATA=dolly.jsonl TOKENIZER=gpt2-folder`.
+DATA ?= databricks/databricks-dolly-15k
+TOKENIZER ?= openai-community/gpt2
+BENCH = --data $(DATA) --tokenizer $(TOKENIZER)
+
+bench: $(VENV)/.base  ## speed and memory beside trl and transformers, about an hour on two cores
+	@mkdir -p benchmarks/results
+	$(RUN)/python benchmarks/train.py $(BENCH) --model gpt2 --json benchmarks/results/gpt2_full.json
+	$(RUN)/python benchmarks/train.py $(BENCH) --model gpt2 --method lora --json benchmarks/results/gpt2_lora.json
+	$(RUN)/python benchmarks/train.py $(BENCH) --model small --json benchmarks/results/small_full.json
+	$(RUN)/python benchmarks/train.py $(BENCH) --model bloom --method lora --json benchmarks/results/bloom_lora.json
+	$(RUN)/python benchmarks/plot.py benchmarks/results/gpt2_full.json benchmarks/results/gpt2_lora.json \
+	  benchmarks/results/small_full.json benchmarks/results/bloom_lora.json
+	$(RUN)/python benchmarks/data.py $(BENCH)
+	$(RUN)/python benchmarks/startup.py $(BENCH)
 
 lint: $(VENV)/.dev  ## ruff
 	$(RUN)/ruff check .

@@ -19,30 +19,39 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 TRL = """
-import json, sys
+import sys
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
+
 data, model, output = sys.argv[1:]
-rows = load_dataset("json", data_files=data, split="train").filter(lambda row: row["context"] == "")
-rows = rows.map(lambda row: {"prompt": f"### Question: {row['instruction']}\\n### Answer:",
-                             "completion": f" {row['response']}"}, remove_columns=rows.column_names)
-args = SFTConfig(output_dir=output, max_length=512, max_steps=1, per_device_train_batch_size=8, use_cpu=True, bf16=False,
-                 gradient_checkpointing=False, save_strategy="no", report_to="none")
-trainer = SFTTrainer(model=AutoModelForCausalLM.from_pretrained(model), args=args,
-                     processing_class=AutoTokenizer.from_pretrained(model), train_dataset=rows)
+rows = load_dataset("json", data_files=data, split="train") if ".json" in data else load_dataset(data, split="train")
+rows = rows.filter(lambda row: row["context"] == "")
+rows = rows.map(
+    lambda row: {"prompt": f"### Question: {row['instruction']}\\n### Answer:", "completion": f" {row['response']}"},
+    remove_columns=rows.column_names,
+)
+trainer = SFTTrainer(
+    model=AutoModelForCausalLM.from_pretrained(model),
+    args=SFTConfig(
+        output_dir=output, max_length=512, max_steps=1, per_device_train_batch_size=8, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, save_strategy="no", report_to="none",
+    ),
+    processing_class=AutoTokenizer.from_pretrained(model),
+    train_dataset=rows,
+)
 trainer.train()
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="dolly's local jsonl file")
-    parser.add_argument("--tokenizer", required=True, help="local folder of GPT-2's tokenizer")
+    parser.add_argument("--data", default="databricks/databricks-dolly-15k", help="dolly: Hub id or local file")
+    parser.add_argument("--tokenizer", default="openai-community/gpt2", help="GPT-2's: Hub id or local folder")
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp())
-    make_model(Path(options.tokenizer), work / "model")
+    make_model(options.tokenizer, work / "model")
     (work / "trl.py").write_text(TRL)
     commands = {
         "trl": [str(work / "trl.py"), options.data, str(work / "model"), str(work / "out")],
@@ -61,10 +70,10 @@ def main() -> None:
         print(f"| {name} | {min(cold):.1f} | {min(warm):.1f} |", flush=True)
 
 
-def make_model(tokenizer: Path, folder: Path) -> None:
-    shutil.copytree(tokenizer, folder)
-    from transformers import GPT2Config, GPT2LMHeadModel
+def make_model(tokenizer: str, folder: Path) -> None:
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2)).save_pretrained(folder)
 
 
@@ -72,7 +81,7 @@ def launch(command: list[str], work: Path, name: str) -> float:
     extra = [f"training.output_dir={work / name}"] if command[0].startswith("src") else []
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     config = str(ROOT / "accelerate_configs" / "cpu.yaml")
-    home = {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1"}
+    home = {"HF_HOME": str(work / "home")}
     start = time.perf_counter()
     done = subprocess.run(
         [accelerate, "launch", "--config_file", config, *command, *extra],

@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
     from rich.console import Console
 
     from finetuning.data import cache_folder, load_template, prepare, training_texts
-    from finetuning.loggers import log_samples, require_loggers
+    from finetuning.loggers import hide_wandb, log_samples, require_loggers
     from finetuning.model import load_tokenizer
     from finetuning.reach import needs_of, require_hub
     from finetuning.recipe import load_recipe
@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> None:
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     print_funnel(console, prepared.report)
 
+    hide_wandb(recipe)
     # Torch and trl take ten seconds to import: only now, when recipe and data are known to be right.
     from finetuning.answers import ask
     from finetuning.trainer import last_checkpoint, launch_of, loss_before_and_after, make_trainer
@@ -64,4 +65,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, when_interrupted="; the same command goes on from the last checkpoint")

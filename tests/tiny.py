@@ -69,6 +69,82 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "byte_fallback": byte_fallback,
 }
 
+CHAT_TOKENS = [
+    *("<|im_start|>", "<|im_end|>"),
+    *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+]
+
+# What chat templates in the wild do, each as short as it can be.
+CHAT_TEMPLATES = {
+    # Qwen 2's kind: the words as they are, a line feed after the end mark.
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    # SmolLM 3's kind: marks what is generated, but leaves out the end mark.
+    "chatml_generation": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message.role + '\n' }}"
+        "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"
+        "{% else %}{{ message.content }}{% endif %}"
+        "{{ '<|im_end|>\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    # Llama 3's kind: trims every message, ends a turn with a token that is not EOS.
+    "llama_3": (
+        "{{ '<|begin_of_text|>' }}"
+        "{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    # Mistral's kind: trims the assistant only, ends a turn with EOS, refuses roles that do not alternate.
+    "mistral": (
+        "{{ bos_token }}"
+        "{% for message in messages %}"
+        "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
+        "{% endif %}"
+        "{% if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + message.content | trim + eos_token }}{% endif %}"
+        "{% endfor %}"
+    ),
+    # Qwen 3's kind: an (empty) thought before the last answer, which later turns no longer show.
+    "thinking": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message.role + '\n' }}"
+        "{% if message.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ message.content + '<|im_end|>\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    # Vicuna's kind: names in plain words, EOS after a response, a space behind the last name.
+    "vicuna": (
+        "{{ bos_token }}"
+        "{% for message in messages %}"
+        "{{ message.role | upper + ': ' + message.content + (eos_token if message.role == 'assistant' else '\n') }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+    ),
+    # Older models' kind: no special token at all.
+    "lines": (
+        "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    ),
+}
+
+
+def chat_tokenizer(kind: str, template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of TOKENIZERS that knows the special tokens of CHAT_TEMPLATES and brings one of these along."""
+    tokenizer = TOKENIZERS[kind]()
+    tokenizer.add_tokens(CHAT_TOKENS, special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATES[template]
+    return tokenizer
+
+
 CONFIGS = {
     "gpt2": {
         "n_layer": 2,

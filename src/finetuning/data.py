@@ -39,7 +39,7 @@ class Prepared:
     """rows: {loaded, where, kept, train, eval}, dropped: {reason: rows}, cut: rows, tokens: {prompt, response, total,
     max} of the kept rows, end_mark_share of them (0..1), places: of the first few dropped rows"""
     fingerprint: str
-    """changes with the rows, the settings of the data section, the tokenizer or the code between them"""
+    """digest of the examples: changes with any token or label"""
 
 
 def load_template(data: Data, tokenizer: "PreTrainedTokenizerFast") -> MarkerTemplate | ChatTemplate:
@@ -66,21 +66,21 @@ def prepare(data: Data, tokenizer: "PreTrainedTokenizerFast", cache: Path | None
     With a cache folder, the first process of a machine to ask does the work and the others read its result. Raises
     UserError where rows do not fit or nothing is left to train on.
     """
-    key = fingerprint_of(data, tokenizer)
     if cache is None:
-        return build(data, tokenizer, key)
+        return build(data, tokenizer)
     from filelock import FileLock
 
+    key = cache_key(data, tokenizer)
     file, lock = cache / f"{key}.npz", FileLock(cache / f"{key}.lock")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:  # a read-only home, say
         tqdm.write(f"not cached: {cache}: {error.strerror}")
-        return build(data, tokenizer, key)
+        return build(data, tokenizer)
     try:
         if (prepared := read_cache(file)) is None:
-            prepared = build(data, tokenizer, key)
+            prepared = build(data, tokenizer)
             write_cache(file, prepared)
     finally:
         lock.release()
@@ -135,7 +135,7 @@ class Tally:
             self.places.append(f"{reason}: {place}")
 
 
-def build(data: Data, tokenizer: "PreTrainedTokenizerFast", key: str) -> Prepared:
+def build(data: Data, tokenizer: "PreTrainedTokenizerFast") -> Prepared:
     tally = Tally(data)
     conversations, segments = render_all(data, load_template(data, tokenizer), tally)
     whole = tokenize(segments, tokenizer, data.loss_on)
@@ -152,7 +152,7 @@ def build(data: Data, tokenizer: "PreTrainedTokenizerFast", key: str) -> Prepare
     if len(train) == 0 or (held is not None and len(held) == 0):
         which = "train" if len(train) == 0 else "evaluate"
         raise UserError(f"nothing to {which} on: {json.dumps(report['rows'])}, dropped {json.dumps(report['dropped'])}")
-    return Prepared(train, held, report, key)
+    return Prepared(train, held, report, digest_of(train, held))
 
 
 def render_all(
@@ -273,7 +273,15 @@ def make_report(
     }
 
 
-def fingerprint_of(data: Data, tokenizer: "PreTrainedTokenizerFast") -> str:
+def digest_of(train: Examples, held: Examples | None) -> str:
+    digest = hashlib.sha256()
+    for examples in (train, held):
+        for array in vars(examples).values() if examples else ():
+            digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def cache_key(data: Data, tokenizer: "PreTrainedTokenizerFast") -> str:
     """Digest of all that decides the examples, this package's code included: an edited reader is never served stale."""
     parts = [fingerprint(source) for source in data.sources]
     if data.eval and data.eval.split:
@@ -296,13 +304,13 @@ def read_cache(file: Path) -> Prepared | None:
     if hashlib.sha256(content).digest() != digest:
         return None
     with np.load(io.BytesIO(content)) as arrays:
-        report = json.loads(str(arrays["report"]))
+        report, fingerprint = json.loads(str(arrays["report"])), str(arrays["fingerprint"])
         names = Examples.__dataclass_fields__
         train, held = (
             Examples(*(arrays[f"{part}.{name}"] for name in names)) if f"{part}.rows" in arrays else None
             for part in ("train", "eval")
         )
-    return Prepared(train, held, report, file.stem)
+    return Prepared(train, held, report, fingerprint)
 
 
 def write_cache(file: Path, prepared: Prepared) -> None:
@@ -310,7 +318,7 @@ def write_cache(file: Path, prepared: Prepared) -> None:
     parts = {"train": prepared.train, **({"eval": prepared.eval} if prepared.eval else {})}
     arrays = {f"{part}.{name}": value for part, examples in parts.items() for name, value in vars(examples).items()}
     stream = io.BytesIO()
-    np.savez(stream, report=json.dumps(prepared.report), **arrays)
+    np.savez(stream, report=json.dumps(prepared.report), fingerprint=prepared.fingerprint, **arrays)
     content = stream.getvalue()
     unfinished = file.with_suffix(f".{os.getpid()}.tmp")
     try:

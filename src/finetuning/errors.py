@@ -10,16 +10,28 @@ class UserError(ValueError):
     """The recipe, the data or the machine does not allow what was asked for; the message is the whole explanation."""
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Calls main(arguments); a UserError or Ctrl-C becomes one line on stderr and exit code 2 or 130, no traceback."""
+def run(main: Callable[[list[str]], None], when_interrupted: str = "") -> None:
+    """Calls main(arguments); what the user can mend becomes one line on stderr, no traceback.
+
+    Exit code 2 after a UserError, 1 where the disk is full, 130 after Ctrl-C.
+    """
     try:
         main(sys.argv[1:])
     except UserError as error:
-        leave(f"error: {' '.join(str(error).split())}", 2)
+        leave(f"error: {one_line(error)}", 2)
     except KeyboardInterrupt:
-        leave("interrupted: nothing after the last checkpoint was kept", 130)
+        leave(f"interrupted{when_interrupted}", 130)
     except BrokenPipeError:  # `... | head`: the reader left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        # Whoever writes, Python, Rust or C++, says it in these words, and in exceptions of its own.
+        if "No space left on device" not in str(error):
+            raise
+        leave(f"error: the disk is full: {one_line(error)}; make room, and give the same command again", 1)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def leave(line: str, code: int) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import netrc
 import os
+import sys
 from pathlib import Path
 
 from finetuning.errors import UserError
@@ -26,6 +27,12 @@ def require_loggers(recipe: Recipe, folder: Path) -> None:
         os.environ.setdefault("WANDB_DIR", str(folder))
         if os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun") and not has_wandb_key():
             raise UserError("training.report_to: wandb is not logged in: run `wandb login`, or set WANDB_MODE=offline")
+
+
+def hide_wandb(recipe: Recipe) -> None:
+    """Keeps trl from importing wandb (2 s of every start) for a run that does not log to it."""
+    if "wandb" not in loggers_of(recipe):
+        sys.modules.setdefault("wandb", None)  # to Python and to trl: not installed
 
 
 def has_wandb_key() -> bool:

@@ -1,0 +1,39 @@
+"""Draws benchmarks/training.png from what `benchmarks/train.py --json` wrote.
+
+python benchmarks/plot.py benchmarks/results/*.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from train import MODES
+
+COLOURS = {"ours_padded": "#8fbf8f", "ours_packed": "#3a7d3a"}
+
+
+def main(paths: list[str]) -> None:
+    figure, axes = plt.subplots(2, len(paths), figsize=(4.2 * len(paths), 5.2), squeeze=False)
+    for column, path in enumerate(paths):
+        runs = json.loads(Path(path).read_text())
+        names = [MODES[mode] for mode in runs]
+        colours = [COLOURS.get(mode, "#b0b0b0") for mode in runs]
+        for row, (figure_name, label) in enumerate((("seconds", "CPU seconds"), ("peak_mib", "peak MiB"))):
+            panel = axes[row][column]
+            bars = panel.barh(names, [run[figure_name] for run in runs.values()], color=colours)
+            panel.bar_label(bars, fmt="%.1f" if figure_name == "seconds" else "%.0f", padding=2, fontsize=8)
+            panel.invert_yaxis()
+            panel.margins(x=0.2)
+            panel.set_xlabel(label)
+            panel.tick_params(axis="y", labelleft=column == 0)
+        axes[0][column].set_title(Path(path).stem.replace("_", ", "))
+    figure.tight_layout()
+    figure.savefig(Path(__file__).with_name("training.png"), dpi=110)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
