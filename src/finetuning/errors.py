@@ -6,6 +6,10 @@ import sys
 from collections.abc import Callable
 
 
+# How Python, Rust (safetensors) and C++ (torch.save) say that the disk is full, in exceptions of their own.
+DISK_FULL = ("No space left on device", "inline_container.cc")
+
+
 class UserError(ValueError):
     """The recipe, the data or the machine does not allow what was asked for; the message is the whole explanation."""
 
@@ -24,8 +28,7 @@ def run(main: Callable[[list[str]], None], when_interrupted: str = "") -> None:
     except BrokenPipeError:  # `... | head`: the reader left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        # Whoever writes, Python, Rust or C++, says it in these words, and in exceptions of its own.
-        if "No space left on device" not in str(error):
+        if not any(words in str(error) for words in DISK_FULL):
             raise
         leave(f"error: the disk is full: {one_line(error)}; make room, and give the same command again", 1)
 
