@@ -16,8 +16,6 @@ from finetuning.errors import UserError, run
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.exit(__doc__)
     from finetuning.recipe import load_recipe
     from finetuning.run_folder import find_run_folder
 
@@ -52,4 +50,4 @@ def converse(asker: Callable[[list[str]], list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, __doc__)

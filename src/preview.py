@@ -8,8 +8,6 @@ report.json, token_lengths.png and examples.jsonl to <training.output_dir>/previ
 """
 
 import json
-import sys
-from pathlib import Path
 
 from finetuning.errors import run
 
@@ -17,8 +15,6 @@ SHOWN = 3  # examples printed
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.exit(__doc__)
     from rich.console import Console
 
     from finetuning.data import cache_folder, prepare, training_texts
@@ -26,13 +22,13 @@ def main(arguments: list[str]) -> None:
     from finetuning.reach import needs_of, require_hub
     from finetuning.recipe import load_recipe
     from finetuning.report import examples_in_order, plot_lengths, print_example, print_funnel
-    from finetuning.run_folder import make_folder, write_text
+    from finetuning.run_folder import make_folder, output_folder, write_text
 
     recipe = load_recipe(arguments[0], arguments[1:])
-    folder = make_folder(Path(recipe.training.output_dir) / "preview")
     require_hub(needs_of(recipe))
     tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
     prepared = prepare(recipe.data, tokenizer, cache_folder())
+    folder = make_folder(output_folder(recipe) / "preview")
     examples = examples_in_order(prepared.train, prepared.eval)
 
     console = Console()
@@ -51,4 +47,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, __doc__)

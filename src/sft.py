@@ -10,15 +10,11 @@ last checkpoint when the same command is given again.
 """
 
 import os
-import sys
-from pathlib import Path
 
 from finetuning.errors import run
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.exit(__doc__)
     from rich.console import Console
 
     from finetuning.data import cache_folder, load_template, prepare, training_texts
@@ -27,10 +23,10 @@ def main(arguments: list[str]) -> None:
     from finetuning.reach import needs_of, require_hub
     from finetuning.recipe import load_recipe
     from finetuning.report import print_answers, print_funnel
-    from finetuning.run_folder import open_run_folder, write_finish, write_samples, write_start
+    from finetuning.run_folder import open_run_folder, output_folder, write_finish, write_samples, write_start
 
     recipe = load_recipe(arguments[0], arguments[1:])
-    require_loggers(recipe, Path(recipe.training.output_dir))
+    require_loggers(recipe, output_folder(recipe))
     require_hub(needs_of(recipe))
     tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
     prepared = prepare(recipe.data, tokenizer, cache_folder())
@@ -65,4 +61,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, when_interrupted="; the same command goes on from the last checkpoint")
+    run(main, __doc__, when_interrupted="; the same command goes on from the last checkpoint")

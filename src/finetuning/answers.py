@@ -82,14 +82,17 @@ def respond(
     settings["max_new_tokens"] = new_tokens(model, generation.max_new_tokens, longest)
     ends = [tokenizer.convert_tokens_to_ids(mark) for mark in template.end_marks]
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    tokens = {"eos_token_id": ends, "pad_token_id": fill}
     input_ids = torch.tensor([[fill] * (longest - len(prompt)) + prompt for prompt in prompts])
     attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    output = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        generation_config=GenerationConfig(**{"eos_token_id": ends, "pad_token_id": fill, **settings}),
-        use_cache=True,
-    )
+    try:
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=GenerationConfig(**{**tokens, "use_cache": True, **settings}),
+        )
+    except ValueError as error:  # what transformers finds wrong with the settings
+        raise UserError(f"generation: {' '.join(str(error).split())}") from None
     responses = [cut_at_end(ids, ends) for ids in output[:, longest:].tolist()]
     return [template.answer(text) for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
 

@@ -5,7 +5,6 @@ import signal
 import sys
 from collections.abc import Callable
 
-
 # How Python, Rust (safetensors) and C++ (torch.save) say that the disk is full, in exceptions of their own.
 DISK_FULL = ("No space left on device", "inline_container.cc")
 
@@ -14,13 +13,17 @@ class UserError(ValueError):
     """The recipe, the data or the machine does not allow what was asked for; the message is the whole explanation."""
 
 
-def run(main: Callable[[list[str]], None], when_interrupted: str = "") -> None:
-    """Calls main(arguments); what the user can mend becomes one line on stderr, no traceback.
+def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = "") -> None:
+    """Calls main(arguments), or prints the manual; what the user can mend becomes one line on stderr, no traceback.
 
-    Exit code 2 after a UserError, 1 where the disk is full, 130 after Ctrl-C.
+    Exit code 2 after a UserError or without arguments, 1 where the disk is full, 130 after Ctrl-C.
     """
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(manual.strip(), file=sys.stdout if arguments else sys.stderr)
+        sys.exit(0 if arguments else 2)
     try:
-        main(sys.argv[1:])
+        main(arguments)
     except UserError as error:
         leave(f"error: {one_line(error)}", 2)
     except KeyboardInterrupt:

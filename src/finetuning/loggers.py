@@ -1,5 +1,6 @@
 """The loggers of training.report_to: whether they can log, and the answers in them. Scalars are the trainer's own."""
 
+import difflib
 import importlib.util
 import netrc
 import os
@@ -8,6 +9,11 @@ from pathlib import Path
 
 from finetuning.errors import UserError
 from finetuning.recipe import Recipe
+
+KNOWN = (
+    *("none", "tensorboard", "wandb", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte"),
+    *("mlflow", "neptune", "swanlab", "trackio"),
+)
 
 Samples = list[tuple[str, str, str]]  # (question, answer before, answer after)
 
@@ -21,6 +27,10 @@ def loggers_of(recipe: Recipe) -> list[str]:
 def require_loggers(recipe: Recipe, folder: Path) -> None:
     """Raises UserError for a logger that is not installed or not logged in; has wandb write below the run folder."""
     for name in loggers_of(recipe):
+        if name not in KNOWN:
+            near = difflib.get_close_matches(name, KNOWN, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"training.report_to: unknown logger {name}; allowed are {', '.join(KNOWN)}{hint}")
         if name in ("tensorboard", "wandb") and importlib.util.find_spec(name) is None:
             raise UserError(f"training.report_to: {name} is not installed: pip install {name}")
     if "wandb" in loggers_of(recipe):

@@ -4,6 +4,7 @@ Torch and the model classes are imported where they are used: a recipe is checke
 them.
 """
 
+import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,10 @@ def convert_tokenizer(name: str, revision: str | None) -> "PreTrainedTokenizerFa
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"model.name: {name} has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+    # Of a folder without any vocabulary it makes a tokenizer that knows no text.
+    known = tokenizer("a", add_special_tokens=False).input_ids
+    if not known or tokenizer.unk_token_id in known:
+        raise UserError(f"model.name: {name} has no tokenizer that can be read: its vocabulary is empty")
     if not tokenizer.is_fast:
         raise UserError(f"model.name: {name} has only a slow tokenizer; one that converts to tokenizer.json is needed")
     return tokenizer
@@ -84,8 +89,12 @@ def load_model(model: Model, tokenizer: "PreTrainedTokenizerFast", seed: int) ->
 
     dtype = getattr(torch, model.dtype)
     if model.from_scratch:
+        config = scratch_config(model.from_scratch, tokenizer)
         set_seed(seed)
-        return AutoModelForCausalLM.from_config(scratch_config(model.from_scratch, tokenizer), dtype=dtype)
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"model.from_scratch.config: {' '.join(str(error).split())}") from None
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             str(Path(model.name).expanduser()),
@@ -102,23 +111,27 @@ def load_model(model: Model, tokenizer: "PreTrainedTokenizerFast", seed: int) ->
 
 
 def scratch_config(settings: FromScratch, tokenizer: "PreTrainedTokenizerFast") -> Any:
+    """The transformers config. Raises UserError for a field that its model_type does not have."""
     from transformers import AutoConfig
 
     fields = dict(settings.config)
     end = tokenizer.eos_token_id
+    special = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    place = "model.from_scratch.config"
     try:
-        return AutoConfig.for_model(
-            fields.pop("model_type"),
-            **fields,
-            vocab_size=len(tokenizer),
-            bos_token_id=end,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
+        known = AutoConfig.for_model(kind := fields.pop("model_type"))
+        names = [*known.to_dict(), *known.attribute_map]
+        for name in fields:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+                raise UserError(f"{place}: unknown key {name} for model_type {kind}; did you mean {near}?")
+        return AutoConfig.for_model(kind, **{**fields, **special})
     except KeyError:
-        raise UserError("model.from_scratch.config: model_type is missing, such as model_type: gpt2") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"model.from_scratch.config: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{place}: model_type is missing, such as model_type: gpt2") from None
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, huggingface_hub's strict dataclasses among them
+        raise UserError(f"{place}: {' '.join(str(error).split())}") from None
 
 
 def fuse_gelu(model: "PreTrainedModel") -> None:

@@ -40,6 +40,12 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def check_eval(self) -> "Recipe":
+        if self.training.eval_strategy != "no" and self.data.eval is None:
+            raise ValueError("training.eval_strategy is set, but data.eval is null: nothing is held out to evaluate on")
+        return self
+
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values: our own with their defaults, the libraries' as far as they were given."""
         own = self.model_dump(include={"model", "data", "publish"})

@@ -28,7 +28,7 @@ def open_run_folder(recipe: Recipe, fingerprint: str) -> Path:
 
     Raises UserError where it belongs to another run, is finished, or cannot be written.
     """
-    folder = make_folder(Path(recipe.training.output_dir).expanduser())
+    folder = make_folder(output_folder(recipe))
     if (folder / "recipe.yaml").exists():
         remedy = "; delete the folder, or choose another with training.output_dir=..."
         for name, before, now in differences(load_recipe(folder / "recipe.yaml").resolved(), recipe.resolved()):
@@ -39,6 +39,10 @@ def open_run_folder(recipe: Recipe, fingerprint: str) -> Path:
         if environment.get("finished"):
             raise UserError(f"{folder} is finished ({environment['finished']}){remedy}")
     return folder
+
+
+def output_folder(recipe: Recipe) -> Path:
+    return Path(recipe.training.output_dir).expanduser()
 
 
 def make_folder(folder: Path) -> Path:
@@ -85,7 +89,10 @@ def write_finish(folder: Path) -> None:
 
 def read_environment(folder: Path) -> dict[str, Any]:
     file = folder / "environment.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError:
+        raise UserError(f"{file} is damaged; delete the folder, or choose another training.output_dir") from None
 
 
 def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
@@ -113,7 +120,7 @@ def find_run_folder(name: str) -> Path:
             raise UserError(f"{path} is no run folder: it has no recipe.yaml")
         folder, remedy = path, f"train it: accelerate launch src/sft.py {path / 'recipe.yaml'}"
     else:
-        folder, remedy = Path(load_recipe(path).training.output_dir), f"train it: accelerate launch src/sft.py {path}"
+        folder, remedy = output_folder(load_recipe(path)), f"train it: accelerate launch src/sft.py {path}"
     if not any((folder / weights).exists() for weights in WEIGHTS):
         raise UserError(f"{folder} has no trained model; {remedy}")
     return folder

@@ -197,6 +197,11 @@ Training = library_section(
     "training",
     "Any field of trl.SFTConfig that no other section owns.",
     output_dir=(str, Field(min_length=1, description="the run folder")),
+    # The library's own fields, with bounds that it does not check.
+    per_device_train_batch_size=(int, Field(default=8, ge=1, description="examples of a micro-batch on each device")),
+    gradient_accumulation_steps=(int, Field(default=1, ge=1, description="micro-batches of a step")),
+    learning_rate=(float, Field(default=2e-5, ge=0, description="at its highest")),
+    dataloader_num_workers=(int, Field(default=0, ge=0, description="processes that collate batches")),
 )
 Lora = library_section("lora", "Any field of peft.LoraConfig; the base model is then frozen.")
 Generation = library_section(
@@ -204,5 +209,6 @@ Generation = library_section(
     "Any field of transformers.GenerationConfig, and the questions to ask.",
     prompts=(list[str], Field(default=[], description="asked before and after training")),
     max_new_tokens=(int, Field(default=128, ge=1, description="tokens of an answer at most")),
+    num_beams=(int | None, Field(default=None, ge=1, description="beams of beam search; 1 is none")),
     seed=(int, Field(default=0, description="of sampled answers (do_sample: true)")),
 )

@@ -170,10 +170,9 @@ def make_trainer(
             peft_config=lora_config(recipe),
             callbacks=[MetricsFile(folder)],
         )
-    except ValueError as error:
-        if recipe.lora and "target" in str(error).lower():
-            raise UserError(f"lora.target_modules: {str(error).splitlines()[0]}") from None
-        raise
+    except ValueError as error:  # what trl and peft find wrong with the settings
+        section = "lora" if recipe.lora else "training"
+        raise UserError(f"{section}: {' '.join(str(error).split())}") from error
 
 
 def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
@@ -193,15 +192,14 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     settings.setdefault("dataloader_pin_memory", has_gpu)
     settings.setdefault("ddp_find_unused_parameters", False)  # every parameter is used; looking costs a walk a step
     # trl's default of recomputing every activation costs a third of the speed; a recipe asks for it where it must.
-    settings.setdefault("gradient_checkpointing", False)
+    if not settings.get("gradient_checkpointing"):  # the old name
+        settings.setdefault("activation_checkpointing", False)
     # Trainer's default replaces a loss that is not a number by the average of those before, and asks the device for
     # it in every micro-batch.
     settings.setdefault("logging_nan_inf_filter", False)
     if has_eval:
         settings.setdefault("eval_on_start", True)  # the loss before training, to compare with
         settings.setdefault("per_device_eval_batch_size", recipe.training.per_device_train_batch_size)
-    elif settings.get("eval_strategy", "no") != "no":
-        raise UserError("training.eval_strategy is set, but data.eval is null: nothing is held out to evaluate on")
     try:
         return SFTConfig(**settings)
     except (TypeError, ValueError, ImportError, KeyError) as error:

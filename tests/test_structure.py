@@ -1,0 +1,132 @@
+"""src/ keeps to the rules of CONTRIBUTING.md: imports go one way, no name hides a library, docstrings are manuals.
+
+Imports are read from the source, wherever they stand: inside a function or below TYPE_CHECKING they tie modules
+together just as well.
+"""
+
+import ast
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src"
+SCRIPTS = sorted(path.stem for path in SOURCE.glob("*.py"))
+MODULES = sorted(path.stem for path in (SOURCE / "finetuning").glob("*.py") if path.stem != "__init__")
+# Imports against the stream, with the reason why they stay.
+EXCEPTIONS = {
+    ("library_fields", "recipe"): "only when run as a script, to write the schema made of the table it just wrote",
+}
+
+
+def imported_names(path: Path, root: Path = SOURCE) -> set[str]:
+    """Full dotted names of everything a file below root imports, at any depth; relative imports resolved."""
+    names = set()
+    package = path.relative_to(root).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            origin = ".".join([*above, *filter(None, [node.module])])
+            names |= {origin, *(f"{origin}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def imports_between_modules() -> dict[str, set[str]]:
+    """{module of finetuning: modules of finetuning that it imports}."""
+    graph = {}
+    for module in MODULES:
+        names = imported_names(SOURCE / "finetuning" / f"{module}.py")
+        graph[module] = {other for other in MODULES if f"finetuning.{other}" in names}
+    return graph
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a ring, or nothing."""
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(graph[module]):
+            if found := walk(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next(filter(None, (walk(module, []) for module in graph)), [])
+
+
+def test_the_walk_finds_a_ring_and_only_a_ring():
+    assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert cycle({"a": {"a"}}) == ["a", "a"]
+
+
+EVERY_KIND = """
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from finetuning.a import A
+def function():
+    import finetuning.b
+    from finetuning import c
+    from . import d
+    from .e import E
+"""
+
+
+def test_imports_are_found_at_any_depth(tmp_path):
+    file = tmp_path / "finetuning" / "module.py"
+    file.parent.mkdir()
+    file.write_text(EVERY_KIND)
+    assert {f"finetuning.{name}" for name in "abcde"} <= imported_names(file, tmp_path)
+
+
+def test_imports_in_the_package_go_one_way():
+    graph = imports_between_modules()
+    assert sum(map(len, graph.values())) > len(MODULES), "hardly any import was found"
+    for origin, target in EXCEPTIONS:
+        graph[origin].remove(target)  # KeyError: the exception is no longer needed, take it out
+    assert cycle(graph) == []
+
+
+def test_an_exception_that_makes_no_ring_is_not_one():
+    for origin, target in EXCEPTIONS:
+        graph = imports_between_modules()
+        for other, other_target in EXCEPTIONS.keys() - {(origin, target)}:
+            graph[other].discard(other_target)
+        assert cycle(graph), f"{origin} -> {target} makes no ring: take it out of EXCEPTIONS"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_imports_a_script(module):
+    names = imported_names(SOURCE / "finetuning" / f"{module}.py")
+    assert not {name.partition(".")[0] for name in names} & {*SCRIPTS, "src"}
+
+
+def test_nothing_directly_in_src_is_named_like_a_library():
+    installed = importlib.metadata.packages_distributions()
+    for path in SOURCE.iterdir():
+        if path.suffix == ".py" or (path.is_dir() and not path.name.startswith(("_", ".")) and path.suffix == ""):
+            assert path.stem not in sys.stdlib_module_names, f"{path.name} hides a standard module"
+            others = set(installed.get(path.stem, [])) - {"finetuning-recipes"}
+            assert not others, f"{path.name} hides {path.stem} of {', '.join(others)}"
+
+
+def test_there_is_no_drawer_for_everything():
+    drawers = {"util", "utils", "common", "helper", "helpers", "misc"}
+    assert not [path for path in SOURCE.rglob("*") if path.stem.strip("_") in drawers]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_the_docstring(script, flag, run_script):
+    manual = ast.get_docstring(ast.parse((SOURCE / f"{script}.py").read_text(encoding="utf-8")))
+    answer = run_script(f"{script}.py", flag)
+    assert f"src/{script}.py" in manual
+    assert (answer.stdout + answer.stderr).strip() == manual.strip()
