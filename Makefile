@@ -24,7 +24,8 @@ $(VENV)/.deepspeed: $(VENV)/.dev
 	@touch $@
 
 quickstart: $(VENV)/.base  ## train the embedded default on the CPU (a minute) and ask it
-	@test -f outputs/quickstart/samples.md || \
+	@# One thread: the model is too small to share, and threads that wait for each other crawl on a busy machine.
+	@test -f outputs/quickstart/samples.md || OMP_NUM_THREADS=1 \
 	  $(RUN)/accelerate launch --config_file accelerate_configs/cpu.yaml src/sft.py recipes/quickstart.yaml
 	$(RUN)/python src/generate.py outputs/quickstart 'What is the capital of Japan?'
 
@@ -60,6 +61,7 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 
 schema: $(VENV)/.base  ## write recipes/recipe.schema.json again, after an upgrade or a new setting
 	PYTHONPATH=src $(RUN)/python -m finetuning.library_fields
+	PYTHONPATH=src $(RUN)/python -m finetuning.recipe
 
 clean:  ## remove .venv and outputs
 	rm -rf $(VENV) outputs

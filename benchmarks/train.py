@@ -195,7 +195,8 @@ def sample(options: argparse.Namespace):
     from finetuning.sections import Data
 
     length = options.max_length if options.model != "bloom" else min(256, options.max_length)
-    data = Data(path=options.data, reader="dolly", template="question_answer", max_length=length)
+    # Longer rows are cut, as trl does.
+    data = Data(path=options.data, reader="dolly", template="question_answer", max_length=length, overflow="cut")
     examples = prepare(data, read_tokenizer(options.tokenizer), cache_folder()).train
     responses = np.add.reduceat(examples.labels != -100, examples.ends - examples.lengths)
 

@@ -15,10 +15,6 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 SCRIPTS = sorted(path.stem for path in SOURCE.glob("*.py"))
 MODULES = sorted(path.stem for path in (SOURCE / "finetuning").glob("*.py") if path.stem != "__init__")
-# Imports against the stream, with the reason why they stay.
-EXCEPTIONS = {
-    ("library_fields", "recipe"): "only when run as a script, to write the schema made of the table it just wrote",
-}
 
 
 def imported_names(path: Path, root: Path = SOURCE) -> set[str]:
@@ -90,17 +86,7 @@ def test_imports_are_found_at_any_depth(tmp_path):
 def test_imports_in_the_package_go_one_way():
     graph = imports_between_modules()
     assert sum(map(len, graph.values())) > len(MODULES), "hardly any import was found"
-    for origin, target in EXCEPTIONS:
-        graph[origin].remove(target)  # KeyError: the exception is no longer needed, take it out
     assert cycle(graph) == []
-
-
-def test_an_exception_that_makes_no_ring_is_not_one():
-    for origin, target in EXCEPTIONS:
-        graph = imports_between_modules()
-        for other, other_target in EXCEPTIONS.keys() - {(origin, target)}:
-            graph[other].discard(other_target)
-        assert cycle(graph), f"{origin} -> {target} makes no ring: take it out of EXCEPTIONS"
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHAT_TOKENS, TOKENIZERS, chat_tokenizer
+from tokenizers import pre_tokenizers
 
 from finetuning.batching import Collator
 from finetuning.templates import TEMPLATES, ChatTemplate, MarkerTemplate, Segment
@@ -290,13 +291,28 @@ def test_encoding_leaves_the_tokenizer_as_it_was(kind):
     assert tokenizer(tokenizer.eos_token, add_special_tokens=False).input_ids == [tokenizer.eos_token_id]
 
 
-@of_every_kind
-def test_a_space_is_put_in_front_of_the_first_text_only(kind):
-    tokenizer = tokenizer_of(kind)
-    segments = [Segment("a"), Segment("b", is_response=True), Segment(tokenizer.eos_token, True, True), Segment("a")]
-    [example] = tokenize([segments], tokenizer)
-    first = {"byte_level": ["a"], "metaspace": ["▁", "a"], "byte_fallback": ["▁a"]}[kind]
-    assert tokenizer.convert_ids_to_tokens(example["input_ids"]) == [*first, "b", tokenizer.eos_token, "a"]
+def with_prefix_space(kind, pre_tokenizer):
+    tokenizer = TOKENIZERS[kind]()
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "first"),
+    [
+        (tokenizer_of("byte_level"), "a"),
+        (tokenizer_of("metaspace"), "▁a"),
+        (tokenizer_of("byte_fallback"), "▁a"),
+        (with_prefix_space("byte_level", pre_tokenizers.ByteLevel(add_prefix_space=True)), "Ġa"),
+        (with_prefix_space("byte_fallback", pre_tokenizers.Metaspace(prepend_scheme="first", split=False)), "▁a"),
+        (with_prefix_space("byte_fallback", pre_tokenizers.Metaspace(prepend_scheme="always")), "▁a"),
+    ],
+)
+def test_a_space_is_put_in_front_of_the_first_text_only(tokenizer, first):
+    end = tokenizer.eos_token
+    [example] = tokenize([[Segment("a"), Segment("b", True), Segment(end, True, True), Segment("a")]], tokenizer)
+    assert "".join(tokenizer.convert_ids_to_tokens(example["input_ids"])) == f"{first}b{end}a"
 
 
 def test_nothing_to_tokenize_gives_no_examples():

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 TABLE = Path(__file__).with_suffix(".json")
-SCHEMA = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
 
 TYPES = {"boolean": bool, "integer": int, "number": float, "string": str, "array": list, "object": dict, "null": None}
 
@@ -120,13 +119,5 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-def main() -> None:
+if __name__ == "__main__":  # make schema
     TABLE.write_text(as_json(read_library_fields()), encoding="utf-8")
-    from finetuning.recipe import recipe_schema  # reads the table just written
-
-    SCHEMA.write_text(as_json(recipe_schema()), encoding="utf-8")
-    print(f"wrote {TABLE} and {SCHEMA}")
-
-
-if __name__ == "__main__":
-    main()

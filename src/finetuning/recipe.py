@@ -12,8 +12,11 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
 from finetuning.errors import UserError
+from finetuning.library_fields import as_json
 from finetuning.problems import KeyPath, explain, is_inside, shown
 from finetuning.sections import Data, Generation, Lora, Model, Publish, Section, Training
+
+SCHEMA = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
 
 
 class Recipe(Section):
@@ -148,3 +151,7 @@ def apply_override(settings: dict[str, Any], places: dict[KeyPath, str], overrid
     for replaced in [key for key in places if is_inside(key, tuple(keys))]:
         del places[replaced]
     places[tuple(keys)] = f"override {override!r}"
+
+
+if __name__ == "__main__":  # make schema
+    SCHEMA.write_text(as_json(recipe_schema()), encoding="utf-8")

@@ -129,20 +129,25 @@ def without_prefix_space(tokenizer: Tokenizer) -> Tokenizer:
     """A tokenizer that puts nothing in front of a text: a copy, or the same if it never does."""
     # What adds to a plain letter adds to every text: normalizers Prepend, or Replace of the text's beginning.
     kept = [step for step in steps_of(tokenizer.normalizer) if step.normalize_str("a") == "a"]
-    splitting = steps_of(tokenizer.pre_tokenizer)
-    metaspaces = [step for step in splitting if isinstance(step, pre_tokenizers.Metaspace)]
-    byte_levels = [step for step in splitting if isinstance(step, pre_tokenizers.ByteLevel) and step.add_prefix_space]
-    if len(kept) == len(steps_of(tokenizer.normalizer)) and not metaspaces and not byte_levels:
+    if len(kept) == len(steps_of(tokenizer.normalizer)) and not any(map(may_prefix, steps_of(tokenizer.pre_tokenizer))):
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.encode_special_tokens = True  # a copy forgets it
     tokenizer.normalizer = normalizers.Sequence(kept)
-    for step in metaspaces:
-        step.prepend_scheme = "never"
-    for step in byte_levels:
-        step.add_prefix_space = False
+    splitting = steps_of(tokenizer.pre_tokenizer)  # the copy's own: steps are shared with the tokenizer they are from
+    for step in filter(may_prefix, splitting):
+        if isinstance(step, pre_tokenizers.Metaspace):
+            step.prepend_scheme = "never"
+        else:
+            step.add_prefix_space = False
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splitting)
     return tokenizer
+
+
+def may_prefix(step: Any) -> bool:
+    if isinstance(step, pre_tokenizers.ByteLevel):
+        return step.add_prefix_space
+    return isinstance(step, pre_tokenizers.Metaspace)
 
 
 def steps_of(part: Any) -> list[Any]:
