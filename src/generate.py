@@ -9,6 +9,7 @@ Prints the responses only, in order, made with the generation settings of the re
 change them.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -28,6 +29,7 @@ def main(arguments: list[str]) -> None:
     if questions == ["-"]:
         questions = [line.rstrip("\n") for line in sys.stdin if line.strip()]
 
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see sft.py
     from finetuning.answers import load_asker
 
     asker = load_asker(folder, recipe)

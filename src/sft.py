@@ -35,6 +35,8 @@ def main(arguments: list[str]) -> None:
     print_funnel(console, prepared.report)
 
     hide_wandb(recipe)
+    # On a CPU that others use too, threads that spin while they wait for each other cost eight times the seconds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Torch and trl take ten seconds to import: only now, when recipe and data are known to be right.
     from finetuning.answers import ask
     from finetuning.trainer import last_checkpoint, launch_of, loss_before_and_after, make_trainer
