@@ -52,9 +52,9 @@ def main() -> None:
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp())
     make_model(options.tokenizer, work / "model")
-    (work / "trl.py").write_text(TRL)
+    (work / "stock.py").write_text(TRL)
     commands = {
-        "trl": [str(work / "trl.py"), options.data, str(work / "model"), str(work / "out")],
+        "trl": [str(work / "stock.py"), options.data, str(work / "model"), str(work / "out")],
         "ours": ["src/sft.py", "recipes/dolly_gpt2.yaml", f"model.name={work / 'model'}", f"data.path={options.data}",
                  "training.max_steps=1", "training.save_strategy=no", "training.eval_on_start=false", "data.eval=null",
                  "training.eval_strategy=no", "generation.prompts=[]"],
