@@ -21,17 +21,19 @@ def print_funnel(console: Console, report: dict[str, Any]) -> None:
     rows, tokens = report["rows"], report["tokens"]
     console.print(
         f"rows     {rows['loaded']:,} loaded -> {rows['where']:,} selected -> {rows['kept']:,} kept "
-        f"-> {rows['train']:,} train, {rows['eval']:,} eval"
+        f"-> {rows['train']:,} train, {rows['eval']:,} eval",
+        soft_wrap=True,
     )
     lost = {**report["dropped"], **({"cut": report["cut"]} if report["cut"] else {})}
     if lost:
         console.print("lost     " + ", ".join(f"{number:,} {reason}" for reason, number in lost.items()))
         for place in report["places"]:
-            console.print(f"         {place}", style=PROMPT, markup=False, highlight=False)
+            console.print(f"         {place}", style=PROMPT, markup=False, highlight=False, soft_wrap=True)
     share = tokens["response"] / max(1, tokens["total"])
     console.print(
         f"tokens   {tokens['total']:,}: {tokens['prompt']:,} prompt, {tokens['response']:,} response ({share:.1%}); "
-        f"longest example {tokens['max']:,}"
+        f"longest example {tokens['max']:,}",
+        soft_wrap=True,
     )
     console.print(f"end mark trained in {report['end_mark_share']:.1%} of the kept rows")
 
