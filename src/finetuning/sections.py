@@ -29,6 +29,12 @@ OWNED = {
         "hub_token": "the environment variable HF_TOKEN",
         **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), "accelerate_configs/"),
         **dict.fromkeys(("local_rank", "accelerator_config"), "accelerate_configs/"),
+        **dict.fromkeys(
+            ("label_smoothing_factor", "loss_type", "router_aux_loss_coef"), "the loss: plain cross-entropy"
+        ),
+        **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "the loss: fused without it"),
+        "auto_find_batch_size": "data.batch_tokens, or a smaller training.per_device_train_batch_size",
+        "dataloader_drop_last": "data.order: an epoch has every example once",
         "resume_from_checkpoint": "the run folder: the same command again continues it",
         **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the script that is run"),
     },

@@ -1,6 +1,7 @@
 """Recipe, model and examples -> a trl.SFTTrainer whose steps do only the work the loss needs."""
 
 import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,10 @@ class ResponseTrainer(SFTTrainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            in_order=self.args.dataloader_in_order,
             generator=torch.Generator(),  # its own, lest the loader draw from the random numbers of training
         )
 
@@ -106,6 +111,7 @@ class ResponseTrainer(SFTTrainer):
         output.metrics[f"{prefix}_loss"] = loss
         output.metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
         output.metrics[f"{prefix}_mean_token_accuracy"] = accuracy
+        training.since += time.perf_counter() - self.throughput.since  # evaluating is no training time
         self.throughput = training
         return output
 
