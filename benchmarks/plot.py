@@ -20,12 +20,14 @@ def main(paths: list[str]) -> None:
     figure, axes = plt.subplots(2, len(paths), figsize=(4.2 * len(paths), 5.2), squeeze=False)
     for column, path in enumerate(paths):
         runs = json.loads(Path(path).read_text())
-        names = [MODES[mode] for mode in runs]
-        colours = [COLOURS.get(mode, "#b0b0b0") for mode in runs]
+        names = list(MODES.values())
+        colours = [COLOURS.get(mode, "#b0b0b0") for mode in MODES]
         for row, (figure_name, label) in enumerate((("seconds", "CPU seconds"), ("peak_mib", "peak MiB"))):
             panel = axes[row][column]
-            bars = panel.barh(names, [run[figure_name] for run in runs.values()], color=colours)
-            panel.bar_label(bars, fmt="%.1f" if figure_name == "seconds" else "%.0f", padding=2, fontsize=8)
+            values = [runs[mode][figure_name] if mode in runs else 0 for mode in MODES]
+            bars = panel.barh(names, values, color=colours)
+            text = [f"{value:,.{1 if figure_name == 'seconds' else 0}f}" if value else "not run" for value in values]
+            panel.bar_label(bars, text, padding=2, fontsize=8)
             panel.invert_yaxis()
             panel.margins(x=0.2)
             panel.set_xlabel(label)

@@ -1,6 +1,7 @@
 """Recipe, model and examples -> a trl.SFTTrainer whose steps do only the work the loss needs."""
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,6 +155,7 @@ def make_trainer(
 ) -> ResponseTrainer:
     """A trainer ready to train. Raises UserError where model, data and machine do not go together."""
     args = make_arguments(recipe, has_eval=prepared.eval is not None)
+    require_whole_weights(args)
     model = load_model(recipe.model, tokenizer, args.seed)
     require_positions(model, prepared)
     require_plain_head(model, recipe.lora)
@@ -223,6 +225,17 @@ def as_dataset(examples: Examples) -> "Dataset":
         for name in ("input_ids", "labels")
     }
     return Dataset(pyarrow.table(columns)).with_format("numpy")
+
+
+def require_whole_weights(args: SFTConfig) -> None:
+    """Raises UserError under ZeRO-3 and FSDP, where a process has only a part of each weight.
+
+    The questions asked of the model before training need all of it, and the loss was not tried there.
+    """
+    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if is_fsdp or (args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3):
+        name = "FSDP" if is_fsdp else "ZeRO-3"
+        raise UserError(f"accelerate: {name} is not supported yet; use one process a GPU: accelerate_configs/ddp.yaml")
 
 
 def require_positions(model: "PreTrainedModel", prepared: Prepared) -> None:
