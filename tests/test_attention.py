@@ -85,7 +85,7 @@ def test_the_flash_kernel_and_padded_rows_give_the_same_gradients(kind, monkeypa
 def test_the_real_model_is_asked_and_passes(kind):
     model = tiny.model_of(kind)
     isolate(model)
-    require_isolation(model)
+    assert require_isolation(model) is None  # it raises otherwise
 
 
 def test_bloom_as_it_is_leaks_and_is_refused():

@@ -123,6 +123,15 @@ def test_lora_leaves_the_base_alone_and_saves_a_small_adapter(tmp_path, capsys):
     assert capsys.readouterr().out
 
 
+def test_an_adapter_on_a_base_from_scratch_finds_its_base_again(tmp_path, capsys):
+    lora = ["lora={r: 4, target_modules: [c_attn, c_fc]}", "training.max_steps=40", "training.learning_rate=5e-2"]
+    folder = run_folder(tmp_path, *lora, "generation.max_new_tokens=8")
+    after = (folder / "samples.md").read_text(encoding="utf-8").split("After:\n\n    ")[1].splitlines()[0]
+    capsys.readouterr()
+    generate.main([str(folder), "What is the capital of Japan?"])
+    assert capsys.readouterr().out.splitlines()[0].strip() == after.strip()
+
+
 def test_the_same_command_goes_on_from_the_last_checkpoint(tmp_path):
     """Stopped in the middle of the second epoch and started again, a run ends with the same weights, bit for bit."""
     steps = [

@@ -26,19 +26,21 @@ def load_asker(folder: Path, recipe: Recipe) -> Callable[[list[str]], list[str]]
 
     logging.disable_progress_bar()
     tokenizer = read_tokenizer(str(folder))
-    model = load_trained(folder, recipe.model, tokenizer)
+    model = load_trained(folder, recipe, tokenizer)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     template = load_template(recipe.data, tokenizer)
     return lambda questions: ask(model, tokenizer, template, recipe.generation, questions)
 
 
-def load_trained(folder: Path, base: Model, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
+def load_trained(folder: Path, recipe: Recipe, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
     """The run folder's weights, or its adapter on the base model they were trained on."""
     if not (folder / "adapter_config.json").exists():
-        return load_model(Model(name=str(folder), dtype=base.dtype), tokenizer, seed=0)
+        return load_model(Model(name=str(folder), dtype=recipe.model.dtype), tokenizer, seed=0)
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_model(base, tokenizer, seed=0), str(folder))
+    # A base from scratch is the same only with the seed of training.
+    base = load_model(recipe.model, tokenizer, recipe.training.seed)
+    return PeftModel.from_pretrained(base, str(folder))
 
 
 def ask(
