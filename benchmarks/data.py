@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import numpy as np
 
 from finetuning.batching import pack_lengths
-from finetuning.data import prepare
+from finetuning.cache import prepare
 from finetuning.model import read_tokenizer
 from finetuning.readers import read_dolly
 from finetuning.sections import Data, Source

@@ -190,7 +190,7 @@ def sample(options: argparse.Namespace):
     """Rows of dolly, in batches whose padding and response share are those of the whole."""
     import numpy as np
 
-    from finetuning.data import cache_folder, prepare
+    from finetuning.cache import cache_folder, prepare
     from finetuning.model import read_tokenizer
     from finetuning.sections import Data
 

@@ -17,7 +17,8 @@ SHOWN = 3  # examples printed
 def main(arguments: list[str]) -> None:
     from rich.console import Console
 
-    from finetuning.data import cache_folder, prepare, training_texts
+    from finetuning.cache import cache_folder, prepare
+    from finetuning.data import training_texts
     from finetuning.model import load_tokenizer
     from finetuning.reach import needs_of, require_hub
     from finetuning.recipe import load_recipe

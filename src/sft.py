@@ -17,7 +17,8 @@ from finetuning.errors import run
 def main(arguments: list[str]) -> None:
     from rich.console import Console
 
-    from finetuning.data import cache_folder, load_template, prepare, training_texts
+    from finetuning.cache import cache_folder, prepare
+    from finetuning.data import load_template, training_texts
     from finetuning.loggers import hide_wandb, log_samples, require_loggers
     from finetuning.model import load_tokenizer
     from finetuning.reach import needs_of, require_hub

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from tiny import TOKENIZERS, byte_level
 
-from finetuning.data import cache_key, prepare, training_texts, write_cache
+from finetuning.cache import cache_key, prepare, write_cache
+from finetuning.data import training_texts
 from finetuning.errors import UserError
 from finetuning.sections import Data
 from finetuning.tokenization import IGNORE_INDEX
@@ -478,7 +479,7 @@ PROCESS = """
 import json, sys, time
 from pathlib import Path
 from transformers import PreTrainedTokenizerFast
-from finetuning.data import prepare
+from finetuning.cache import prepare
 from finetuning.sections import Data
 
 folder = Path(sys.argv[1])

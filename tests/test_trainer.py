@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from finetuning.data import prepare
+from finetuning.cache import prepare
 from finetuning.model import load_model, load_tokenizer
 from finetuning.recipe import load_recipe
 from finetuning.trainer import make_trainer
