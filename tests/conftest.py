@@ -1,6 +1,7 @@
 """Tests see no network, no cache and no logger of the machine they run on."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,15 @@ def run_script():
         )
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Whoever listens to signals in a test does not listen after it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items):

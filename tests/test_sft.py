@@ -40,6 +40,12 @@ def run_folder(tmp_path, *overrides: str, recipe: str = "recipes/quickstart.yaml
     return tmp_path / "run"
 
 
+def losses_of(folder: Path) -> list[tuple[int, float]]:
+    """(step, loss) as logged, of training and evaluation."""
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(entry["step"], entry["loss"]) for entry in logged if "loss" in entry]
+
+
 def stand_in(recipe, folder: Path) -> list[str]:
     """Overrides that put a tiny model and a few rows in the place of what the recipe takes from the Hub."""
     if recipe.model.from_scratch:
@@ -68,7 +74,8 @@ def test_a_run_folder_explains_itself(tmp_path):
     assert load_recipe(folder / "recipe.yaml").training.max_steps == 2
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["torch"] and environment["data"] and environment["finished"]
-    assert environment["launch"]["processes"] == 1
+    (launch,) = environment["launches"]
+    assert (launch["strategy"], launch["processes"], launch["precision"]) == ("single", 1, "fp32")
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2]
     assert [entry["step"] for entry in logged if "eval_loss" in entry] == [0, 2]
@@ -150,19 +157,20 @@ def test_the_same_command_goes_on_from_the_last_checkpoint(tmp_path):
     (folder / "environment.json").write_text(json.dumps({**environment, "finished": None}))
     assert sorted(path.name for path in folder.glob("checkpoint-*"))[-1] == "checkpoint-40"
     again = run_folder(tmp_path / "stopped", *steps)
-    logged = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
-    assert min(entry["step"] for entry in logged if "loss" in entry) > 40
+    assert losses_of(again) == losses_of(whole) and len(losses_of(again)) == 50
+    assert len(json.loads((again / "environment.json").read_text())["launches"]) == 2
     first, second = (load_file(path / "model.safetensors") for path in (whole, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_folder_of_another_recipe_or_a_finished_one_is_refused(tmp_path):
+def test_a_folder_of_another_recipe_is_refused_and_a_finished_one_left_alone(tmp_path, capsys):
     folder = run_folder(tmp_path)
     with pytest.raises(UserError, match=r"training\.learning_rate was 0\.002, is 0\.5"):
         run_folder(tmp_path, "training.learning_rate=0.5")
-    with pytest.raises(UserError, match="is finished"):
-        run_folder(tmp_path)
-    assert (folder / "model.safetensors").exists()
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+    run_folder(tmp_path)
+    assert "is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"} == written
 
 
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])

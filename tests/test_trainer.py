@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from finetuning.cache import prepare
+from finetuning.callbacks import MetricsFile
 from finetuning.model import load_model, load_tokenizer
 from finetuning.recipe import load_recipe
 from finetuning.trainer import make_trainer
@@ -66,8 +67,10 @@ training:
 def trained(recipe):
     tokenizer = load_tokenizer(recipe.model, [])
     prepared = prepare(recipe.data, tokenizer)
-    Path(recipe.training.output_dir).mkdir(exist_ok=True)
-    trainer = make_trainer(recipe, tokenizer, prepared, Path(recipe.training.output_dir))
+    folder = Path(recipe.training.output_dir)
+    folder.mkdir(exist_ok=True)
+    trainer = make_trainer(recipe, tokenizer, prepared)
+    trainer.add_callback(MetricsFile(folder))
     trainer.train()
     return trainer
 

@@ -1,22 +1,36 @@
-"""What the user got wrong, told in one line."""
+"""What the user got wrong, told in one line; how a script ends."""
 
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 
+from finetuning.launcher import silence_launcher
+
 # How Python, Rust (safetensors) and C++ (torch.save) say that the disk is full, in exceptions of their own.
-DISK_FULL = ("No space left on device", "inline_container.cc")
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "inline_container.cc")
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: not done, the same command again goes on
 
 
 class UserError(ValueError):
     """The recipe, the data or the machine does not allow what was asked for; the message is the whole explanation."""
 
 
+class Stopped(BaseException):
+    """A signal asked the run to stop, and it did. Like KeyboardInterrupt, nothing that goes wrong."""
+
+    def __init__(self, number: signal.Signals, message: str) -> None:
+        super().__init__(message)
+        self.code = 130 if number == signal.SIGINT else REQUEUE
+
+
 def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = "") -> None:
     """Calls main(arguments), or prints the manual; what the user can mend becomes one line on stderr, no traceback.
 
-    Exit code 2 after a UserError or without arguments, 1 where the disk is full, 130 after Ctrl-C.
+    Exit code 2 after a UserError or without arguments, 1 where the disk is full, 130 after Ctrl-C, 75 where a signal
+    asked for a stop and the same command will go on. The code is also written to the file that the environment variable
+    EXIT_CODE_FILE names: launchers turn every code into 1.
     """
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -28,6 +42,8 @@ def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = 
         leave(f"error: {one_line(error)}", 2)
     except KeyboardInterrupt:
         leave(f"interrupted{when_interrupted}", 130)
+    except Stopped as stopped:
+        leave(str(stopped) if is_first() else "", stopped.code)
     except BrokenPipeError:  # `... | head`: the reader left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
@@ -36,27 +52,24 @@ def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = 
         leave(f"error: the disk is full: {one_line(error)}; make room, and give the same command again", 1)
 
 
+def is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
 def leave(line: str, code: int) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """Says the line, if there is one, and exits."""
+    if line and not is_first():
+        # What is wrong with a recipe is wrong in every process: the first speaks, and the launcher ends the others.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    if file := os.environ.get("EXIT_CODE_FILE"):
+        with open(file, "w", encoding="utf-8") as stream:
+            stream.write(f"{code}\n")
+    if line:
+        print(line, file=sys.stderr, flush=True)
     silence_launcher()
     sys.exit(code)
-
-
-def silence_launcher() -> None:
-    """Ends a one-process `accelerate launch` that waits for us.
-
-    It answers every exit code but 0 with a traceback of its own (accelerate/commands/launch.py, simple_launcher), in
-    which our one line would drown. Launchers of several processes are left alone: they end the other ranks.
-    """
-    import psutil  # a dependency of accelerate
-
-    parent = psutil.Process().parent()
-    if parent is None or "WORLD_SIZE" in os.environ:
-        return
-    command = parent.cmdline()
-    if "launch" in command and any(os.path.basename(part) == "accelerate" for part in command):
-        parent.send_signal(signal.SIGTERM)

@@ -9,13 +9,12 @@ from pathlib import Path
 
 from finetuning.errors import UserError
 from finetuning.recipe import Recipe
+from finetuning.run_folder import Sample
 
 KNOWN = (
     *("none", "tensorboard", "wandb", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte"),
     *("mlflow", "neptune", "swanlab", "trackio"),
 )
-
-Samples = list[tuple[str, str, str]]  # (question, answer before, answer after)
 
 
 def loggers_of(recipe: Recipe) -> list[str]:
@@ -55,7 +54,7 @@ def has_wandb_key() -> bool:
     return any("wandb" in host for host in hosts)
 
 
-def log_samples(recipe: Recipe, folder: Path, samples: Samples, step: int) -> None:
+def log_samples(recipe: Recipe, folder: Path, samples: list[Sample], step: int) -> None:
     """The answers before and after as text in tensorboard and as a table in wandb."""
     loggers = loggers_of(recipe)
     if "tensorboard" in loggers:

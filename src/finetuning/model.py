@@ -85,14 +85,15 @@ def train_tokenizer(settings: FromScratch, texts: Iterable[str]) -> "PreTrainedT
 def load_model(model: Model, tokenizer: "PreTrainedTokenizerFast", seed: int) -> "PreTrainedModel":
     """The base model on the CPU, every weight in model.dtype. Raises UserError where it cannot be had."""
     import torch
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, set_seed
 
     dtype = getattr(torch, model.dtype)
     if model.from_scratch:
         config = scratch_config(model.from_scratch, tokenizer)
         set_seed(seed)
         try:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            # Not from_config: under ZeRO-3 that fills each process's part with random numbers of its own.
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(dtype)
         except (ValueError, TypeError) as error:
             raise UserError(f"model.from_scratch.config: {' '.join(str(error).split())}") from None
     try:

@@ -49,6 +49,18 @@ class Recipe(Section):
             raise ValueError("training.eval_strategy is set, but data.eval is null: nothing is held out to evaluate on")
         return self
 
+    @model_validator(mode="after")
+    def check_step(self) -> "Recipe":
+        if self.training.global_batch_size is None:
+            return self
+        if "gradient_accumulation_steps" in self.training.model_fields_set:
+            raise ValueError(
+                "training.gradient_accumulation_steps follows from training.global_batch_size; leave one of them out"
+            )
+        if self.data.batch_tokens:
+            raise ValueError("training.global_batch_size counts examples, data.batch_tokens tokens; leave one out")
+        return self
+
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values: our own with their defaults, the libraries' as far as they were given."""
         own = self.model_dump(include={"model", "data", "publish"})

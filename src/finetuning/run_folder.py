@@ -1,8 +1,8 @@
 """The run folder: what one run leaves behind, enough to ask, publish or resume it.
 
-recipe.yaml        every setting, as resolved          metrics.jsonl   one JSON object per logged step
-environment.json   versions, git revision, data        samples.md      answers before and after
-model.safetensors or adapter_model.safetensors, tokenizer.json, ...    checkpoint-N/   to continue from
+recipe.yaml        every setting, as resolved              metrics.jsonl             one JSON object per logged step
+environment.json   versions, git revision, data, launches  samples.md, samples.json  answers before and after
+model.safetensors or adapter_model.safetensors, tokenizer.json, ...   checkpoint-N/   to continue from
 """
 
 import importlib.metadata
@@ -12,33 +12,96 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
 
 from finetuning.errors import UserError
 from finetuning.recipe import Recipe, load_recipe
+from finetuning.step_size import step_size
+from finetuning.strategy import Strategy
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "deepspeed", "bitsandbytes")
+LOCK = ".lock"
+# How a step is shared out may change from one launch to the next, as long as the step stays the same.
+SHARED_OUT = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
-def open_run_folder(recipe: Recipe, fingerprint: str) -> Path:
-    """Creates the folder, or finds it unfinished and of the same recipe and data, ready to continue.
+class Sample(NamedTuple):
+    """One question that the recipe asks."""
 
-    Raises UserError where it belongs to another run, is finished, or cannot be written.
+    question: str
+    before: str
+    after: str | None = None
+    """None as long as the run is not finished"""
+
+
+def open_run_folder(recipe: Recipe, fingerprint: str, strategy: Strategy) -> Path:
+    """Creates the folder, or finds it of the same recipe and data, ready to go on.
+
+    Raises UserError where it belongs to another run, cannot go on with these processes, or cannot be written.
     """
     folder = make_folder(output_folder(recipe))
-    if (folder / "recipe.yaml").exists():
-        remedy = "; delete the folder, or choose another with training.output_dir=..."
-        for name, before, now in differences(load_recipe(folder / "recipe.yaml").resolved(), recipe.resolved()):
-            raise UserError(f"{folder} belongs to another run: {name} was {before!r}, is {now!r}{remedy}")
-        environment = read_environment(folder)
-        if environment.get("data") not in (None, fingerprint):
-            raise UserError(f"{folder} belongs to another run: its data was not the same{remedy}")
-        if environment.get("finished"):
-            raise UserError(f"{folder} is finished ({environment['finished']}){remedy}")
+    if not (folder / "recipe.yaml").exists():
+        return folder
+    before, environment = load_recipe(folder / "recipe.yaml"), read_environment(folder)
+    remedy = "; delete the folder, or choose another with training.output_dir=..."
+    for name, value_before, value in differences(before.resolved(), recipe.resolved()):
+        if name not in SHARED_OUT:
+            raise UserError(f"{folder} belongs to another run: {name} was {value_before!r}, is {value!r}{remedy}")
+    if environment.get("data") not in (None, fingerprint):
+        raise UserError(f"{folder} belongs to another run: its data was not the same{remedy}")
+    if environment.get("launches") and not environment.get("finished"):
+        require_same_steps(folder, before, recipe, environment["launches"][-1], strategy)
     return folder
+
+
+def require_same_steps(
+    folder: Path, before: Recipe, recipe: Recipe, launch: dict[str, Any], strategy: Strategy
+) -> None:
+    """Raises UserError where a run that goes on would take other steps, or cannot read its optimizer."""
+    processes, name = launch["processes"], launch["strategy"]
+    had, has = step_size(before, processes), step_size(recipe, strategy.processes)
+    unit = "micro-batches" if recipe.data.batch_tokens else "examples"
+    if unit == "micro-batches":
+        had, has = replace(had, micro_batch=1), replace(has, micro_batch=1)
+    if had.total != has.total:
+        raise UserError(
+            f"{folder} cannot go on: a step had {had.total} {unit} (processes x accumulation x examples: {had}); "
+            f"now it has {has.total} ({has}); change training.gradient_accumulation_steps, or begin anew in another "
+            "training.output_dir with training.global_batch_size"
+        )
+    replicated = ("single", "ddp")
+    is_same = (name, processes) == (strategy.name, strategy.processes)
+    if not (is_same or (name in replicated and strategy.name in replicated)):
+        raise UserError(
+            f"{folder} cannot go on: it was trained as {name} by {processes} processes, which each hold a part of the "
+            f"optimizer; now it is {strategy}. Only single and ddp can change into each other; start it as it was"
+        )
+
+
+def is_finished(folder: Path) -> str | None:
+    """When the run was finished, or None."""
+    return read_environment(folder).get("finished")
+
+
+def lock(folder: Path) -> FileLock:
+    """Held until it is garbage or the process ends, however it ends. Raises UserError where another holds it."""
+    held = FileLock(folder / LOCK)
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        launches = read_environment(folder).get("launches") or [{}]
+        who = f" (process {launches[-1]['process']} on {launches[-1]['host']})" if "process" in launches[-1] else ""
+        raise UserError(
+            f"{folder} is in use: another run writes to it{who}; wait for its end, or choose another folder with "
+            "training.output_dir=..."
+        ) from None
+    return held
 
 
 def output_folder(recipe: Recipe) -> Path:
@@ -67,24 +130,35 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, An
 
 
 def write_start(folder: Path, recipe: Recipe, fingerprint: str, launch: dict[str, Any]) -> None:
-    """recipe.yaml and environment.json, before the first step: a run that dies explains itself too."""
-    write_text(folder / "recipe.yaml", recipe.as_yaml())
-    environment = {
+    """recipe.yaml and environment.json, before the first step: a run that dies explains itself too.
+
+    A run that goes on keeps what was written first and adds its own launch.
+    """
+    first = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: version for name in PACKAGES if (version := installed(name))},
+        "versions": versions(),
         "git": git_revision(),
         "data": fingerprint,
-        "launch": {"arguments": sys.argv, **launch},
-        "started": now(),
         "finished": None,
+        "launches": [],
     }
-    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    environment = read_environment(folder) or first
+    launches = [*environment["launches"], {"started": now(), "arguments": sys.argv, **launch}]
+    write_text(folder / "recipe.yaml", recipe.as_yaml())
+    write_environment(folder, {**environment, "launches": launches})
+
+
+def versions() -> dict[str, str]:
+    return {name: version for name in PACKAGES if (version := installed(name))}
 
 
 def write_finish(folder: Path) -> None:
-    environment = {**read_environment(folder), "finished": now()}
-    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_environment(folder, {**read_environment(folder), "finished": now()})
+
+
+def write_environment(folder: Path, environment: dict[str, Any]) -> None:
+    write_text(folder / "environment.json", json.dumps(environment, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
@@ -100,12 +174,23 @@ def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
         stream.write(json.dumps(metrics) + "\n")
 
 
-def write_samples(folder: Path, samples: list[tuple[str, str, str]]) -> None:
-    """samples.md of (question, answer before, answer after)."""
+def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(metrics) + "\n" for metrics in history))
+
+
+def write_samples(folder: Path, samples: list[Sample]) -> None:
+    """samples.json, and samples.md to read."""
+    write_text(folder / "samples.json", json.dumps([s._asdict() for s in samples], indent=1, ensure_ascii=False) + "\n")
     parts = ["# Answers before and after training\n"]
-    for question, before, after in samples:
-        parts.append(f"## {question}\n\nBefore:\n\n{quoted(before)}\n\nAfter:\n\n{quoted(after)}\n")
+    for sample in samples:
+        after = "(not yet)" if sample.after is None else sample.after
+        parts.append(f"## {sample.question}\n\nBefore:\n\n{quoted(sample.before)}\n\nAfter:\n\n{quoted(after)}\n")
     write_text(folder / "samples.md", "\n".join(parts))
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    file = folder / "samples.json"
+    return [Sample(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
 
 
 def quoted(text: str) -> str:

@@ -35,7 +35,14 @@ OWNED = {
         **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "the loss: fused without it"),
         "auto_find_batch_size": "data.batch_tokens, or a smaller training.per_device_train_batch_size",
         "dataloader_drop_last": "data.order: an epoch has every example once",
-        "resume_from_checkpoint": "the run folder: the same command again continues it",
+        **dict.fromkeys(
+            ("resume_from_checkpoint", "save_only_model", "ignore_data_skip", "enable_jit_checkpoint"),
+            "the run folder: the same command again goes on exactly where the run stopped",
+        ),
+        **dict.fromkeys(
+            ("restore_callback_states_from_checkpoint", "save_on_each_node"),
+            "the run folder: one, that every machine sees",
+        ),
         **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the script that is run"),
     },
     "lora": {
@@ -206,6 +213,10 @@ Training = library_section(
     # The library's own fields, with bounds that it does not check.
     per_device_train_batch_size=(int, Field(default=8, ge=1, description="examples of a micro-batch on each device")),
     gradient_accumulation_steps=(int, Field(default=1, ge=1, description="micro-batches of a step")),
+    global_batch_size=(
+        int | None,
+        Field(default=None, ge=1, description="examples of a step over all processes; accumulation follows from it"),
+    ),
     learning_rate=(float, Field(default=2e-5, ge=0, description="at its highest")),
     dataloader_num_workers=(int, Field(default=0, ge=0, description="processes that collate batches")),
 )

@@ -43,6 +43,23 @@ class Throughput:
         self.tokens += sum(inputs["lengths"])
         self.slots += inputs["input_ids"].numel()
 
+    def state(self) -> dict[str, float]:
+        """What was counted since the last log, exactly."""
+        return {
+            "loss": self.loss.item(),
+            "correct": self.correct.item(),
+            "responses": self.responses,
+            "tokens": self.tokens,
+            "slots": self.slots,
+            "seconds": time.perf_counter() - self.since,
+        }
+
+    def restore(self, state: dict[str, float]) -> None:
+        self.loss.fill_(state["loss"])
+        self.correct.fill_(state["correct"])
+        self.responses, self.tokens, self.slots = (state[name] for name in ("responses", "tokens", "slots"))
+        self.since = time.perf_counter() - state["seconds"]
+
     def flops_of(self, inputs: dict[str, Any]) -> int:
         return self.flops_per_token * sum(inputs["lengths"])
 

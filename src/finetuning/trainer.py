@@ -1,24 +1,21 @@
 """Recipe, model and examples -> a trl.SFTTrainer whose steps do only the work the loss needs."""
 
 import math
-import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
 
-from finetuning.attention import Packing, isolate, packed_as, require_isolation
+from finetuning.arguments import make_arguments
+from finetuning.attention import Packing, isolate, packed_as
 from finetuning.batching import Batch, BatchSampler, Collator, ExampleSet
 from finetuning.data import Prepared
+from finetuning.durable import DurableTrainer
 from finetuning.errors import UserError
 from finetuning.loss import ResponseHead, Targets, require_plain_head
-from finetuning.model import fuse_gelu, load_model, lora_config, precision
+from finetuning.model import fuse_gelu, load_model, lora_config
 from finetuning.recipe import Recipe
-from finetuning.run_folder import append_metrics
 from finetuning.throughput import Throughput
 from finetuning.tokenization import Examples
 
@@ -27,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
-class ResponseTrainer(SFTTrainer):
+class ResponseTrainer(DurableTrainer):
     """trl's trainer with our batches, our loss and an evaluation that counts every response token once.
 
     Overridden because, measured: trl scores every position outside of CUDA and recomputes logits in backward; it asks
@@ -139,30 +136,15 @@ class EpochLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-class MetricsFile(TrainerCallback):
-    """Appends what is logged to metrics.jsonl."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            append_metrics(self.folder, {"step": state.global_step, **logs})
-
-
-def make_trainer(
-    recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", prepared: Prepared, folder: Path
-) -> ResponseTrainer:
+def make_trainer(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", prepared: Prepared) -> ResponseTrainer:
     """A trainer ready to train. Raises UserError where model, data and machine do not go together."""
     args = make_arguments(recipe, has_eval=prepared.eval is not None)
-    require_whole_weights(args)
     model = load_model(recipe.model, tokenizer, args.seed)
     require_positions(model, prepared)
     require_plain_head(model, recipe.lora)
     fuse_gelu(model)
     if recipe.data.layout == "packed":
         isolate(model)
-        require_isolation(model)
     try:
         return ResponseTrainer(
             train_examples=prepared.train,
@@ -176,42 +158,10 @@ def make_trainer(
             eval_dataset=as_dataset(prepared.eval) if prepared.eval else None,
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
-            callbacks=[MetricsFile(folder)],
         )
     except ValueError as error:  # what trl and peft find wrong with the settings
         section = "lora" if recipe.lora else "training"
         raise UserError(f"{section}: {' '.join(str(error).split())}") from error
-
-
-def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
-    """The training section as SFTConfig, with what other sections decide."""
-    has_gpu = torch.cuda.is_available()
-    capability = torch.cuda.get_device_capability() if has_gpu else None
-    settings = recipe.training.model_dump(exclude_unset=True)
-    settings |= precision(recipe, torch.device("cuda" if has_gpu else "cpu"), capability)
-    settings |= {
-        # Examples come tokenized and masked; trl would tokenize, cut and pack them again.
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "max_length": None,
-        "packing": False,
-        "padding_free": False,
-    }
-    settings.setdefault("use_cpu", not has_gpu)  # two gloo processes find each other only with this flag
-    settings.setdefault("dataloader_pin_memory", has_gpu)
-    settings.setdefault("ddp_find_unused_parameters", False)  # every parameter is used; looking costs a walk a step
-    # trl's default of recomputing every activation costs a third of the speed; a recipe asks for it where it must.
-    if not settings.get("gradient_checkpointing"):  # the old name
-        settings.setdefault("activation_checkpointing", False)
-    # Trainer's default replaces a loss that is not a number by the average of those before, and asks the device for
-    # it in every micro-batch.
-    settings.setdefault("logging_nan_inf_filter", False)
-    if has_eval:
-        settings.setdefault("eval_on_start", True)  # the loss before training, to compare with
-        settings.setdefault("per_device_eval_batch_size", recipe.training.per_device_train_batch_size)
-    try:
-        return SFTConfig(**settings)
-    except (TypeError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"training: {' '.join(str(error).split())}") from None
 
 
 def as_dataset(examples: Examples) -> "Dataset":
@@ -227,17 +177,6 @@ def as_dataset(examples: Examples) -> "Dataset":
     return Dataset(pyarrow.table(columns)).with_format("numpy")
 
 
-def require_whole_weights(args: SFTConfig) -> None:
-    """Raises UserError under ZeRO-3 and FSDP, where a process has only a part of each weight.
-
-    The questions asked of the model before training need all of it, and the loss was not tried there.
-    """
-    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if is_fsdp or (args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3):
-        name = "FSDP" if is_fsdp else "ZeRO-3"
-        raise UserError(f"accelerate: {name} is not supported yet; use one process a GPU: accelerate_configs/ddp.yaml")
-
-
 def require_positions(model: "PreTrainedModel", prepared: Prepared) -> None:
     longest = prepared.report["tokens"]["max"]
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -246,25 +185,6 @@ def require_positions(model: "PreTrainedModel", prepared: Prepared) -> None:
             f"data.max_length: the longest example has {longest} tokens, the model reads at most {positions}; "
             f"use data.max_length={positions}"
         )
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end, to continue from."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    whole = [path for path in checkpoints if (path / "trainer_state.json").exists()]  # trainer writes it last
-    return str(whole[-1]) if whole else None
-
-
-def launch_of(trainer: SFTTrainer) -> dict[str, Any]:
-    """How the processes really run, for environment.json."""
-    state = trainer.accelerator.state
-    return {
-        "processes": state.num_processes,
-        "distributed_type": state.distributed_type.value,
-        "device": str(trainer.args.device),
-        "bf16": trainer.args.bf16,
-        "fp16": trainer.args.fp16,
-    }
 
 
 def loss_before_and_after(trainer: ResponseTrainer) -> str:

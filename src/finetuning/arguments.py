@@ -1,0 +1,45 @@
+"""Recipe -> trl.SFTConfig: the training section, with what other sections and the machine decide."""
+
+import os
+
+import torch
+from trl import SFTConfig
+
+from finetuning.errors import UserError
+from finetuning.model import precision
+from finetuning.recipe import Recipe
+from finetuning.step_size import step_size
+
+
+def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
+    """The training section as SFTConfig, with what other sections decide."""
+    has_gpu = torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability() if has_gpu else None
+    settings = recipe.training.model_dump(exclude_unset=True, exclude={"global_batch_size"})
+    step = step_size(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    settings["per_device_train_batch_size"] = step.micro_batch
+    settings["gradient_accumulation_steps"] = step.accumulation
+    settings |= precision(recipe, torch.device("cuda" if has_gpu else "cpu"), capability)
+    settings |= {
+        # Examples come tokenized and masked; trl would tokenize, cut and pack them again.
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+        "packing": False,
+        "padding_free": False,
+    }
+    settings.setdefault("use_cpu", not has_gpu)  # two gloo processes find each other only with this flag
+    settings.setdefault("dataloader_pin_memory", has_gpu)
+    settings.setdefault("ddp_find_unused_parameters", False)  # every parameter is used; looking costs a walk a step
+    # trl's default of recomputing every activation costs a third of the speed; a recipe asks for it where it must.
+    if not settings.get("gradient_checkpointing"):  # the old name
+        settings.setdefault("activation_checkpointing", False)
+    # Trainer's default replaces a loss that is not a number by the average of those before, and asks the device for
+    # it in every micro-batch.
+    settings.setdefault("logging_nan_inf_filter", False)
+    if has_eval:
+        settings.setdefault("eval_on_start", True)  # the loss before training, to compare with
+        settings.setdefault("per_device_eval_batch_size", step.micro_batch)
+    try:
+        return SFTConfig(**settings)
+    except (TypeError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from None

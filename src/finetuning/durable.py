@@ -1,0 +1,133 @@
+"""A trl.SFTTrainer whose runs survive being killed: checkpoints are whole or not there, and resuming is exact."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from trl import SFTTrainer
+
+from finetuning.checkpoints import UNFINISHED, clear_unfinished, examined, keep, move_into
+from finetuning.stop import Stop
+
+
+class DurableTrainer(SFTTrainer):
+    """trl's trainer with checkpoints that can be trusted.
+
+    Overridden because, measured: transformers writes checkpoints in place, takes the one with the highest number whole
+    or not, resumes without a word where optimizer or random numbers are missing, and forgets the losses since the last
+    log.
+    """
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.args.output_dir).expanduser()
+
+    def train_on(self, stop: Stop) -> None:
+        """From the last whole checkpoint, if there is one, to the end. Raises Stopped where a signal asked for it."""
+        checkpoint = self.last_checkpoint()
+        if checkpoint:
+            self.args.eval_on_start = False  # it was evaluated when it started
+        with stop.after_a_step():
+            self.train(resume_from_checkpoint=checkpoint)
+
+    def last_checkpoint(self) -> str | None:
+        """The newest checkpoint that is whole, the same for all processes; others are named on stderr."""
+        found = [None]
+        if self.is_world_process_zero():
+            for checkpoint, damage in examined(self.run_folder):
+                if damage:
+                    print(f"{checkpoint} is not used: {damage}", file=sys.stderr)
+                else:
+                    found = [str(checkpoint)]
+                    print(f"going on from {checkpoint}", file=sys.stderr)
+        return broadcast_object_list(found)[0]
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Not beyond the last step: transformers would train on where a run is resumed at its very end."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Checkpoints are written aside."""
+        return str(self.run_folder / UNFINISHED)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Killed at any instant, a run finds whole checkpoints only: this one is put in place when all of it is there.
+
+        transformers writes in place and removes old ones by their number, whole or not.
+        """
+        is_main, step = self.is_world_process_zero(), self.state.global_step
+        try:
+            if is_main:
+                clear_unfinished(self.run_folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if is_main:
+                written = self.run_folder / UNFINISHED / f"checkpoint-{step}"
+                best = self.state.best_global_step
+                if best:
+                    self.state.best_model_checkpoint = str(self.run_folder / f"checkpoint-{best}")
+                    self.state.save_to_json(str(written / "trainer_state.json"))
+                keep(written, self.run_folder, self.args.save_total_limit, best)
+        except Exception:  # a full disk: what was begun takes room
+            shutil.rmtree(self.run_folder / UNFINISHED, ignore_errors=True)
+            raise
+        self.accelerator.wait_for_everyone()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """With it, for each process, what was counted since the last log: transformers begins anew after a resume."""
+        super()._save_rng_state(output_dir)
+        counted = {
+            "loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "total_loss": self._total_loss_scalar,
+            "throughput": self.throughput.state(),
+        }
+        Path(output_dir, f"counted_{self.args.process_index}.json").write_text(json.dumps(counted), encoding="utf-8")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        file = Path(checkpoint, f"counted_{self.args.process_index}.json") if checkpoint else None
+        if file and file.exists():  # else there were fewer processes
+            counted = json.loads(file.read_text(encoding="utf-8"))
+            self._tr_loss += counted["loss"]
+            self._globalstep_last_logged = counted["last_logged"]
+            self._total_loss_scalar = counted["total_loss"]
+            self.throughput.restore(counted["throughput"])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """As transformers does, but without three things that it leaves behind.
+
+        training_args.bin, a pickle; under ZeRO-1 and 2 a copy of the output layer's tied weight; mode 0600 of the
+        weights, which keeps a group from reading them.
+        """
+        if state_dict and getattr(self.model.config, "tie_word_embeddings", False):
+            tied = getattr(self.accelerator.unwrap_model(self.model), "_tied_weights_keys", None) or {}
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
+            umask = os.umask(0)
+            os.umask(umask)
+            for file in Path(output_dir).glob("*.safetensors"):
+                file.chmod(0o666 & ~umask)
+
+    def save_trained(self) -> None:
+        """Weights or adapter, whole, and the tokenizer into the run folder, by way of a folder aside."""
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        if self.is_world_process_zero():
+            clear_unfinished(self.run_folder)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(self.run_folder / UNFINISHED))
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            move_into(self.run_folder / UNFINISHED, self.run_folder)

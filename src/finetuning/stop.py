@@ -1,0 +1,46 @@
+"""A run that is asked to stop, by its scheduler or by Ctrl-C.
+
+before training   nothing to save: it ends at once
+in training       the processes agree on a step, save, and end with 75 (the same command goes on), or 130 after Ctrl-C
+after training    SIGTERM and SIGUSR1 do not keep the last seconds from being saved
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from finetuning.errors import Stopped
+from finetuning.launcher import end_with_launcher
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Stop:
+    """Hears the signals; `asked` is the one that came, or None."""
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        self.phase = "before"
+
+    def listen(self) -> None:
+        for number in SIGNALS:
+            signal.signal(number, self.hear)
+        end_with_launcher()
+
+    @contextmanager
+    def after_a_step(self) -> Iterator[None]:
+        """Within, a signal is only noted: whoever trains looks at the end of each step. A second Ctrl-C is obeyed."""
+        self.phase = "training"
+        try:
+            yield
+        finally:
+            self.phase = "after"
+
+    def hear(self, number: int, frame: Any) -> None:
+        repeated = self.asked == number
+        self.asked = signal.Signals(number)
+        if number == signal.SIGINT and (self.phase != "training" or repeated):
+            raise KeyboardInterrupt
+        if self.phase == "before":
+            raise Stopped(self.asked, f"stopped by {self.asked.name} before the first step; nothing to save")

@@ -1,0 +1,114 @@
+"""How the processes of a run share the work: what the launcher was asked for, and what runs.
+
+The two differ without a word in several set-ups of accelerate: FSDP on a CPU runs as DDP, and so does ZeRO where
+ACCELERATE_USE_CPU is set; MULTI_CPU, or --cpu with --num_processes 2, starts one process. A run says what it got, and
+refuses to be something else than what was asked for.
+"""
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.errors import UserError
+from finetuning.launcher import asked_processes
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
+
+
+@dataclass(frozen=True)
+class Strategy:
+    name: str
+    """single, ddp, fsdp, zero1, zero2 or zero3"""
+    processes: int
+    offload: bool = False
+    """optimizer or weights are kept in main memory"""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process holds only a part of each weight."""
+        return self.name in ("fsdp", "zero3")
+
+    def __str__(self) -> str:
+        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        return f"{self.name}{' with offload' if self.offload else ''}, {processes}"
+
+
+def asked() -> Strategy:
+    """What accelerate launch or torchrun was asked for, from the environment that they give to a process."""
+    processes = asked_processes()
+    if is_set("ACCELERATE_USE_DEEPSPEED"):
+        zero = zero_settings()
+        return Strategy(f"zero{zero.get('stage', 0)}", processes, offloads(zero))
+    if is_set("ACCELERATE_USE_FSDP"):
+        return Strategy("fsdp", processes, is_set("FSDP_OFFLOAD_PARAMS"))
+    return Strategy("ddp" if processes > 1 else "single", processes)
+
+
+def is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def zero_settings() -> dict[str, Any]:
+    """The part zero_optimization of DeepSpeed's own file, or what an accelerate config says in its place."""
+    zero = {"stage": os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")}
+    for what in ("optimizer", "param"):
+        zero[f"offload_{what}"] = {
+            "device": os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")
+        }
+    if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        try:
+            zero = json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{file}: is no DeepSpeed config with zero_optimization: {error}") from None
+    return zero
+
+
+def offloads(zero: dict[str, Any]) -> bool:
+    devices = [(zero.get(f"offload_{what}") or {}).get("device", "none") for what in ("optimizer", "param")]
+    return any(device != "none" for device in devices)
+
+
+def running(trainer: "SFTTrainer") -> Strategy:
+    """What a prepared trainer really runs as."""
+    accelerator = trainer.accelerator
+    kind = accelerator.distributed_type.value
+    if kind == "DEEPSPEED":
+        engine = trainer.model_wrapped
+        offload = offloads(engine.config["zero_optimization"])
+        return Strategy(f"zero{engine.zero_optimization_stage()}", accelerator.num_processes, offload)
+    if kind == "FSDP":
+        return Strategy("fsdp", accelerator.num_processes, bool(accelerator.state.fsdp_plugin.cpu_offload))
+    return Strategy("ddp" if accelerator.num_processes > 1 else "single", accelerator.num_processes)
+
+
+def require_strategy(trainer: "SFTTrainer", wanted: Strategy) -> None:
+    """Raises UserError where a prepared trainer runs as something else than what was asked for."""
+    found = running(trainer)
+    if found != wanted:
+        raise UserError(
+            f"accelerate: asked for {wanted}, but what runs is {found}; take one of accelerate_configs/, and leave "
+            "ACCELERATE_USE_CPU and --cpu out (training.use_cpu: true says it)"
+        )
+    mixed = trainer.accelerator.state.mixed_precision
+    said = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "no"
+    if mixed != said:
+        raise UserError(
+            f"accelerate: mixed_precision is {mixed}, the recipe's {said}; leave it out of the accelerate config, "
+            "training.bf16 and training.fp16 own it"
+        )
+
+
+def launch_of(trainer: "SFTTrainer", strategy: Strategy) -> dict[str, Any]:
+    """How the processes run, for environment.json."""
+    return {
+        "strategy": strategy.name,
+        "processes": strategy.processes,
+        "device": str(trainer.args.device),
+        "precision": "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32",
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+    }
