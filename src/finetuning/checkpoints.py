@@ -46,6 +46,7 @@ def keep(written: Path, folder: Path, limit: int | None, best_step: int | None =
     final = folder / written.name
     remove(final)  # a damaged one of the same step
     written.rename(final)
+    written.parent.rmdir()
     sync(folder)
     spared = [path for path in checkpoints_of(folder) if step_of(path) in (step_of(final), best_step)]
     others = [path for path in checkpoints_of(folder) if path not in spared]
