@@ -1,72 +1,152 @@
-"""Two processes (gloo, on the CPU) train what one process trains."""
+"""Two processes, shared out in every way that a CPU can run, train what one process trains."""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-from test_trainer import GLOBAL_BATCH, LORA_TARGETS, base, losses_of, recipe_of, rows, trained  # noqa: F401
+import tiny
+import torch
+from conftest import ROOT
+from peft import PeftModel
+from test_trainer import GLOBAL_BATCH, LORA_TARGETS, losses_of, recipe_of, trained
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.cluster
 
-CASES = [(method, layout) for method in ("full", "lora") for layout in ("packed", "padded")]
+STEPS = 10
+# (architecture, method, layout, accumulation)
+CASES = [
+    ("gpt2", "full", "packed", 1),
+    ("gpt2", "full", "padded", 2),
+    ("gpt2", "lora", "packed", 2),
+    ("bloom", "full", "packed", 2),
+    ("llama", "full", "packed", 1),
+    ("llama", "lora", "padded", 1),
+]
+# accelerate config -> what runs, the class around the model, the share that a process has of weights and moments
+STRATEGIES = {
+    "cpu_ddp": ("ddp, 2 processes", "DistributedDataParallel", 1.0, 1.0),
+    "zero1": ("zero1, 2 processes", "DeepSpeedEngine", 1.0, 0.5),
+    "zero2": ("zero2, 2 processes", "DeepSpeedEngine", 1.0, 0.5),
+    "zero3": ("zero3, 2 processes", "DeepSpeedEngine", 0.5, 0.5),
+}
+
+
+def launch(config: str | Path, *command: object, processes: int = 2) -> subprocess.CompletedProcess:
+    """`accelerate launch` as a user gives it, on a port that is free."""
+    accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(config)]
+    place = ["--num_processes", str(processes), "--main_process_port", "0"]
+    return subprocess.run(
+        [*accelerate, *place, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 @pytest.fixture(scope="module")
-def two_processes(base, rows, tmp_path_factory):  # noqa: F811
-    """{case: {losses, eval, processes, wrapper, weights}} of all cases, trained by two processes."""
-    folder = tmp_path_factory.mktemp("two")
-    cases = {}
-    for method, layout in CASES:
-        name = f"{method}_{layout}"
-        overrides = overrides_of(base[0], method, layout, GLOBAL_BATCH // 2)
-        recipe_of(base, rows, folder / name)
-        cases[name] = (str(folder / f"{name}.yaml"), overrides)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, "tests/processes.py", str(folder / "cases.json"), str(folder)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def bases(tmp_path_factory) -> dict[str, tuple[str, Path]]:
+    """{architecture: (architecture, folder)}, wide enough for ZeRO-3 to share out matrices: over 100,000 numbers."""
+    found = {}
+    for kind in ("gpt2", "llama", "bloom"):
+        folder = tmp_path_factory.mktemp(kind)
+        tokenizer = tiny.byte_level()
+        tiny.model_of(kind, vocab_size=len(tokenizer), width=256).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        found[kind] = kind, folder
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [
+        {"prompt": f"What is {n} + {n}?" * (1 + n % 3), "response": f"It is {2 * n}. " * (1 + (n * 7) % 11)}
+        for n in range(60)
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return file
+
+
+def overrides_of(case: tuple[str, str, str, int], processes: int) -> list[str]:
+    kind, method, layout, accumulation = case
+    lora = [f"lora={{r: 4, lora_alpha: 8, target_modules: {LORA_TARGETS[kind]}}}"] if method == "lora" else []
+    batch = [f"training.per_device_train_batch_size={GLOBAL_BATCH // accumulation // processes}"]
+    size = [f"training.global_batch_size={GLOBAL_BATCH}", f"training.max_steps={STEPS}"]
+    return [f"data.layout={layout}", *batch, *size, *lora]
+
+
+@pytest.fixture(scope="module")
+def alone(bases, rows, tmp_path_factory) -> dict:
+    """{case: trainer} of one process."""
+    folder = tmp_path_factory.mktemp("alone")
     return {
-        name: {
-            **json.loads((folder / f"{name}.json").read_text()),
-            "weights": load_file(folder / f"{name}.safetensors"),
-        }
-        for name in cases
+        case: trained(recipe_of(bases[case[0]], rows, folder / "-".join(map(str, case)), *overrides_of(case, 1)))
+        for case in CASES
     }
 
 
-def overrides_of(kind: str, method: str, layout: str, batch_size: int) -> list[str]:
-    lora = [f"lora={{r: 4, lora_alpha: 8, target_modules: {LORA_TARGETS[kind]}}}"] if method == "lora" else []
-    return [f"data.layout={layout}", f"training.per_device_train_batch_size={batch_size}", *lora]
+@pytest.fixture(scope="module", params=STRATEGIES)
+def together(request, bases, rows, tmp_path_factory) -> tuple[str, Path]:
+    """(strategy, folder with what two processes found for each case)"""
+    folder = tmp_path_factory.mktemp(request.param)
+    cases = {}
+    for case in CASES:
+        name = "-".join(map(str, case))
+        recipe_of(bases[case[0]], rows, folder / name)
+        cases[name] = (str(folder / f"{name}.yaml"), overrides_of(case, 2))
+    (folder / "cases.json").write_text(json.dumps(cases))
+    config = f"accelerate_configs/{request.param}.yaml"
+    done = launch(config, "tests/processes.py", folder / "cases.json", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, folder
 
 
-@pytest.mark.parametrize(("method", "layout"), CASES)
-def test_two_processes_train_what_one_trains(two_processes, base, rows, tmp_path, method, layout):  # noqa: F811
-    found = two_processes[f"{method}_{layout}"]
-    assert (found["processes"], found["wrapper"]) == (2, "DistributedDataParallel")
-    alone = trained(recipe_of(base, rows, tmp_path / "run", *overrides_of(base[0], method, layout, GLOBAL_BATCH)))
-    assert found["losses"] == pytest.approx(losses_of(alone), rel=1e-5)
-    evaluated = [entry["eval_loss"] for entry in alone.state.log_history if "eval_loss" in entry]
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_two_processes_train_what_one_trains(together, alone, bases, case):
+    strategy, folder = together
+    name = "-".join(map(str, case))
+    found, one = json.loads((folder / f"{name}.json").read_text()), alone[case]
+    runs, wrapper, weights, moments = STRATEGIES[strategy]
+    assert (found["strategy"], found["wrapper"]) == (runs, wrapper)
+    assert (found["weights"], found["moments"]) == (pytest.approx(weights, abs=0.03), pytest.approx(moments, abs=0.03))
+
+    assert len(found["losses"]) == STEPS
+    assert found["losses"] == pytest.approx(losses_of(one), rel=1e-5)
+    evaluated = [entry["eval_loss"] for entry in one.state.log_history if "eval_loss" in entry]
     assert found["eval"] == pytest.approx(evaluated, rel=1e-5)
-    weights = {name: weight for name, weight in alone.model.named_parameters() if weight.requires_grad}
-    assert found["weights"].keys() == weights.keys()
-    for name, weight in weights.items():
-        assert (found["weights"][name] - weight.detach()).abs().max() <= 1e-5, name
+    trained_weights = one.model.state_dict()
+    reloaded = load(folder / name, bases[case[0]][1], case[1])
+    assert reloaded.keys() == trained_weights.keys()
+    for key, weight in trained_weights.items():
+        assert (reloaded[key] - weight).abs().max() <= 1e-5, key
 
 
-def test_accelerate_starts_two_processes_that_know_of_each_other(tmp_path):
-    accelerate = [os.path.join(os.path.dirname(sys.executable), "accelerate"), "launch"]
-    config = ["--config_file", "accelerate_configs/cpu_ddp.yaml", "--main_process_port", "0"]
+def load(folder: Path, base: Path, method: str) -> dict[str, torch.Tensor]:
+    """The saved weights, as anyone loads them."""
+    if method == "full":
+        assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
+        return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert (folder / "adapter_model.safetensors").stat().st_size < 300_000
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).state_dict()
+
+
+@pytest.mark.parametrize("config", ["cpu", "cpu_ddp", "zero1", "zero2", "zero3"])
+def test_every_accelerate_config_that_a_cpu_can_run_trains_the_quickstart(config, tmp_path):
     overrides = [f"training.output_dir={tmp_path / 'run'}", "training.max_steps=2"]
-    command = [*accelerate, *config, "src/sft.py", "recipes/quickstart.yaml", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    processes = 1 if config == "cpu" else 2
+    done = launch(
+        f"accelerate_configs/{config}.yaml", "src/sft.py", "recipes/quickstart.yaml", *overrides, processes=processes
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert environment["launch"]["processes"] == 2
+    (ran,) = environment["launches"]
+    strategy = {"cpu": "single", "cpu_ddp": "ddp"}.get(config, config)
+    assert (ran["strategy"], ran["processes"]) == (strategy, processes)
     assert environment["finished"]
     assert done.stdout.count("held-out response loss") == 1

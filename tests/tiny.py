@@ -158,7 +158,7 @@ CONFIGS = {
     "llama": {
         "num_hidden_layers": 2,
         "hidden_size": 32,
-        "intermediate_size": 64,
+        "intermediate_size": 512,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
@@ -167,12 +167,13 @@ CONFIGS = {
 }
 
 
-def model_of(kind: str, vocab_size: int = 512, seed: int = 0) -> PreTrainedModel:
+def model_of(kind: str, vocab_size: int = 512, seed: int = 0, width: int = 32) -> PreTrainedModel:
     """A random model of an architecture the recipes use; weights large enough that tokens matter to each other."""
     torch.manual_seed(seed)
     end = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=vocab_size, **end, **CONFIGS[kind]))
+    fields = {**CONFIGS[kind], "n_embd" if kind == "gpt2" else "hidden_size": width}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=vocab_size, **end, **fields))
     for weight in model.parameters():
         if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=0.2)
+            torch.nn.init.normal_(weight, std=0.2 * (32 / width) ** 0.5)
     return model.eval()

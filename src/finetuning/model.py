@@ -105,7 +105,7 @@ def load_model(model: Model, tokenizer: "PreTrainedTokenizerFast", seed: int) ->
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.name: {model.name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-    rows = loaded.get_input_embeddings().weight.shape[0]
+    rows = loaded.get_input_embeddings().num_embeddings  # its weight is an empty shell under ZeRO-3
     if len(tokenizer) > rows:
         raise UserError(f"model.name: {model.name} embeds {rows} tokens, its tokenizer has {len(tokenizer)}")
     return loaded
