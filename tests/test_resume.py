@@ -1,0 +1,182 @@
+"""A run that is killed, at any instant and as often as you like, ends with the same weights and losses, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.cluster
+
+STEPS = 60  # of 8 examples; an epoch has 7
+EVERY = 7 + 4  # steps from one checkpoint to the next: in the middle of epochs and over their ends
+# accelerate config, layout, micro-batches of a step
+RUNS = [("cpu", "packed", 2), ("cpu_ddp", "padded", 2), ("zero2", "packed", 1), ("zero3", "padded", 2)]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """A model with dropout, so that random numbers matter, and rows of different lengths."""
+    folder = tmp_path_factory.mktemp("resume")
+    tokenizer = tiny.byte_level()
+    model = tiny.model_of("gpt2", vocab_size=len(tokenizer))
+    model.config.resid_pdrop = model.config.embd_pdrop = 0.1
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": f"What is {n} + {n}?", "response": f"It is {2 * n}. " * (1 + n % 5)} for n in range(63)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    text = f"""
+model: {{name: {folder / "model"}}}
+data: {{path: {folder / "rows.jsonl"}, reader: prompt_response, template: question_answer, eval: {{every: 9}}}}
+training:
+  output_dir: {folder / "run"}
+  max_steps: {STEPS}
+  global_batch_size: 8
+  learning_rate: 3e-3
+  logging_steps: 3
+  save_strategy: steps
+  save_steps: {EVERY}
+  save_total_limit: 2
+  eval_strategy: epoch
+generation: {{prompts: [What is 2 + 2?], max_new_tokens: 4}}
+"""
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    return folder / "recipe.yaml"
+
+
+class Run:
+    """One command, given again and again."""
+
+    def __init__(self, recipe: Path, folder: Path, config: str, layout: str, accumulation: int) -> None:
+        self.folder = folder
+        processes = 1 if config == "cpu" else 2
+        accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+        place = ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", str(processes)]
+        micro_batch = f"training.per_device_train_batch_size={8 // processes // accumulation}"
+        overrides = [f"training.output_dir={folder}", f"data.layout={layout}", micro_batch]
+        self.command = [*accelerate, *place, "--main_process_port", "0", "src/sft.py", str(recipe), *overrides]
+        self.code = folder.with_name(f"{folder.name}.code")
+
+    def start(self) -> psutil.Popen:
+        self.code.unlink(missing_ok=True)
+        self.log = self.folder.with_name(f"{self.folder.name}.log").open("w+")
+        environment = {**os.environ, "EXIT_CODE_FILE": str(self.code)}
+        return psutil.Popen(self.command, cwd=ROOT, env=environment, stdout=self.log, stderr=subprocess.STDOUT)
+
+    def until(self, process: psutil.Popen, is_time: Callable[[], bool]) -> list[psutil.Process]:
+        """Waits; returns the launcher and all processes that it started. Fails where the run ends before."""
+        deadline = time.monotonic() + 240
+        while not is_time():
+            assert process.poll() is None and time.monotonic() < deadline, self.said()
+            time.sleep(0.002)
+        return [process, *process.children(recursive=True)]
+
+    def finish(self) -> None:
+        process = self.start()
+        assert process.wait(240) == 0, self.said()
+
+    def said(self) -> str:
+        self.log.seek(0)
+        return self.log.read()[-3000:]
+
+    @property
+    def logged(self) -> list[dict]:
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    @property
+    def step(self) -> int:
+        return max((entry["step"] for entry in self.logged), default=0)
+
+    @property
+    def losses(self) -> list[tuple[int, float, float]]:
+        """(step, loss, accuracy) as logged, of training and of evaluation."""
+        return [
+            (entry["step"], entry[f"{part}loss"], entry[f"{part}mean_token_accuracy"])
+            for entry in self.logged
+            for part in ("", "eval_")
+            if f"{part}loss" in entry
+        ]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob("checkpoint-*"))
+
+    def is_writing(self) -> bool:
+        return any((self.folder / ".unfinished").glob("checkpoint-*/*"))
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        process.suspend()  # at the same instant, as far as that goes
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, timeout=30)
+
+
+def require_equal(run: Run, whole: Run) -> None:
+    assert run.losses == whole.losses and run.losses[-1][0] == STEPS
+    ours, theirs = (load_file(each.folder / "model.safetensors") for each in (run, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    samples = [(each.folder / "samples.json").read_text(encoding="utf-8") for each in (run, whole)]
+    assert samples[0] == samples[1]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: "-".join(map(str, run)))
+def whole(request, recipe, tmp_path_factory) -> tuple[Run, tuple]:
+    """An uninterrupted run, and how it was started."""
+    run = Run(recipe, tmp_path_factory.mktemp("whole") / "run", *request.param)
+    run.finish()
+    return run, request.param
+
+
+def test_killed_at_five_instants_it_ends_as_if_it_had_not_been(whole, recipe, tmp_path):
+    uninterrupted, how = whole
+    run = Run(recipe, tmp_path / "run", *how)
+    instants = sorted(random.Random(str(how)).sample(range(2, STEPS - 5), 4))
+    for number, instant in enumerate(instants):
+        process = run.start()
+        kill(run.until(process, lambda instant=instant: run.step >= instant))
+        assert not (run.folder / "model.safetensors").exists()
+        if number == 1:
+            process = run.start()
+            kill(run.until(process, run.is_writing))
+            assert (run.folder / ".unfinished").exists()
+    run.finish()
+    require_equal(run, uninterrupted)
+    assert not (run.folder / ".unfinished").exists()
+    assert len(run.checkpoints) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_asked_to_stop_it_saves_once_and_the_next_command_goes_on(whole, recipe, tmp_path, number):
+    uninterrupted, how = whole
+    run = Run(recipe, tmp_path / "run", *how)
+    process = run.start()
+    processes = run.until(process, lambda: run.step >= 15)
+    before = run.checkpoints
+    training = [each for each in processes if "src/sft.py" in each.cmdline() and "launch" not in each.cmdline()]
+    # A scheduler sends SIGUSR1 to the processes that train; torch's launcher passes SIGTERM on to them.
+    for receiver in training if number == signal.SIGUSR1 else [process]:
+        receiver.send_signal(number)
+    process.wait(120)
+    psutil.wait_procs(processes, timeout=60)
+    assert run.code.read_text().strip() == "75", run.said()
+    new = set(run.checkpoints) - set(before)
+    assert len(new) == 1 and not (run.folder / ".unfinished").exists()
+    assert f"after step {new.pop().rpartition('-')[2]} of {STEPS}" in run.said()
+    run.finish()
+    require_equal(run, uninterrupted)
