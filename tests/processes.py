@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent)]
 
 from test_trainer import losses_of, trained  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 
 from finetuning.recipe import load_recipe  # noqa: E402
 from finetuning.strategy import running  # noqa: E402
@@ -24,7 +25,7 @@ def main() -> None:
             "losses": losses_of(trainer),
             "eval": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
             "strategy": str(running(trainer)),
-            "wrapper": type(trainer.model_wrapped).__name__,
+            "wrappers": [kind.__name__ for kind in type(trainer.model_wrapped).__mro__],
             **shares(trainer),
         }
         if trainer.is_world_process_zero():
@@ -35,11 +36,18 @@ def shares(trainer) -> dict[str, float]:
     """How much of the weights, and of Adam's first moments, this process holds: 1.0 is all of it."""
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     whole = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
-    local = sum(weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else weight.numel() for weight in weights)
+    local = sum(local_part(weight).numel() for weight in weights)
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's around DeepSpeed's around torch's
-    moments = sum(state["exp_avg"].numel() for state in optimizer.state.values())
+    moments = sum(local_part(state["exp_avg"]).numel() for state in optimizer.state.values())
     return {"weights": local / whole, "moments": moments / whole}
+
+
+def local_part(tensor):
+    """What this process has of a tensor that DeepSpeed or FSDP2 shared out."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,13 @@ CASES = [
     ("llama", "full", "packed", 1),
     ("llama", "lora", "padded", 1),
 ]
-# accelerate config -> what runs, the class around the model, the share that a process has of weights and moments
+# accelerate config -> what runs, a class of the prepared model, the share that a process has of weights and moments
 STRATEGIES = {
     "cpu_ddp": ("ddp, 2 processes", "DistributedDataParallel", 1.0, 1.0),
     "zero1": ("zero1, 2 processes", "DeepSpeedEngine", 1.0, 0.5),
     "zero2": ("zero2, 2 processes", "DeepSpeedEngine", 1.0, 0.5),
     "zero3": ("zero3, 2 processes", "DeepSpeedEngine", 0.5, 0.5),
+    "fsdp2": ("fsdp, 2 processes", "FSDPModule", 0.5, 0.5),
 }
 
 
@@ -102,7 +103,8 @@ def together(request, bases, rows, tmp_path_factory) -> tuple[str, Path]:
         cases[name] = (str(folder / f"{name}.yaml"), overrides_of(case, 2))
     (folder / "cases.json").write_text(json.dumps(cases))
     config = f"accelerate_configs/{request.param}.yaml"
-    done = launch(config, "tests/processes.py", folder / "cases.json", folder)
+    around = ["tests/fsdp_on_cpu.py"] if request.param == "fsdp2" else []
+    done = launch(config, *around, "tests/processes.py", folder / "cases.json", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return request.param, folder
 
@@ -113,7 +115,7 @@ def test_two_processes_train_what_one_trains(together, alone, bases, case):
     name = "-".join(map(str, case))
     found, one = json.loads((folder / f"{name}.json").read_text()), alone[case]
     runs, wrapper, weights, moments = STRATEGIES[strategy]
-    assert (found["strategy"], found["wrapper"]) == (runs, wrapper)
+    assert found["strategy"] == runs and wrapper in found["wrappers"]
     assert (found["weights"], found["moments"]) == (pytest.approx(weights, abs=0.03), pytest.approx(moments, abs=0.03))
 
     assert len(found["losses"]) == STEPS
@@ -136,17 +138,20 @@ def load(folder: Path, base: Path, method: str) -> dict[str, torch.Tensor]:
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).state_dict()
 
 
-@pytest.mark.parametrize("config", ["cpu", "cpu_ddp", "zero1", "zero2", "zero3"])
-def test_every_accelerate_config_that_a_cpu_can_run_trains_the_quickstart(config, tmp_path):
+GPUS = [pytest.param(config, marks=pytest.mark.gpu) for config in ("single_gpu", "ddp", "zero3_offload")]
+
+
+@pytest.mark.parametrize("config", ["cpu", "cpu_ddp", "zero1", "zero2", "zero3", "fsdp2", *GPUS])
+def test_every_accelerate_config_trains_the_quickstart(config, tmp_path):
     overrides = [f"training.output_dir={tmp_path / 'run'}", "training.max_steps=2"]
-    processes = 1 if config == "cpu" else 2
-    done = launch(
-        f"accelerate_configs/{config}.yaml", "src/sft.py", "recipes/quickstart.yaml", *overrides, processes=processes
-    )
+    processes = 1 if config in ("cpu", "single_gpu") else 2
+    around = ["tests/fsdp_on_cpu.py"] if config == "fsdp2" and not torch.cuda.is_available() else []
+    command = [*around, "src/sft.py", "recipes/quickstart.yaml", *overrides]
+    done = launch(f"accelerate_configs/{config}.yaml", *command, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     (ran,) = environment["launches"]
-    strategy = {"cpu": "single", "cpu_ddp": "ddp"}.get(config, config)
-    assert (ran["strategy"], ran["processes"]) == (strategy, processes)
+    asked = {"fsdp2": "fsdp", "cpu_ddp": "ddp", "zero3_offload": "zero3"}
+    assert (ran["strategy"], ran["processes"]) == ("single" if processes == 1 else asked.get(config, config), processes)
     assert environment["finished"]
     assert done.stdout.count("held-out response loss") == 1

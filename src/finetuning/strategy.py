@@ -81,7 +81,8 @@ def running(trainer: "SFTTrainer") -> Strategy:
         offload = offloads(engine.config["zero_optimization"])
         return Strategy(f"zero{engine.zero_optimization_stage()}", accelerator.num_processes, offload)
     if kind == "FSDP":
-        return Strategy("fsdp", accelerator.num_processes, bool(accelerator.state.fsdp_plugin.cpu_offload))
+        offload = "CPUOffload" in type(accelerator.state.fsdp_plugin.cpu_offload).__name__
+        return Strategy("fsdp", accelerator.num_processes, offload)
     return Strategy("ddp" if accelerator.num_processes > 1 else "single", accelerator.num_processes)
 
 
