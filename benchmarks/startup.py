@@ -3,7 +3,7 @@
 python benchmarks/startup.py --data dolly.jsonl --tokenizer gpt2-folder
 
 Both train a very small GPT-2 for one step through `accelerate launch` on the CPU: cold, with nothing prepared, and
-again. Wall seconds; the ratio is what counts.
+again. Wall seconds; the ratio is what counts. Then what each part of ours costs.
 """
 
 import argparse
@@ -44,6 +44,37 @@ trainer.train()
 """
 
 
+PARTS = """
+import os, sys, time
+sys.path.insert(0, "src")
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+start = time.perf_counter()
+
+def part(name):
+    global start
+    print(f"PART {name}: {time.perf_counter() - start:.2f}", flush=True)
+    start = time.perf_counter()
+
+from finetuning.recipe import load_recipe
+recipe = load_recipe(sys.argv[1], sys.argv[2:])
+part("recipe checked")
+from finetuning.cache import cache_folder, prepare
+from finetuning.model import load_tokenizer
+tokenizer = load_tokenizer(recipe.model, [])
+prepared = prepare(recipe.data, tokenizer, cache_folder())
+part("tokenizer and data, from the cache")
+import torch
+part("import torch")
+sys.modules["wandb"] = None
+from finetuning.trainer import make_trainer
+part("import transformers, trl, peft")
+trainer = make_trainer(recipe, tokenizer, prepared)
+part("model and trainer")
+trainer.train()
+part("first step")
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="databricks/databricks-dolly-15k", help="dolly: Hub id or local file")
@@ -68,6 +99,25 @@ def main() -> None:
             cold.append(launch(command, work, f"{name}-{repeat}-cold"))
             warm.append(launch(command, work, f"{name}-{repeat}-warm"))
         print(f"| {name} | {min(cold):.1f} | {min(warm):.1f} |", flush=True)
+    print_parts(commands["ours"][1:], work)
+
+
+def print_parts(recipe: list[str], work: Path) -> None:
+    """What each part of a warm start costs, and the launcher around it."""
+    (work / "empty.py").write_text("")
+    (work / "parts.py").write_text(PARTS)
+    output = [f"training.output_dir={work / 'parts'}"]
+    command = [sys.executable, str(work / "parts.py"), *recipe, *output]
+    environment = {**os.environ, "HF_HOME": str(work / "home")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{json.dumps(command)} failed:\n{done.stderr[-2000:]}")
+    print("\n| part of a warm start | s |\n|---|---|")
+    print(f"| accelerate launch of an empty script | {launch([str(work / 'empty.py')], work, ''):.2f} |")
+    for line in done.stdout.splitlines():
+        if line.startswith("PART "):
+            name, _, seconds = line.removeprefix("PART ").rpartition(": ")
+            print(f"| {name} | {seconds} |")
 
 
 def make_model(tokenizer: str, folder: Path) -> None:

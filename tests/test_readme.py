@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 from finetuning import readers, templates
 from finetuning.recipe import Recipe, load_recipe
@@ -40,7 +41,7 @@ def blocks(page: str, language: str) -> list[str]:
 def commands(name: str) -> list[str]:
     """The shell lines of a page, or those indented in a recipe's header; comments taken off."""
     if name in PAGES:
-        lines = [line for block in blocks(name, "sh") for line in block.splitlines()]
+        lines = [line for block in blocks(name, "sh") for line in block.replace("\\\n", " ").splitlines()]
     else:
         lines = [line.removeprefix("#   ") for line in text_of(name).splitlines() if line.startswith("#   ")]
     return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
@@ -50,6 +51,11 @@ def tables(page: str) -> list[list[list[str]]]:
     """Every table's rows of cells, without its head."""
     found = re.findall(r"^\|[^\n]*\n\|[-|]+\|\n((?:\|[^\n]*\n)+)", text_of(page), re.MULTILINE)
     return [[row.strip("|").split(" | ") for row in table.splitlines()] for table in found]
+
+
+def table_of(page: str, name: str) -> list[list[str]]:
+    """The table that has the name in its first column."""
+    return next(table for table in tables(page) if any(name in row[0] for row in table))
 
 
 def file_map(page: str) -> list[str]:
@@ -91,11 +97,10 @@ def check_command(command: str, known_folders: set[str]) -> None:
 
 def check_launch(arguments: list[str]) -> None:
     assert arguments.pop(0) == "launch"
-    if arguments[0] == "--config_file":
-        assert (ROOT / arguments[1]).is_file()
-        del arguments[:2]
-    assert arguments[0] == "src/sft.py"
-    check_script(arguments, set())
+    parsed = launch_command_parser().parse_args(arguments)
+    assert parsed.config_file is None or (ROOT / parsed.config_file).is_file()
+    assert parsed.training_script == "src/sft.py"
+    check_script([parsed.training_script, *parsed.training_script_args], set())
 
 
 def check_script(words: list[str], known_folders: set[str]) -> None:
@@ -198,7 +203,7 @@ def test_the_file_map_has_every_file_of_src_and_every_folder(page):
 @pytest.mark.parametrize("page", READMES)
 def test_the_table_of_recipes_lists_them_all_with_their_models_and_data(page):
     listed = {}
-    for link, model, data, _ in tables(page)[0]:
+    for link, model, data, _ in table_of(page, "[quickstart]"):
         stem, file = re.fullmatch(r" ?\[(.+)\]\(recipes/(.+)\.yaml\)", link).groups()
         assert stem == file
         listed[f"{file}.yaml"] = (model, data)
@@ -212,7 +217,7 @@ def test_the_table_of_recipes_lists_them_all_with_their_models_and_data(page):
 
 @pytest.mark.parametrize("page", READMES)
 def test_the_table_of_sections_is_that_of_a_recipe(page):
-    assert [row[0].strip(" `") for row in tables(page)[1]] == list(Recipe.model_fields)
+    assert [row[0].strip(" `") for row in table_of(page, "`model`")] == list(Recipe.model_fields)
 
 
 # The two languages
@@ -232,7 +237,7 @@ def test_both_readmes_have_the_same_commands_and_snippets():
 def test_both_readmes_have_the_same_headings_and_tables():
     levels = [[len(marks) for marks in re.findall(r"^(#+) ", text_of(page), re.MULTILINE)] for page in READMES]
     assert levels[0] == levels[1]
-    names = [[[row[0] for row in table] for table in tables(page)] for page in READMES]
+    names = [[[re.findall("`[^`]+`", row[0]) for row in table] for table in tables(page)] for page in READMES]
     assert names[0] == names[1]
 
 
@@ -330,12 +335,12 @@ def test_a_run_leaves_what_the_readme_lists_and_prints_what_it_shows(tmp_path, r
     trained = run_script("sft.py", "recipes/quickstart.yaml", *changes, timeout=300)
     assert (looked.returncode, trained.returncode) == (0, 0), looked.stderr + trained.stderr
 
-    listed = [re.findall(r"`([^`]+)`", row[0]) for row in tables("README.md")[2]]
+    listed = [re.findall(r"`([^`]+)`", row[0]) for row in table_of("README.md", "`recipe.yaml`")]
     patterns = [pattern for names in listed for pattern in names]
     left = [path.name for path in folder.iterdir()]
     assert [name for name in left if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)] == []
     assert [pattern for pattern in patterns if not fnmatch.filter(left, pattern)] == []
-    preview = next(row[1] for row in tables("README.md")[2] if "`preview`" in row[0])
+    preview = next(row[1] for row in table_of("README.md", "`recipe.yaml`") if "`preview`" in row[0])
     files = set(re.findall(r"`([^`]+)`", preview)) - {"src/preview.py"}
     assert files == {path.name for path in (folder / "preview").iterdir()}
 
