@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -36,12 +39,15 @@ STRATEGIES = {
 }
 
 
-def launch(config: str | Path, *command: object, processes: int = 2) -> subprocess.CompletedProcess:
+def launch_command(config: str | Path, *command: object, processes: int = 2) -> list[str]:
     """`accelerate launch` as a user gives it, on a port that is free."""
     accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(config)]
-    place = ["--num_processes", str(processes), "--main_process_port", "0"]
+    return [*accelerate, "--num_processes", str(processes), "--main_process_port", "0", *map(str, command)]
+
+
+def launch(config: str | Path, *command: object, processes: int = 2) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*accelerate, *place, *map(str, command)],
+        launch_command(config, *command, processes=processes),
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -155,3 +161,50 @@ def test_every_accelerate_config_trains_the_quickstart(config, tmp_path):
     assert (ran["strategy"], ran["processes"]) == ("single" if processes == 1 else asked.get(config, config), processes)
     assert environment["finished"]
     assert done.stdout.count("held-out response loss") == 1
+
+
+# A process that dies, and one that hangs
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """(launcher, [rank 0, rank 1], log) of two processes in the middle of a long training."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    overrides = [f"training.output_dir={folder}", "training.logging_steps=1", "training.ddp_timeout=15"]
+    with log.open("w") as stream:
+        launcher = psutil.Popen(
+            launch_command("accelerate_configs/cpu_ddp.yaml", "src/sft.py", "recipes/quickstart.yaml", *overrides),
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        deadline = time.monotonic() + 240
+        while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 5:
+            assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.05)
+        ranks = sorted(launcher.children(), key=lambda process: process.environ()["RANK"])
+        yield launcher, ranks, log
+        for process in [launcher, *ranks]:
+            if process.is_running():
+                process.kill()
+
+
+def test_a_process_that_dies_takes_the_others_down_and_is_named_first(pair):
+    launcher, (first, second), log = pair
+    second.kill()
+    assert launcher.wait(60) != 0
+    assert not first.is_running() or first.wait(40) is not None
+    cause = log.read_text().split("Root Cause (first observed failure)")[1]
+    assert "rank      : 1" in cause and f"Signal 9 (SIGKILL) received by PID {second.pid}" in cause
+
+
+def test_a_process_that_waits_for_another_says_where(pair):
+    _, (_, second), log = pair
+    second.suspend()
+    deadline = time.monotonic() + 40
+    while "has waited" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.2)
+    (line,) = [line for line in log.read_text().splitlines() if "has waited" in line]
+    assert re.search(r"rank 0 on \S+ has waited 5 s, after step \d+, in \w+ \(\w+\.py:\d+\) <- ", line)
