@@ -87,19 +87,20 @@ def damage_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words, or None."""
     try:
         contents = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        sealed = {name: (entry["bytes"], entry["sha256"]) for name, entry in contents.items()}
     except FileNotFoundError:
         return "it was not written to its end"
-    except ValueError:
+    except (ValueError, KeyError, TypeError, AttributeError):  # a flipped bit can make it other JSON
         return f"{SEAL} is damaged"
-    for name, expected in contents.items():
+    for name, (size, _) in sealed.items():
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
     with ThreadPoolExecutor() as pool:
-        for name, sha256 in zip(contents, pool.map(digest, [checkpoint / name for name in contents]), strict=True):
-            if sha256 != contents[name]["sha256"]:
+        for name, sha256 in zip(sealed, pool.map(digest, [checkpoint / name for name in sealed]), strict=True):
+            if sha256 != sealed[name][1]:
                 return f"{name} is not what was written"
     return None
 
