@@ -31,8 +31,9 @@ def files_of(checkpoint: Path) -> list[Path]:
 
 
 def clear_unfinished(folder: Path) -> Path:
-    """An empty place to write a checkpoint aside."""
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    """An empty place to write a checkpoint aside; what a killed run left half written or half removed is gone."""
+    for left in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)
     (folder / UNFINISHED).mkdir()
     return folder / UNFINISHED
 
