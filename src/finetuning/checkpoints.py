@@ -22,7 +22,7 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints_of(folder: Path) -> list[Path]:
     """Every checkpoint, trustworthy or not, the newest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    found = [path for path in folder.glob("checkpoint-*/") if path.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -80,7 +80,7 @@ def seal(checkpoint: Path) -> None:
         for file, sha256 in zip(files, hashes, strict=True)
     }
     (checkpoint / SEAL).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-    for path in (checkpoint / SEAL, checkpoint):
+    for path in (checkpoint / SEAL, *checkpoint.glob("**/")):
         sync(path)
 
 
