@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
-LAUNCHERS = {"accelerate", "torchrun", "torch.distributed.run"}
+LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 
 
 def find_launcher() -> psutil.Process | None:
@@ -42,15 +42,16 @@ def asked_processes() -> int:
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     launcher = find_launcher()
-    if launcher is None or "launch" not in launcher.cmdline():
+    words = launcher.cmdline() if launcher else []
+    start = next((n for n, word in enumerate(words, start=1) if word.endswith("launch")), None)
+    if start is None:
         return 1
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
-    command = launcher.cmdline()
-    arguments, _ = launch_command_parser().parse_known_args(command[command.index("launch") + 1 :])
+    arguments, _ = launch_command_parser().parse_known_args(words[start:])
     if arguments.num_processes:
         return arguments.num_processes
-    if arguments.config_file is None and not Path(default_config_file).is_file():
+    if arguments.config_file is None and (arguments.cpu or not Path(default_config_file).is_file()):
         return 1
     return load_config_from_file(arguments.config_file).num_processes or 1
