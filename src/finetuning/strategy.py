@@ -61,8 +61,8 @@ def zero_settings() -> dict[str, Any]:
         }
     if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
         try:
-            zero = json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"]
-        except (OSError, ValueError, KeyError) as error:
+            zero = dict(json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: is no DeepSpeed config with zero_optimization: {error}") from None
     return zero
 
