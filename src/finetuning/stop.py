@@ -39,7 +39,8 @@ class Stop:
 
     def hear(self, number: int, frame: Any) -> None:
         repeated = self.asked == number
-        self.asked = signal.Signals(number)
+        if self.asked != signal.SIGINT:  # a launcher that dies of Ctrl-C too has the kernel send SIGTERM
+            self.asked = signal.Signals(number)
         if number == signal.SIGINT and (self.phase != "training" or repeated):
             raise KeyboardInterrupt
         if self.phase == "before":
