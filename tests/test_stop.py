@@ -1,0 +1,184 @@
+"""A signal ends a run at once, after a step, or not at all, and the exit code says what to do next."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from signal import SIGINT, SIGTERM, SIGUSR1
+
+import pytest
+from conftest import ROOT
+
+from finetuning.errors import Stopped
+from finetuning.stop import SIGNALS, Stop
+
+
+@pytest.fixture
+def stop() -> Stop:
+    """One that listens; conftest gives the signals back."""
+    stop = Stop()
+    stop.listen()
+    return stop
+
+
+# Phases
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGUSR1])
+def test_before_training_a_signal_ends_the_run_at_once(stop, number):
+    with pytest.raises(Stopped, match=f"stopped by {number.name} before the first step; nothing to save") as stopped:
+        signal.raise_signal(number)
+    assert stopped.value.code == 75
+    assert not isinstance(stopped.value, Exception), "a library's `except Exception` would swallow it"
+
+
+def test_before_training_ctrl_c_is_obeyed(stop):
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(SIGINT)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_in_training_a_signal_is_only_noted(stop, number):
+    assert stop.asked is None
+    with stop.after_a_step():
+        signal.raise_signal(number)
+        assert stop.asked is number
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGUSR1])
+def test_in_training_a_scheduler_may_ask_twice(stop, number):
+    with stop.after_a_step():
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        assert stop.asked is number
+
+
+@pytest.mark.parametrize("between", [[], [SIGTERM]])
+def test_a_second_ctrl_c_is_obeyed_in_training_too(stop, between):
+    with stop.after_a_step():
+        for number in (SIGINT, *between):
+            signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(SIGINT)
+
+
+def test_ctrl_c_stays_what_was_asked_when_the_launcher_dies_of_it_too(stop):
+    """One-process accelerate launch ends a moment after its script was interrupted; the kernel then sends SIGTERM."""
+    with stop.after_a_step():
+        signal.raise_signal(SIGINT)
+        signal.raise_signal(SIGTERM)
+        assert stop.asked is SIGINT
+
+
+def test_ctrl_c_after_a_scheduler_asked_is_no_second_ctrl_c(stop):
+    with stop.after_a_step():
+        signal.raise_signal(SIGTERM)
+        signal.raise_signal(SIGINT)
+        assert stop.asked is SIGINT
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGUSR1])
+def test_after_training_a_scheduler_does_not_keep_the_last_seconds_from_being_saved(stop, number):
+    with stop.after_a_step():
+        pass
+    signal.raise_signal(number)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(SIGINT)
+
+
+def test_training_that_ends_in_an_error_is_over_too(stop):
+    with pytest.raises(OSError, match="disk"), stop.after_a_step():
+        raise OSError("disk")
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(SIGINT)
+
+
+@pytest.mark.parametrize(("number", "code"), [(SIGINT, 130), (SIGTERM, 75), (SIGUSR1, 75)])
+def test_only_ctrl_c_does_not_ask_to_be_requeued(number, code):
+    assert Stopped(number, "stopped").code == code
+
+
+# How a script ends
+
+SCRIPT = """
+import signal, sys
+sys.path.insert(0, "src")
+from finetuning.errors import Stopped, UserError, run
+
+def main(arguments):
+    exec(arguments[0])
+
+run(main, "the manual", when_interrupted="; the same command goes on")
+"""
+
+
+@pytest.fixture
+def ending(tmp_path):
+    """A function that runs a script with this main: (exit code, stderr, what EXIT_CODE_FILE then holds, or None)."""
+    file = tmp_path / "exit_code"
+
+    def end(main: str, rank: str | None = None, stop_after: float | None = None):
+        environment = {**os.environ, "EXIT_CODE_FILE": str(file), **({"RANK": rank} if rank else {})}
+        command = [sys.executable, "-c", SCRIPT, main]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+            if stop_after:
+                process.stdout.readline()
+                time.sleep(stop_after)
+                assert process.poll() is None
+                process.terminate()
+            stderr = process.communicate(timeout=60)[1]
+        return process.returncode, stderr, file.read_text() if file.exists() else None
+
+    return end
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "line"),
+    [
+        ("raise UserError('data.path: a.jsonl\\n  is not there')", 2, "error: data.path: a.jsonl is not there\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted; the same command goes on\n"),
+        ("raise Stopped(signal.SIGINT, 'stopped by SIGINT')", 130, "stopped by SIGINT\n"),
+        ("raise Stopped(signal.SIGTERM, 'stopped by SIGTERM')", 75, "stopped by SIGTERM\n"),
+        ("raise Stopped(signal.SIGUSR1, 'stopped by SIGUSR1')", 75, "stopped by SIGUSR1\n"),
+        (
+            "raise OSError(28, 'No space left on device')",
+            1,
+            "error: the disk is full: [Errno 28] No space left on device; make room, and give the same command again\n",
+        ),
+    ],
+    ids=["mistake", "interrupted", "SIGINT", "SIGTERM", "SIGUSR1", "full disk"],
+)
+def test_a_script_ends_with_one_line_and_its_code_also_in_a_file(ending, main, code, line):
+    assert ending(main) == (code, line, f"{code}\n")
+
+
+def test_a_fault_of_ours_keeps_its_traceback(ending):
+    code, stderr, file = ending("{}['missing']")
+    assert (code, file) == (1, None)
+    assert "Traceback" in stderr and stderr.endswith("KeyError: 'missing'\n")
+
+
+def test_what_goes_well_says_nothing(ending):
+    assert ending("pass") == (0, "", None)
+
+
+def test_a_reader_that_left_is_no_error(ending):
+    assert ending("raise BrokenPipeError") == (0, "", None)
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_of_several_processes_that_stop_only_the_first_speaks(ending, number):
+    code = 130 if number == "SIGINT" else 75
+    stop = f"raise Stopped(signal.{number}, 'stopped')"
+    assert ending(stop, rank="0") == (code, "stopped\n", f"{code}\n")
+    assert ending(stop, rank="1") == (code, "", f"{code}\n")
+
+
+def test_a_mistake_is_left_to_the_first_process_until_the_launcher_ends_the_others(ending):
+    """Signals were listened to by then: the launcher's must end it all the same."""
+    mistake = (
+        "from finetuning.stop import Stop; Stop().listen(); print('now', flush=True); raise UserError('data.path: a')"
+    )
+    assert ending(mistake, rank="1", stop_after=1) == (-SIGTERM, "", None)
