@@ -79,7 +79,9 @@ RULES = (
         "ZeRO with an optimizer or scheduler in DeepSpeed's file",
         "training.optim and training.lr_scheduler_type own them, and the logged rate would be that of the next step",
         "leave both out of the file",
-        lambda recipe, strategy: bool({"optimizer", "scheduler"} & deepspeed_file().keys()),
+        lambda recipe, strategy: (
+            strategy.name.startswith("zero") and bool({"optimizer", "scheduler"} & deepspeed_file().keys())
+        ),
     ),
     Rule(
         "ZeRO offload without a C++ compiler",
