@@ -5,6 +5,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
+from accelerate import FullyShardedDataParallelPlugin
 
 from finetuning.errors import UserError
 from finetuning.strategy import Strategy, asked, launch_of, require_strategy, running
@@ -104,7 +105,10 @@ def prepared(kind: str, processes: int, mixed: str = "no", offload: bool = False
         accelerator=SimpleNamespace(
             distributed_type=SimpleNamespace(value="DEEPSPEED" if stage else kind),
             num_processes=processes,
-            state=SimpleNamespace(mixed_precision=mixed, fsdp_plugin=SimpleNamespace(cpu_offload=offload)),
+            state=SimpleNamespace(
+                mixed_precision=mixed,
+                fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=offload),
+            ),
         ),
         model_wrapped=engine,
         args=SimpleNamespace(**{"bf16": False, "fp16": False, "device": "cpu", **args}),
