@@ -331,11 +331,12 @@ for name in sys.argv[1:]:
 
 gc.freeze()  # a fork's end need not visit (and so copy) what it shares
 for line in sys.stdin:
-    script, arguments = json.loads(line)
+    script, arguments, environment = json.loads(line)
     files = [tempfile.TemporaryFile() for _ in range(2)]
     child = os.fork()
     if not child:
         signal.alarm(60)
+        os.environ.update(environment)
         for number, file in zip((0, 1, 2), (open(os.devnull), *files)):
             os.dup2(file.fileno(), number)
         sys.argv = ["src/" + script, *arguments]
@@ -364,8 +365,8 @@ def forks(*modules, **environment):
     command, environment = [sys.executable, "-c", FORKS, *modules], {**os.environ, **environment}
     with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
 
-        def run(script, *arguments):
-            process.stdin.write(json.dumps([script, arguments]) + "\n")
+        def run(script, *arguments, **environment):
+            process.stdin.write(json.dumps([script, arguments, environment]) + "\n")
             process.stdin.flush()
             return subprocess.CompletedProcess((script, *arguments), *json.loads(process.stdout.readline()))
 
