@@ -49,6 +49,20 @@ def signals():
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """A function that gives this process the environment of a launcher, and nothing of another one."""
+
+    def launch(environment: dict[str, str]) -> None:
+        for name in os.environ:
+            if name.startswith(("ACCELERATE_", "FSDP_", "WORLD_SIZE")):
+                monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return launch
+
+
 def pytest_collection_modifyitems(items):
     import torch
 

@@ -57,31 +57,17 @@ def keys_of(settings: dict) -> set[str]:
     return {*settings, *(name for content in settings.values() if isinstance(content, dict) for name in content)}
 
 
-def environment_of(config: Path, processes: int) -> dict[str, str]:
+def environment_of(config: Path) -> dict[str, str]:
     """What `accelerate launch` gives to the processes that it starts."""
-    several = [] if config.stem in ONE_PROCESS else ["--num_processes", str(processes)]
+    several = [] if config.stem in ONE_PROCESS else ["--num_processes", "2"]
     command = ["--config_file", str(config), "--main_process_port", "0", *several, "src/sft.py"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     if args.use_deepspeed:
         args.deepspeed_fields_from_accelerate_config = ""
-        return {**prepare_deepspeed_cmd_env(args)[1], "WORLD_SIZE": str(processes)}
+        return {**prepare_deepspeed_cmd_env(args)[1], "WORLD_SIZE": "2"}
     if args.multi_gpu or args.use_fsdp:
-        return {**prepare_multi_gpu_env(args), "WORLD_SIZE": str(processes)}
+        return {**prepare_multi_gpu_env(args), "WORLD_SIZE": "2"}
     return prepare_simple_launcher_cmd_env(args)[1]
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """A function that sets the environment which accelerate makes of a config."""
-
-    def launch(config: Path, processes: int = 2) -> None:
-        for name in os.environ:
-            if name.startswith(("ACCELERATE_", "FSDP_", "WORLD_SIZE")):
-                monkeypatch.delenv(name)
-        for name, value in environment_of(config, processes).items():
-            monkeypatch.setenv(name, value)
-
-    return launch
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
@@ -107,7 +93,7 @@ def test_a_misspelt_nested_key_is_found_though_accelerate_takes_it(name, section
     assert f"{section}.{key}" in unknown_keys(settings)
     if section in NESTED:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-        environment_of(tmp_path / "config.yaml", 2)
+        environment_of(tmp_path / "config.yaml")
 
 
 def test_a_misspelt_key_at_the_top_is_found():
@@ -149,14 +135,14 @@ STRATEGIES = {
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_accelerate_makes_of_it_what_its_name_says(config, launched):
-    launched(config)
+    launched(environment_of(config))
     assert asked() == STRATEGIES[config.stem]
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in os.environ
 
 
 def test_fsdp2_is_what_accelerate_s_plugin_makes_of_it(launched):
-    launched(ROOT / "accelerate_configs" / "fsdp2.yaml")
+    launched(environment_of(ROOT / "accelerate_configs" / "fsdp2.yaml"))
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
     assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
@@ -170,7 +156,7 @@ def test_deepspeed_reads_what_accelerate_makes_of_it(name, launched):
     from accelerate import DeepSpeedPlugin
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    launched(ROOT / "accelerate_configs" / f"{name}.yaml")
+    launched(environment_of(ROOT / "accelerate_configs" / f"{name}.yaml"))
     plugin = DeepSpeedPlugin()
     zero = DeepSpeedZeroConfig(**plugin.deepspeed_config["zero_optimization"])
     expected = STRATEGIES[name]

@@ -392,7 +392,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_same_command_goes_on(s
     steps = ["training.save_steps=2", "training.max_steps=4", "training.eval_strategy=no"]
     silent = ["training.report_to=none", "generation.prompts=[]"]
     command = ["sft.py", "recipes/quickstart.yaml", f"training.output_dir={folder}", *steps, *silent]
-    full = run_script(*command)
+    full = run_script(*command, timeout=300)
     assert full.returncode == 1, full.stderr
     assert "Traceback" not in full.stdout + full.stderr
     errors = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
@@ -401,7 +401,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_same_command_goes_on(s
     assert not (folder / UNFINISHED).exists()
 
     small_disk(40)
-    done = run_script(*command)
+    done = run_script(*command, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"going on from {folder / 'checkpoint-2'}" in done.stderr
     assert steps_of(folder) == [4] and (folder / "model.safetensors").exists()

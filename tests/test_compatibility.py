@@ -1,7 +1,6 @@
 """What does not go together is refused before torch is imported, and the READMEs list the same as the code."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -98,20 +97,6 @@ def on_disk(environment: dict[str, str], folder) -> dict[str, str]:
     return {**environment, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / "zero.json")}
 
 
-@pytest.fixture
-def launched(monkeypatch, tmp_path):
-    """A function that sets the environment that a launcher gives to a process."""
-
-    def launch(environment: dict[str, str]) -> None:
-        for name in os.environ:
-            if name.startswith(("ACCELERATE_", "FSDP_", "WORLD_SIZE")):
-                monkeypatch.delenv(name)
-        for name, value in on_disk(environment, tmp_path).items():
-            monkeypatch.setenv(name, value)
-
-    return launch
-
-
 def refusal(what: str) -> str:
     (rule,) = [rule for rule in RULES if rule.what == what]
     return f"{what} does not work: {rule.why}; instead: {rule.instead}"
@@ -139,7 +124,7 @@ def test_what_does_not_go_together_is_refused_before_torch_is_imported(
 def test_what_only_the_machine_can_tell_is_refused_before_a_model_is_loaded(
     what, gpu, environment, launched, monkeypatch, tmp_path
 ):
-    launched(environment)
+    launched(on_disk(environment, tmp_path))
     monkeypatch.setattr(compatibility, "has_gpu", lambda: gpu)
     with pytest.raises(UserError) as refused:
         sft.main([QUICKSTART, f"training.output_dir={tmp_path / 'run'}"])
@@ -148,8 +133,8 @@ def test_what_only_the_machine_can_tell_is_refused_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize(("overrides", "environment"), WORKS)
-def test_what_goes_together_is_not_refused(overrides, environment, launched):
-    launched(environment)
+def test_what_goes_together_is_not_refused(overrides, environment, launched, tmp_path):
+    launched(on_disk(environment, tmp_path))
     require_compatible(load_recipe(QUICKSTART, overrides), asked())
 
 

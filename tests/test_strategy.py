@@ -14,20 +14,6 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}
 
 
-@pytest.fixture
-def launched(monkeypatch):
-    """A function that sets the environment that a launcher gives to a process, and nothing else of a launcher's."""
-    for name in os.environ:
-        if name.startswith(("ACCELERATE_", "FSDP_", "WORLD_SIZE")):
-            monkeypatch.delenv(name)
-
-    def launch(environment: dict[str, str]) -> None:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-
-    return launch
-
-
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
