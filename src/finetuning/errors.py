@@ -62,7 +62,9 @@ def one_line(error: Exception) -> str:
 
 def leave(line: str, code: int) -> None:
     """Says the line, if there is one, and exits."""
-    if line and not is_first():
+    if is_first() or not line:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that dies of the same Ctrl-C is no other reason
+    else:
         # What is wrong with a recipe is wrong in every process: the first speaks, and the launcher ends the others.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)

@@ -33,7 +33,6 @@ def silence_launcher() -> None:
     which our one line would drown. Launchers of several processes are left alone: they end the other ranks.
     """
     if "WORLD_SIZE" not in os.environ and (launcher := find_launcher()):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its end is not ours
         launcher.send_signal(signal.SIGTERM)
 
 
