@@ -11,6 +11,7 @@ last checkpoint when the same command is given again; Ctrl-C, SIGTERM and SIGUSR
 """
 
 import os
+from contextlib import nullcontext
 
 from finetuning.errors import run
 
@@ -46,17 +47,16 @@ def main(arguments: list[str]) -> None:
     if finished := is_finished(folder):
         console.print(f"{folder} is finished ({finished}); to train anew, delete it or choose another")
         return
-    held = None if console.quiet else lock(folder)  # noqa: F841 (until the end)
-    print_funnel(console, prepared.report)
+    with nullcontext() if console.quiet else lock(folder):
+        print_funnel(console, prepared.report)
+        hide_wandb(recipe)
+        # On a CPU that others use too, threads that spin while they wait for each other cost eight times the seconds.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # Torch and trl take ten seconds to import: only now, when recipe and data are known to be right.
+        from finetuning.training import train
 
-    hide_wandb(recipe)
-    # On a CPU that others use too, threads that spin while they wait for each other cost eight times the seconds.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Torch and trl take ten seconds to import: only now, when recipe and data are known to be right.
-    from finetuning.training import train
-
-    template = load_template(recipe.data, tokenizer)
-    train(recipe, tokenizer, template, prepared, strategy, stop, console)
+        template = load_template(recipe.data, tokenizer)
+        train(recipe, tokenizer, template, prepared, strategy, stop, console)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A run that is killed, at any instant and as often as you like, ends with the same weights and losses, bit for bit."""
 
+import functools
 import json
 import os
 import random
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.cluster
 STEPS = 60  # of 8 examples; an epoch has 7
 EVERY = 7 + 4  # steps from one checkpoint to the next: in the middle of epochs and over their ends
 # accelerate config, layout, micro-batches of a step
-RUNS = [("cpu", "packed", 2), ("cpu_ddp", "padded", 2), ("zero2", "packed", 1), ("zero3", "padded", 2)]
+SINGLE, DDP, ZERO2 = ("cpu", "packed", 2), ("cpu_ddp", "padded", 2), ("zero2", "packed", 1)
+ZERO3, FSDP2 = ("zero3", "padded", 2), ("fsdp2", "packed", 1)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,8 @@ class Run:
         place = ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", str(processes)]
         micro_batch = f"training.per_device_train_batch_size={8 // processes // accumulation}"
         overrides = [f"training.output_dir={folder}", f"data.layout={layout}", micro_batch]
-        self.command = [*accelerate, *place, "--main_process_port", "0", "src/sft.py", str(recipe), *overrides]
+        script = ["tests/fsdp_on_cpu.py", "src/sft.py"] if config == "fsdp2" else ["src/sft.py"]
+        self.command = [*accelerate, *place, "--main_process_port", "0", *script, str(recipe), *overrides]
         self.code = folder.with_name(f"{folder.name}.code")
 
     def start(self) -> psutil.Popen:
@@ -135,16 +138,21 @@ def require_equal(run: Run, whole: Run) -> None:
     assert samples[0] == samples[1]
 
 
-@pytest.fixture(scope="module", params=RUNS, ids=lambda run: "-".join(map(str, run)))
-def whole(request, recipe, tmp_path_factory) -> tuple[Run, tuple]:
-    """An uninterrupted run, and how it was started."""
-    run = Run(recipe, tmp_path_factory.mktemp("whole") / "run", *request.param)
-    run.finish()
-    return run, request.param
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Callable[..., Run]:
+    """A function that gives an uninterrupted run, made once."""
+
+    @functools.cache
+    def run(*how: str | int) -> Run:
+        uninterrupted = Run(recipe, tmp_path_factory.mktemp("whole") / "run", *how)
+        uninterrupted.finish()
+        return uninterrupted
+
+    return run
 
 
-def test_killed_at_five_instants_it_ends_as_if_it_had_not_been(whole, recipe, tmp_path):
-    uninterrupted, how = whole
+@pytest.mark.parametrize("how", [SINGLE, DDP, ZERO2, ZERO3], ids=lambda how: how[0])
+def test_killed_at_five_instants_it_ends_as_if_it_had_not_been(whole, recipe, tmp_path, how):
     run = Run(recipe, tmp_path / "run", *how)
     instants = sorted(random.Random(str(how)).sample(range(2, STEPS - 5), 4))
     for number, instant in enumerate(instants):
@@ -156,14 +164,25 @@ def test_killed_at_five_instants_it_ends_as_if_it_had_not_been(whole, recipe, tm
             kill(run.until(process, run.is_writing))
             assert (run.folder / ".unfinished").exists()
     run.finish()
-    require_equal(run, uninterrupted)
+    require_equal(run, whole(*how))
     assert not (run.folder / ".unfinished").exists()
     assert len(run.checkpoints) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_asked_to_stop_it_saves_once_and_the_next_command_goes_on(whole, recipe, tmp_path, number):
-    uninterrupted, how = whole
+@pytest.mark.parametrize(
+    ("how", "number"),
+    [
+        pytest.param(how, number, id=f"{how[0]}-{number.name}")
+        for how, number in [
+            (SINGLE, signal.SIGTERM),
+            (DDP, signal.SIGTERM),
+            (DDP, signal.SIGUSR1),
+            (ZERO3, signal.SIGUSR1),
+            (FSDP2, signal.SIGTERM),
+        ]
+    ],
+)
+def test_asked_to_stop_it_saves_once_and_the_next_command_goes_on(whole, recipe, tmp_path, how, number):
     run = Run(recipe, tmp_path / "run", *how)
     process = run.start()
     processes = run.until(process, lambda: run.step >= 15)
@@ -179,4 +198,4 @@ def test_asked_to_stop_it_saves_once_and_the_next_command_goes_on(whole, recipe,
     assert len(new) == 1 and not (run.folder / ".unfinished").exists()
     assert f"after step {new.pop().rpartition('-')[2]} of {STEPS}" in run.said()
     run.finish()
-    require_equal(run, uninterrupted)
+    require_equal(run, whole(*how))

@@ -163,6 +163,31 @@ def test_the_same_command_goes_on_from_the_last_checkpoint(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "a bit flipped"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys, damage):
+    steps = [
+        "training.max_steps=12",
+        "training.save_strategy=steps",
+        "training.save_steps=4",
+        "training.save_total_limit=null",
+        "training.logging_steps=1",
+    ]
+    folder = run_folder(tmp_path, *steps)
+    weights, losses = (folder / "model.safetensors").read_bytes(), losses_of(folder)
+    environment = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps({**environment, "finished": None}))
+    file = folder / "checkpoint-12" / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes({"truncated": content[:-100], "emptied": b"", "a bit flipped": content}[damage])
+    run_folder(tmp_path, *steps)
+    said = capsys.readouterr().err
+    assert f"{folder / 'checkpoint-12'} is not used: optimizer.pt" in said
+    assert f"going on from {folder / 'checkpoint-8'}" in said
+    assert (folder / "model.safetensors").read_bytes() == weights and losses_of(folder) == losses
+    assert (folder / "checkpoint-12" / "optimizer.pt").stat().st_size == len(content)
+
+
 def test_a_folder_of_another_recipe_is_refused_and_a_finished_one_left_alone(tmp_path, capsys):
     folder = run_folder(tmp_path)
     with pytest.raises(UserError, match=r"training\.learning_rate was 0\.002, is 0\.5"):

@@ -61,7 +61,8 @@ def ask(
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode():
+    # Not inference_mode: weights that ZeRO-3 gathers in it could not be trained on afterwards.
+    with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(generation.seed)
         for start in range(0, len(prompts), BATCH):
             answers += respond(model, tokenizer, template, generation, prompts[start : start + BATCH])

@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,11 +90,13 @@ def is_finished(folder: Path) -> str | None:
     return read_environment(folder).get("finished")
 
 
-def lock(folder: Path) -> FileLock:
-    """Held until it is garbage or the process ends, however it ends. Raises UserError where another holds it."""
-    held = FileLock(folder / LOCK)
+def lock(folder: Path) -> AbstractContextManager[Any]:
+    """Held from now to the end of the context, or of the process, however it ends.
+
+    Raises UserError where another process holds it.
+    """
     try:
-        held.acquire(blocking=False)
+        return FileLock(folder / LOCK).acquire(blocking=False)
     except Timeout:
         launches = read_environment(folder).get("launches") or [{}]
         who = f" (process {launches[-1]['process']} on {launches[-1]['host']})" if "process" in launches[-1] else ""
@@ -101,7 +104,6 @@ def lock(folder: Path) -> FileLock:
             f"{folder} is in use: another run writes to it{who}; wait for its end, or choose another folder with "
             "training.output_dir=..."
         ) from None
-    return held
 
 
 def output_folder(recipe: Recipe) -> Path:
