@@ -54,19 +54,22 @@ training:
 generation: {{prompts: [What is 2 + 2?], max_new_tokens: 4}}
 """
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    model.config.resid_pdrop = model.config.embd_pdrop = 0.0
+    model.save_pretrained(folder / "plain")
+    tokenizer.save_pretrained(folder / "plain")
     return folder / "recipe.yaml"
 
 
 class Run:
     """One command, given again and again."""
 
-    def __init__(self, recipe: Path, folder: Path, config: str, layout: str, accumulation: int) -> None:
+    def __init__(self, recipe: Path, folder: Path, config: str, layout: str, accumulation: int, *changes: str) -> None:
         self.folder = folder
         processes = 1 if config == "cpu" else 2
         accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch"]
         place = ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", str(processes)]
         micro_batch = f"training.per_device_train_batch_size={8 // processes // accumulation}"
-        overrides = [f"training.output_dir={folder}", f"data.layout={layout}", micro_batch]
+        overrides = [f"training.output_dir={folder}", f"data.layout={layout}", micro_batch, *changes]
         script = ["tests/fsdp_on_cpu.py", "src/sft.py"] if config == "fsdp2" else ["src/sft.py"]
         self.command = [*accelerate, *place, "--main_process_port", "0", *script, str(recipe), *overrides]
         self.code = folder.with_name(f"{folder.name}.code")
@@ -199,3 +202,21 @@ def test_asked_to_stop_it_saves_once_and_the_next_command_goes_on(whole, recipe,
     assert f"after step {new.pop().rpartition('-')[2]} of {STEPS}" in run.said()
     run.finish()
     require_equal(run, whole(*how))
+
+
+def test_begun_by_one_process_it_may_be_ended_by_two(recipe, tmp_path):
+    """The same steps, so the same training but for rounding; without dropout, whose numbers are of each process."""
+    plain = f"model.name={recipe.parent / 'plain'}"
+    uninterrupted = Run(recipe, tmp_path / "whole", *SINGLE, plain)
+    uninterrupted.finish()
+    alone, together = (Run(recipe, tmp_path / "run", *how, plain) for how in (SINGLE, DDP[:1] + SINGLE[1:2] + (1,)))
+    process = alone.start()
+    processes = alone.until(process, lambda: alone.step >= 15)
+    process.send_signal(signal.SIGTERM)
+    psutil.wait_procs(processes, timeout=60)
+    together.finish()
+    steps, losses, _ = zip(*together.losses, strict=True)
+    expected_steps, expected_losses, _ = zip(*uninterrupted.losses, strict=True)
+    assert steps == expected_steps and losses == pytest.approx(expected_losses, rel=1e-4)
+    launches = json.loads((together.folder / "environment.json").read_text())["launches"]
+    assert [launch["strategy"] for launch in launches] == ["single", "ddp"]

@@ -95,8 +95,11 @@ class DurableTrainer(SFTTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        file = Path(checkpoint, f"counted_{self.args.process_index}.json") if checkpoint else None
-        if file and file.exists():  # else there were fewer processes
+        rank = self.args.process_index
+        file = Path(checkpoint, f"counted_{rank}.json")
+        if not file.exists():
+            print(f"rank {rank}: {checkpoint} is of fewer processes; random numbers begin anew", file=sys.stderr)
+        else:
             counted = json.loads(file.read_text(encoding="utf-8"))
             self._tr_loss += counted["loss"]
             self._globalstep_last_logged = counted["last_logged"]
