@@ -1,10 +1,12 @@
-"""Ask a trained model: run folder, or the recipe it was trained by -> answers.
+"""Ask a trained model: run folder, recipe or checkpoint on the Hub -> answers.
 
 python src/generate.py outputs/dolly_gpt2 "What is the capital of Japan?"
 python src/generate.py recipes/dolly_gpt2.yaml "What is the capital of Japan?" generation.max_new_tokens=20
 python src/generate.py outputs/dolly_gpt2 - < questions.txt        # one question a line
 python src/generate.py outputs/dolly_gpt2                          # ask in a loop, until an empty line
+python src/generate.py hub:elith/llm-book-models/chapter05/sft_model "What is the capital of Japan?"
 
+A recipe's run folder comes first; where that has no model, the one that the recipe publishes is pulled from the Hub.
 Prints the responses only, in order, made with the generation settings of the recipe; arguments generation.key=value
 change them.
 """
@@ -17,13 +19,15 @@ from finetuning.errors import UserError, run
 
 
 def main(arguments: list[str]) -> None:
+    from finetuning.origin import find_checkpoint
+    from finetuning.reach import base_needs, require_hub
     from finetuning.recipe import load_recipe
-    from finetuning.run_folder import find_run_folder
 
     overrides = [argument for argument in arguments[1:] if argument.startswith("generation.") and "=" in argument]
     questions = [argument for argument in arguments[1:] if argument not in overrides]
-    folder = find_run_folder(arguments[0])
-    recipe = load_recipe(folder / "recipe.yaml", overrides)
+    folder, recipe_file = find_checkpoint(arguments[0])
+    recipe = load_recipe(recipe_file, overrides)
+    require_hub(base_needs(recipe, folder))
     if not questions and not sys.stdin.isatty():
         raise UserError("no question; give one, or - to read questions from standard input, one a line")
     if questions == ["-"]:

@@ -20,6 +20,7 @@ def main(arguments: list[str]) -> None:
     from finetuning.cache import cache_folder, prepare
     from finetuning.data import training_texts
     from finetuning.model import load_tokenizer
+    from finetuning.origin import with_pulled_base
     from finetuning.reach import needs_of, require_hub
     from finetuning.recipe import load_recipe
     from finetuning.report import examples_in_order, plot_lengths, print_example, print_funnel
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> None:
 
     recipe = load_recipe(arguments[0], arguments[1:])
     require_hub(needs_of(recipe))
+    recipe = with_pulled_base(recipe)
     tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
     prepared = prepare(recipe.data, tokenizer, cache_folder())
     folder = make_folder(output_folder(recipe) / "preview")

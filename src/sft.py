@@ -12,6 +12,7 @@ last checkpoint when the same command is given again; Ctrl-C, SIGTERM and SIGUSR
 
 import os
 from contextlib import nullcontext
+from pathlib import Path
 
 from finetuning.errors import run
 
@@ -23,11 +24,13 @@ def main(arguments: list[str]) -> None:
     from finetuning.compatibility import require_compatible
     from finetuning.data import load_template, training_texts
     from finetuning.loggers import hide_wandb, require_loggers
+    from finetuning.manifest import unlike_published
     from finetuning.model import load_tokenizer
+    from finetuning.origin import with_pulled_base
     from finetuning.reach import needs_of, require_hub
     from finetuning.recipe import load_recipe
     from finetuning.report import print_funnel
-    from finetuning.run_folder import is_finished, lock, open_run_folder, output_folder
+    from finetuning.run_folder import is_finished, lock, open_run_folder, output_folder, versions
     from finetuning.step_size import step_size
     from finetuning.stop import Stop
     from finetuning.strategy import asked
@@ -40,6 +43,7 @@ def main(arguments: list[str]) -> None:
     step_size(recipe, strategy.processes)
     require_loggers(recipe, output_folder(recipe))
     require_hub(needs_of(recipe))
+    recipe = with_pulled_base(recipe)
     tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
     prepared = prepare(recipe.data, tokenizer, cache_folder())
     folder = open_run_folder(recipe, prepared.fingerprint, strategy)
@@ -49,6 +53,8 @@ def main(arguments: list[str]) -> None:
         return
     with nullcontext() if console.quiet else lock(folder):
         print_funnel(console, prepared.report)
+        for difference in unlike_published(Path(arguments[0]), prepared.fingerprint, versions()):
+            console.print(f"not as published: {difference}", soft_wrap=True)
         hide_wandb(recipe)
         # On a CPU that others use too, threads that spin while they wait for each other cost eight times the seconds.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,11 +1,13 @@
 """Tests see no network, no cache and no logger of the machine they run on."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 HOME = tempfile.mkdtemp(prefix="finetuning-tests-")
 # Before any Hugging Face library is imported: they read these once.
@@ -61,6 +63,62 @@ def launched(monkeypatch):
             monkeypatch.setenv(name, value)
 
     return launch
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub with the repository elith/llm-book-models; this process, and scripts it starts, speak to it as its owner.
+
+    Its cache is tmp_path/home/hub; nothing waits between attempts.
+    """
+    from hub_server import REPO, HubServer, speak_to
+
+    with HubServer(tmp_path / "hub") as server:
+        server.create(REPO)
+        server.cards["elith/tiny-base"] = {}
+        speak_to(server, tmp_path / "home", monkeypatch)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """{kind: finished run folder} of run_folders.make_runs; a test that changes one takes a copy."""
+    from run_folders import make_runs
+
+    return make_runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def crowd(runs, tmp_path_factory):
+    """run_folders.make_crowd: a Hub with published checkpoints, on disk, and a run that replaces one of them."""
+    from run_folders import make_crowd
+
+    return make_crowd(runs, tmp_path_factory.mktemp("crowd"))
+
+
+@pytest.fixture
+def crowded(crowd, hub, tmp_path):
+    """(that Hub, serving; a copy of that run folder)."""
+    shutil.copytree(crowd.hub, hub.blobs.parent, dirs_exist_ok=True)
+    return hub, Path(shutil.copytree(crowd.run, tmp_path / "run"))
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """A function that runs a script in this process: script module, arguments -> its exit code, output and errors."""
+    from finetuning.errors import run
+
+    def call(script, *arguments: object):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            run(script.main, script.__doc__)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return SimpleNamespace(code=code, **capfd.readouterr()._asdict())
+
+    return call
 
 
 def pytest_collection_modifyitems(items):

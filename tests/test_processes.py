@@ -144,10 +144,10 @@ def load(folder: Path, base: Path, method: str) -> dict[str, torch.Tensor]:
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).state_dict()
 
 
-GPUS = [pytest.param(config, marks=pytest.mark.gpu) for config in ("single_gpu", "ddp")]
+GPUS = [pytest.param(config, marks=pytest.mark.gpu) for config in ("single_gpu", "ddp", "zero3_offload")]
 
 
-@pytest.mark.parametrize("config", ["cpu", "cpu_ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", *GPUS])
+@pytest.mark.parametrize("config", ["cpu", "cpu_ddp", "zero1", "zero2", "zero3", "fsdp2", *GPUS])
 def test_every_accelerate_config_trains_the_quickstart(config, tmp_path):
     overrides = [f"training.output_dir={tmp_path / 'run'}", "training.max_steps=2"]
     processes = 1 if config in ("cpu", "single_gpu") else 2

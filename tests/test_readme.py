@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
+import publish
 from finetuning import readers, templates
+from finetuning.address import parse_address
 from finetuning.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 READMES = ["README.md", "README.ja.md"]
 PAGES = [*READMES, "CONTRIBUTING.md"]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+PULLED = "outputs/pulled/"  # what a command of ours pulls
 FOLDERS = "src|recipes|accelerate_configs|tests|benchmarks|slurm"
 
 
@@ -106,8 +109,21 @@ def check_launch(arguments: list[str]) -> None:
 def check_script(words: list[str], known_folders: set[str]) -> None:
     script, source, *arguments = words
     assert (ROOT / script).is_file()
-    if script != "src/generate.py":
+    if script == "src/pull.py":
+        assert parse_address(f"{source}/{arguments[0]}").repo == source and len(arguments) <= 2
+        return
+    if source.startswith(PULLED):
+        source = "recipes/quickstart.yaml"
+    if script in ("src/sft.py", "src/preview.py"):
         load_recipe(ROOT / source, arguments)
+        return
+    if script == "src/publish.py":
+        _, arguments = publish.read_arguments(arguments)
+        assert source in known_folders, f"no command makes {source}"
+        load_recipe(ROOT / "recipes" / f"{Path(source).name}.yaml", arguments)
+        return
+    if source.startswith("hub:"):
+        assert parse_address(source)
         return
     assert source in known_folders or (ROOT / source).is_file(), f"no command makes {source}"
     recipe = ROOT / source if source.endswith(".yaml") else ROOT / "recipes/quickstart.yaml"
@@ -137,6 +153,10 @@ def test_a_command_can_be_typed(name, command):
         "python src/look.py recipes/dolly_gpt2.yaml",
         "python src/generate.py outputs/dolly_gpt3 Hello",
         "python src/generate.py outputs/dolly_gpt2 generation.max_tokens=1",
+        "python src/publish.py outputs/dolly_gpt3",
+        "python src/publish.py outputs/dolly_gpt2 --try",
+        "python src/publish.py outputs/dolly_gpt2 publish.folder=x",
+        "python src/pull.py elith/llm-book-models ../x",
         "pip install finetuning",
     ],
 )
@@ -187,7 +207,7 @@ def test_the_file_map_has_every_file_of_src_and_every_folder(page):
     paths = file_map(page)
     assert [path for path in paths if not (ROOT / path).exists() or path.endswith("/") != (ROOT / path).is_dir()] == []
     files = {path for path in paths if path.startswith("src/") and not path.endswith("/")}
-    source = [path for path in (ROOT / "src").rglob("*") if path.suffix in (".py", ".json")]
+    source = [path for path in (ROOT / "src").rglob("*") if path.suffix in (".py", ".json", ".md")]
     assert files == {path.relative_to(ROOT).as_posix() for path in source}
     ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
     folders = {
@@ -279,7 +299,7 @@ def test_the_least_recipe_loads(tmp_path):
 
 def snippets() -> tuple[str, str, str]:
     """The reader, its line in READERS, the entry of TEMPLATES."""
-    function, line, entry = blocks("README.md", "python")
+    _, function, line, entry = blocks("README.md", "python")
     return function, line, entry
 
 

@@ -9,6 +9,7 @@ import torch
 from finetuning.data import load_template
 from finetuning.errors import UserError
 from finetuning.model import load_model, read_tokenizer
+from finetuning.origin import with_pulled_base
 from finetuning.recipe import Recipe
 from finetuning.sections import Generation, Model
 from finetuning.templates import ChatTemplate, MarkerTemplate
@@ -39,7 +40,7 @@ def load_trained(folder: Path, recipe: Recipe, tokenizer: "PreTrainedTokenizerFa
     from peft import PeftModel
 
     # A base from scratch is the same only with the seed of training.
-    base = load_model(recipe.model, tokenizer, recipe.training.seed)
+    base = load_model(with_pulled_base(recipe).model, tokenizer, recipe.training.seed)
     return PeftModel.from_pretrained(base, str(folder))
 
 

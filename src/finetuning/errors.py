@@ -16,6 +16,14 @@ REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: not done, the same command again goes
 class UserError(ValueError):
     """The recipe, the data or the machine does not allow what was asked for; the message is the whole explanation."""
 
+    exit_code = 2
+
+
+class TryAgain(UserError):
+    """What may pass by itself, such as a Hub that does not answer: the same command may succeed later."""
+
+    exit_code = 1
+
 
 class Stopped(BaseException):
     """A signal asked the run to stop, and it did. Like KeyboardInterrupt, nothing that goes wrong."""
@@ -28,9 +36,9 @@ class Stopped(BaseException):
 def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = "") -> None:
     """Calls main(arguments), or prints the manual; what the user can mend becomes one line on stderr, no traceback.
 
-    Exit code 2 after a UserError or without arguments, 1 where the disk is full, 130 after Ctrl-C, 75 where a signal
-    asked for a stop and the same command will go on. The code is also written to the file that the environment variable
-    EXIT_CODE_FILE names: launchers turn every code into 1.
+    Exit code 2 after a UserError or without arguments, 1 where the disk is full or the Hub does not answer, 130 after
+    Ctrl-C, 75 where a signal asked for a stop and the same command will go on. The code is also written to the file
+    that the environment variable EXIT_CODE_FILE names: launchers turn every code into 1.
     """
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -39,13 +47,15 @@ def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = 
     try:
         main(arguments)
     except UserError as error:
-        leave(f"error: {one_line(error)}", 2)
+        leave(f"error: {one_line(error)}", error.exit_code)
     except KeyboardInterrupt:
         leave(f"interrupted{when_interrupted}", 130)
     except Stopped as stopped:
         leave(str(stopped) if is_first() else "", stopped.code)
     except BrokenPipeError:  # `... | head`: the reader left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except PermissionError as error:
+        leave(f"error: {error.filename}: {error.strerror}; it has to be readable, and a folder writable", 2)
     except Exception as error:
         if not any(words in str(error) for words in DISK_FULL):
             raise

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetuning.address import PREFIX, parse_address
 from finetuning.errors import UserError
 from finetuning.recipe import Recipe
 from finetuning.sections import FromScratch, Model
@@ -28,7 +29,16 @@ def load_tokenizer(model: Model, texts: Iterable[str]) -> "PreTrainedTokenizerFa
     """
     if model.from_scratch:
         return train_tokenizer(model.from_scratch, texts)
-    return read_tokenizer(str(Path(model.name).expanduser()), model.revision)
+    return read_tokenizer(location(model), model.revision)
+
+
+def location(model: Model) -> str:
+    """What the libraries load it from: a Hub id or a folder; a checkpoint that was published from here is pulled."""
+    if model.name.startswith(PREFIX):
+        from finetuning.snapshot import cached_folder
+
+        return str(cached_folder(parse_address(model.name)))
+    return str(Path(model.name).expanduser())
 
 
 def read_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokenizerFast":
@@ -98,7 +108,7 @@ def load_model(model: Model, tokenizer: "PreTrainedTokenizerFast", seed: int) ->
             raise UserError(f"model.from_scratch.config: {' '.join(str(error).split())}") from None
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            str(Path(model.name).expanduser()),
+            location(model),
             revision=model.revision,
             dtype=dtype,
             trust_remote_code=False,

@@ -113,7 +113,8 @@ EXPECTED = {
 
 
 def plain(message: str) -> str:
-    message = message.removeprefix("Input should be ").removeprefix("String should ")
+    for opening in ("Input should be ", "String should have ", "String should "):
+        message = message.removeprefix(opening)
     return message.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
 
 

@@ -6,6 +6,7 @@ The libraries retry a closed door for 24 to 48 seconds a file and then report it
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from finetuning.address import PREFIX
 from finetuning.errors import UserError
 from finetuning.recipe import Recipe
 from finetuning.sources import is_local, looks_local
@@ -29,11 +30,17 @@ def needs_of(recipe: Recipe) -> list[Need]:
     """What the recipe takes from the Hub. Raises UserError where a local model folder is not there."""
     needs = []
     name = recipe.model.name
-    if name and not Path(name).expanduser().exists():
+    if name and not name.startswith(PREFIX) and not Path(name).expanduser().exists():
         if looks_local(name):
             raise UserError(f"model.name: {name}: no such folder")
         needs.append(Need(name, "model", "model.name"))
     return needs + [Need(s.path, "dataset", "data.path") for s in recipe.data.sources if not is_local(s)]
+
+
+def base_needs(recipe: Recipe, folder: Path) -> list[Need]:
+    """What asking a trained model takes from the Hub: an adapter its base model, full weights nothing."""
+    is_adapter = (folder / "adapter_config.json").exists()
+    return [need for need in needs_of(recipe) if need.kind == "model"] if is_adapter else []
 
 
 def require_hub(needs: list[Need]) -> None:
@@ -71,3 +78,16 @@ def is_cached(name: str, kind: str) -> bool:
     from huggingface_hub.file_download import repo_folder_name
 
     return (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)).is_dir()
+
+
+def cached_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a model that was just loaded from the Hub; None for a local folder."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RevisionResolutionError
+
+    if Path(name).expanduser().exists():
+        return None
+    try:
+        return HfApi().resolve_revision(name, revision=revision, local_files_only=True).resolved
+    except (RevisionResolutionError, HFValidationError):
+        return None

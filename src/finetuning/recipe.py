@@ -61,6 +61,12 @@ class Recipe(Section):
             raise ValueError("training.global_batch_size counts examples, data.batch_tokens tokens; leave one out")
         return self
 
+    @model_validator(mode="after")
+    def check_publish(self) -> "Recipe":
+        if self.publish and self.publish.merged and self.lora is None:
+            raise ValueError("publish.merged is for a recipe with a lora section; this one trains full weights anyway")
+        return self
+
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values: our own with their defaults, the libraries' as far as they were given."""
         own = self.model_dump(include={"model", "data", "publish"})

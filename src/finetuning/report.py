@@ -1,5 +1,6 @@
 """What a person sees: the funnel of rows, coloured masks, answers before and after, the histogram of lengths."""
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,15 +67,23 @@ def print_answers(console: Console, samples: list[tuple[str, str, str]]) -> None
     console.print(table)
 
 
+def print_changes(console: Console, changes: list[tuple[str, str, int]], staying: list[str]) -> None:
+    """What a publication would change, (path, what, bytes), and what of the run folder stays where it is."""
+    table = Table("", "path", "size")
+    table.columns[2].justify = "right"
+    for path, what, size in changes:
+        table.add_row(what, path, f"{size:,} bytes", style=PROMPT if what == "same" else None)
+    console.print(table)
+    sent = sum(size for _, what, size in changes if what in ("new", "changed"))
+    console.print(
+        f"to send: {sent:,} bytes" if any(what != "same" for _, what, _ in changes) else "nothing would change"
+    )
+    console.print(f"stays here: {', '.join(staying)}" if staying else "")
+
+
 def plot_lengths(lengths: list[int], max_length: int, folder: Path) -> None:
     """token_lengths.png: histogram of example lengths in tokens, with Japanese labels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import matplotlib_fontja
-
-    matplotlib_fontja.japanize()  # matplotlib's own fonts have no kana and kanji
+    plt = japanese_pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5))
     axes.hist(lengths, bins=60, color="#4c72b0")
     axes.axvline(np.median(lengths), color="#dd8452", label=f"中央値 {np.median(lengths):.0f}")
@@ -85,6 +94,38 @@ def plot_lengths(lengths: list[int], max_length: int, folder: Path) -> None:
     figure.tight_layout()
     figure.savefig(folder / "token_lengths.png", dpi=120)
     plt.close(figure)
+
+
+def plot_losses(metrics: list[dict[str, Any]]) -> bytes | None:
+    """A PNG of the losses over the steps, in training and of the held-out examples; None where nothing was logged."""
+    curves = [(key, [(e["step"], e[key]) for e in metrics if key in e]) for key in ("loss", "eval_loss")]
+    if not any(points for _, points in curves):
+        return None
+    plt = japanese_pyplot()
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for (_, points), label, style in zip(curves, ("学習データ", "評価データ"), ("-", "o--"), strict=True):
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set_xlabel("ステップ")
+    axes.set_ylabel("損失")
+    axes.legend()
+    figure.tight_layout()
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=120, metadata={"Software": None})  # the same bytes with every version that draws alike
+    plt.close(figure)
+    return stream.getvalue()
+
+
+def japanese_pyplot() -> Any:
+    """matplotlib.pyplot that draws to files, with fonts that have kana and kanji."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import matplotlib_fontja
+
+    matplotlib_fontja.japanize()
+    return plt
 
 
 def examples_in_order(train: Examples, held: Examples | None) -> list[tuple[str, int, Example]]:

@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from finetuning.errors import UserError
+from finetuning.reach import cached_commit
 from finetuning.recipe import Recipe, load_recipe
 from finetuning.step_size import step_size
 from finetuning.strategy import Strategy
@@ -142,6 +143,7 @@ def write_start(folder: Path, recipe: Recipe, fingerprint: str, launch: dict[str
         "versions": versions(),
         "git": git_revision(),
         "data": fingerprint,
+        "base_commit": cached_commit(recipe.model.name, recipe.model.revision) if recipe.model.name else None,
         "finished": None,
         "launches": [],
     }
@@ -149,10 +151,6 @@ def write_start(folder: Path, recipe: Recipe, fingerprint: str, launch: dict[str
     launches = [*environment["launches"], {"started": now(), "arguments": sys.argv, **launch}]
     write_text(folder / "recipe.yaml", recipe.as_yaml())
     write_environment(folder, {**environment, "launches": launches})
-
-
-def versions() -> dict[str, str]:
-    return {name: version for name in PACKAGES if (version := installed(name))}
 
 
 def write_finish(folder: Path) -> None:
@@ -174,6 +172,15 @@ def read_environment(folder: Path) -> dict[str, Any]:
 def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(metrics) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl holds; a line that a killed run left unfinished is passed over."""
+    file, entries = folder / "metrics.jsonl", []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
@@ -208,9 +215,13 @@ def find_run_folder(name: str) -> Path:
         folder, remedy = path, f"train it: accelerate launch src/sft.py {path / 'recipe.yaml'}"
     else:
         folder, remedy = output_folder(load_recipe(path)), f"train it: accelerate launch src/sft.py {path}"
-    if not any((folder / weights).exists() for weights in WEIGHTS):
+    if not has_model(folder):
         raise UserError(f"{folder} has no trained model; {remedy}")
     return folder
+
+
+def has_model(folder: Path) -> bool:
+    return any((folder / weights).exists() for weights in WEIGHTS)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -218,6 +229,11 @@ def write_text(file: Path, text: str) -> None:
     unfinished = file.with_name(f".{file.name}.tmp")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(file)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide how a run goes, as far as they are installed."""
+    return {name: version for name in PACKAGES if (version := installed(name))}
 
 
 def installed(package: str) -> str | None:

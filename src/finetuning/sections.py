@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
+from finetuning.address import LONGEST, PREFIX, REPO, SUBFOLDER, parse_address
 from finetuning.library_fields import load_library_fields, python_type
 from finetuning.readers import READERS
 from finetuning.templates import TEMPLATES
@@ -73,7 +74,7 @@ class Model(Section):
     """The base model."""
 
     name: str | None = Field(default=None, min_length=1)
-    """Hub id or local folder"""
+    """Hub id, local folder, or hub:owner/name/subfolder[@revision] for a checkpoint that was published from here"""
     revision: str | None = None
     """branch, tag or commit on the Hub"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -87,6 +88,10 @@ class Model(Section):
     def check(self) -> "Model":
         if (self.name is None) == (self.from_scratch is None):
             raise ValueError("exactly one of name and from_scratch must be given")
+        if self.name and self.name.startswith(PREFIX):
+            parse_address(self.name)
+            if self.revision:
+                raise ValueError(f"the revision of {PREFIX}... stands in model.name, behind an @")
         return self
 
 
@@ -188,12 +193,26 @@ class Data(Source):
 
 
 class Publish(Section):
-    """Where the finished run belongs on the Hub."""
+    """Where the finished run belongs on the Hub, and as what."""
 
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    repo: str = Field(pattern=REPO, max_length=LONGEST)
     """Hub repository, owner/name"""
-    subfolder: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*(/[a-z0-9][a-z0-9_-]*)*$")
-    """folder in the repository, such as chapter05/sft_model"""
+    subfolder: str = Field(pattern=SUBFOLDER, max_length=LONGEST)
+    """folder in the repository, such as chapter05/sft_model: lower-case letters, digits, _ and -, single slashes"""
+    merged: bool = False
+    """of a LoRA run: full weights with the adapter merged in, instead of the adapter"""
+    adapter: bool = False
+    """with merged: the adapter too, in <subfolder>/adapter"""
+    base_model: str | None = Field(default=None, pattern=REPO[:-1] + r"(@[\w./-]+)?$")
+    """Hub id of the base model, owner/name[@revision], where model.name is a local copy of it"""
+    license: str | None = Field(default=None, min_length=1)
+    """under which the weights are published, by the Hub's identifiers, such as apache-2.0 or cc-by-sa-3.0"""
+
+    @model_validator(mode="after")
+    def check(self) -> "Publish":
+        if self.adapter and not self.merged:
+            raise ValueError("adapter goes with merged: true; without it the adapter is all that is published")
+        return self
 
 
 def library_section(section: str, doc: str, **own_fields: Any) -> type[Section]:
