@@ -6,9 +6,12 @@ python src/generate.py outputs/dolly_gpt2 - < questions.txt        # one questio
 python src/generate.py outputs/dolly_gpt2                          # ask in a loop, until an empty line
 python src/generate.py hub:elith/llm-book-models/chapter05/sft_model "What is the capital of Japan?"
 
+python src/generate.py outputs/my_lora8bit "Hello" model.quantization=null   # the adapter on the base as it is
+
 A recipe's run folder comes first; where that has no model, the one that the recipe publishes is pulled from the Hub.
 Prints the responses only, in order, made with the generation settings of the recipe; arguments generation.key=value
-change them.
+change them. An adapter is put on the base model it was trained on, quantised as it was then; model.quantization=8bit,
+4bit or null says otherwise.
 """
 
 import os
@@ -17,13 +20,16 @@ from collections.abc import Callable
 
 from finetuning.errors import UserError, run
 
+OVERRIDES = ("generation.", "model.quantization=")  # what may differ from training
+
 
 def main(arguments: list[str]) -> None:
     from finetuning.origin import find_checkpoint
     from finetuning.reach import base_needs, require_hub
+    from finetuning.quantization import hide_bitsandbytes
     from finetuning.recipe import load_recipe
 
-    overrides = [argument for argument in arguments[1:] if argument.startswith("generation.") and "=" in argument]
+    overrides = [argument for argument in arguments[1:] if argument.startswith(OVERRIDES) and "=" in argument]
     questions = [argument for argument in arguments[1:] if argument not in overrides]
     folder, recipe_file = find_checkpoint(arguments[0])
     recipe = load_recipe(recipe_file, overrides)
@@ -33,6 +39,7 @@ def main(arguments: list[str]) -> None:
     if questions == ["-"]:
         questions = [line.rstrip("\n") for line in sys.stdin if line.strip()]
 
+    hide_bitsandbytes(recipe)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see sft.py
     from finetuning.answers import load_asker
 

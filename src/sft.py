@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> None:
     from finetuning.manifest import unlike_published
     from finetuning.model import load_tokenizer
     from finetuning.origin import with_pulled_base
+    from finetuning.quantization import hide_bitsandbytes
     from finetuning.reach import needs_of, require_hub
     from finetuning.recipe import load_recipe
     from finetuning.report import print_funnel
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> None:
         for difference in unlike_published(Path(arguments[0]), prepared.fingerprint, versions()):
             console.print(f"not as published: {difference}", soft_wrap=True)
         hide_wandb(recipe)
+        hide_bitsandbytes(recipe)
         # On a CPU that others use too, threads that spin while they wait for each other cost eight times the seconds.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # Torch and trl take ten seconds to import: only now, when recipe and data are known to be right.

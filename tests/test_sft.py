@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bitsandbytes  # noqa: F401 - before sft.main, which hides it from what peft imports for a plain run
 import pytest
 import tiny
 import torch
@@ -26,6 +27,10 @@ ROWS = {
         {"conversations": [{"from": who, "value": f"{who} {n}\n{turn}"} for turn in "ab" for who in ("human", "gpt")]}
         for n in range(40)
     ],
+    "harry_potter": {
+        f"Session-{n}": {"scene": f"Scene\n{n}.", "dialogue": [f"Mira: Is it {n}?", f"Harry: It is: {n}."]}
+        for n in range(20)
+    },
 }
 FAST = ("training.max_steps=2", "generation.max_new_tokens=4", "training.save_strategy=no", "training.eval_strategy=no")
 
@@ -52,12 +57,15 @@ def stand_in(recipe, folder: Path) -> list[str]:
         return []
     kind = "bloom" if "bloom" in recipe.model.name else "gpt2"
     tokenizer = tiny.byte_level()
-    tiny.model_of(kind, vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    width = 64 if recipe.model.quantization else 32  # bitsandbytes rounds in blocks of 64
+    tiny.model_of(kind, vocab_size=len(tokenizer), width=width).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = ROWS[recipe.data.reader]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    lines = [json.dumps(rows)] if isinstance(rows, dict) else map(json.dumps, rows)
+    file = folder / ("rows.json" if isinstance(rows, dict) else "rows.jsonl")
+    file.write_text("\n".join(lines), encoding="utf-8")
     revision = ["data.revision=null"] if recipe.data.revision else []
-    return [f"model.name={folder / 'model'}", f"data.path={folder / 'rows.jsonl'}", *revision]
+    return [f"model.name={folder / 'model'}", f"data.path={file}", *revision]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

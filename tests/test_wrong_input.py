@@ -28,6 +28,7 @@ training:
   output_dir: FOLDER/run
   max_steps: 2
 """
+SCRATCH = RECIPE[RECIPE.index("  from_scratch") : RECIPE.index("data:")]
 ROWS = '{"prompt": "Hi", "response": "Hello", "n": 1}\n{"prompt": "Bye", "response": "See you", "n": 2}\n'
 
 # Stands where torch would be found. Nothing can catch this exit, and the code is nobody else's.
@@ -123,6 +124,15 @@ WRONG_VALUES = [
     ),
     edit("chat without a base model", "question_answer", "chat", "data.template: chat", "from_scratch"),
     edit("session numbers for another reader", "max_length", "sessions: 3\n  max_length", "sessions belongs to reader"),
+    override("bits that do not exist", "model.quantization=16bit", "allowed are 8bit, 4bit", "did you mean"),
+    edit("bits of random weights", "model:", "model:\n  quantization: 8bit", "model: quantization needs name"),
+    case(
+        "bits without an adapter",
+        "recipe.yaml: ",
+        "model.quantization: 8bit weights cannot be trained",
+        "add a lora section",
+        recipe=RECIPE.replace(SCRATCH, "  name: FOLDER\n  quantization: 8bit\n"),
+    ),
     override("override without value", "training.max_steps", "expected section.key=value"),
     override("override without section", "max_steps=3", "expected section.key=value"),
     override("override below a value", "data.reader.name=x", 'data.reader is "prompt_response", it has no keys'),

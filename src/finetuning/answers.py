@@ -26,21 +26,24 @@ def load_asker(folder: Path, recipe: Recipe) -> Callable[[list[str]], list[str]]
     from transformers import logging
 
     logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = read_tokenizer(str(folder))
-    model = load_trained(folder, recipe, tokenizer)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_trained(folder, recipe, tokenizer, device)
+    model.to(device)
     template = load_template(recipe.data, tokenizer)
     return lambda questions: ask(model, tokenizer, template, recipe.generation, questions)
 
 
-def load_trained(folder: Path, recipe: Recipe, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
-    """The run folder's weights, or its adapter on the base model they were trained on."""
+def load_trained(
+    folder: Path, recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", device: str = "cpu"
+) -> "PreTrainedModel":
+    """The run folder's weights, or its adapter on the base model they were trained on, quantised if the recipe is."""
     if not (folder / "adapter_config.json").exists():
         return load_model(Model(name=str(folder), dtype=recipe.model.dtype), tokenizer, seed=0)
     from peft import PeftModel
 
     # A base from scratch is the same only with the seed of training.
-    base = load_model(with_pulled_base(recipe).model, tokenizer, recipe.training.seed)
+    base = load_model(with_pulled_base(recipe).model, tokenizer, recipe.training.seed, device)
     return PeftModel.from_pretrained(base, str(folder))
 
 

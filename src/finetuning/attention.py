@@ -96,7 +96,9 @@ def require_isolation(model: "PreTrainedModel", tolerance: float = 1e-3) -> None
     finally:
         model.train(was_training)
     difference = (apart - together).abs().max().item()
-    allowed = tolerance if model.dtype == torch.float32 else 0.05
+    # bitsandbytes rounds activations by what else is in the batch, within 1e-2.
+    is_exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    allowed = tolerance if is_exact else 0.05
     if not difference <= allowed * max(1.0, apart.abs().max().item()):
         raise UserError(
             f"data.layout: packed, but in this {model.config.model_type} model packed examples see each other (logits "

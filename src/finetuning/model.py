@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.address import PREFIX, parse_address
 from finetuning.errors import UserError
+from finetuning.quantization import NATIVE_BF16, keep_gradients, quantized
 from finetuning.recipe import Recipe
 from finetuning.sections import FromScratch, Model
 
@@ -92,8 +93,13 @@ def train_tokenizer(settings: FromScratch, texts: Iterable[str]) -> "PreTrainedT
     )
 
 
-def load_model(model: Model, tokenizer: "PreTrainedTokenizerFast", seed: int) -> "PreTrainedModel":
-    """The base model on the CPU, every weight in model.dtype. Raises UserError where it cannot be had."""
+def load_model(
+    model: Model, tokenizer: "PreTrainedTokenizerFast", seed: int, device: "torch.device | str" = "cpu"
+) -> "PreTrainedModel":
+    """The base model, every weight in model.dtype, on the CPU; quantised, it is put on the device while it is read.
+
+    Raises UserError where it cannot be had.
+    """
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, set_seed
 
@@ -112,9 +118,11 @@ def load_model(model: Model, tokenizer: "PreTrainedTokenizerFast", seed: int) ->
             revision=model.revision,
             dtype=dtype,
             trust_remote_code=False,
+            **quantized(model, device),
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.name: {model.name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    keep_gradients(loaded)
     rows = loaded.get_input_embeddings().num_embeddings  # its weight is an empty shell under ZeRO-3
     if len(tokenizer) > rows:
         raise UserError(f"model.name: {model.name} embeds {rows} tokens, its tokenizer has {len(tokenizer)}")
@@ -173,16 +181,25 @@ def precision(recipe: Recipe, device: "torch.device", capability: tuple[int, int
     """{bf16, fp16} for the trainer: what the recipe says, else what the device computes in hardware.
 
     `capability` is the CUDA compute capability: bf16 from 8.0 on. torch.cuda.is_bf16_supported() is of no use, it says
-    yes on a T4 (7.5), which emulates; and trl turns bf16 on everywhere, 70 times slower on a CPU without it.
+    yes on a T4 (7.5), which emulates; and trl turns bf16 on everywhere, 70 times slower on a CPU without it. Raises
+    UserError for what cannot work.
     """
-    bf16, fp16 = recipe.training.bf16, recipe.training.fp16
+    bf16, fp16, dtype = recipe.training.bf16, recipe.training.fp16, recipe.model.dtype
+    is_gpu = device.type == "cuda"
+    lacks_bf16 = is_gpu and capability < NATIVE_BF16
+    this = f"this GPU (compute capability {'.'.join(map(str, capability))})" if is_gpu else "the CPU"
     if bf16 and fp16:
         raise UserError("training.bf16 and training.fp16 are both true; at most one can be")
-    if fp16 and device.type == "cpu":
+    if fp16 and not is_gpu:
         raise UserError("training.fp16: the CPU has no fp16 training (it would silently be float32); leave it out")
-    if bf16 and device.type == "cuda" and capability < (8, 0):
-        raise UserError(f"training.bf16: this GPU (compute capability {capability}) only emulates it; use fp16: true")
-    if bf16 is not None or fp16:
-        return {"bf16": bool(bf16), "fp16": bool(fp16)}
-    native = device.type == "cuda" and capability >= (8, 0)
-    return {"bf16": native, "fp16": device.type == "cuda" and not native}
+    if bf16 and lacks_bf16:
+        raise UserError(f"training.bf16: {this} only emulates it; use training.fp16=true")
+    if dtype == "bfloat16" and lacks_bf16:
+        raise UserError(f"model.dtype: bfloat16, which {this} only emulates; use float32, or float16 with lora")
+    if dtype == "float16" and recipe.lora is None:
+        raise UserError("model.dtype: float16 weights cannot be trained (their gradients underflow); use float32")
+    if bf16 is None and not fp16:
+        bf16, fp16 = is_gpu and not lacks_bf16, lacks_bf16
+    if dtype == "float16" and not fp16:
+        raise UserError(f"model.dtype: float16 needs the loss scaling of fp16, which is off on {this}; use float32")
+    return {"bf16": bool(bf16), "fp16": bool(fp16)}

@@ -91,8 +91,6 @@ def describe_problem(root: Fields, key: KeyPath, problems: list[dict[str, Any]])
         return f"{name} is {found}; allowed are {', '.join(choices)}{hint}"
     if kind == "string_pattern_mismatch":
         return f"{name} is {found}; expected {section_at(root, key[:-1])[key[-1]].description}"
-    if key == ("model", "quantization"):
-        return f"{name} is {found}; quantised base models are not supported yet, only null is allowed"
     expected = " or ".join(dict.fromkeys(EXPECTED.get(p["type"], plain(p["msg"])) for p in problems))
     return f"{name} is {found}; expected {expected}"
 

@@ -67,6 +67,15 @@ class Recipe(Section):
             raise ValueError("publish.merged is for a recipe with a lora section; this one trains full weights anyway")
         return self
 
+    @model_validator(mode="after")
+    def check_quantization(self) -> "Recipe":
+        if self.model.quantization and self.lora is None:
+            raise ValueError(
+                f"model.quantization: {self.model.quantization} weights cannot be trained, only an adapter on them: "
+                "add a lora section, or leave quantization out"
+            )
+        return self
+
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values: our own with their defaults, the libraries' as far as they were given."""
         own = self.model_dump(include={"model", "data", "publish"})

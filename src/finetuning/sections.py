@@ -79,8 +79,8 @@ class Model(Section):
     """branch, tag or commit on the Hub"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """number format of the weights in memory; autocast (training.bf16, training.fp16) is on top of it"""
-    quantization: None = None
-    """not supported yet: only null"""
+    quantization: Literal["8bit", "4bit"] | None = None
+    """hold the frozen base model in int8 or in 4-bit NormalFloat, by bitsandbytes; needs a lora section"""
     from_scratch: FromScratch | None = None
     """instead of `name`"""
 
@@ -92,6 +92,8 @@ class Model(Section):
             parse_address(self.name)
             if self.revision:
                 raise ValueError(f"the revision of {PREFIX}... stands in model.name, behind an @")
+        if self.quantization and self.from_scratch:
+            raise ValueError("quantization needs name: random weights are not worth quantising")
         return self
 
 

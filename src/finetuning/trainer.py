@@ -15,6 +15,7 @@ from finetuning.durable import DurableTrainer
 from finetuning.errors import UserError
 from finetuning.loss import ResponseHead, Targets, require_plain_head
 from finetuning.model import fuse_gelu, load_model, lora_config
+from finetuning.quantization import keep_adapter_whole
 from finetuning.recipe import Recipe
 from finetuning.throughput import Throughput
 from finetuning.tokenization import Examples
@@ -42,6 +43,7 @@ class ResponseTrainer(DurableTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        keep_adapter_whole(self.model)
         self.train_examples, self.eval_examples = train_examples, eval_examples
         self.order, self.batch_tokens = order, batch_tokens
         self.head = ResponseHead(self.accelerator.unwrap_model(self.model))
@@ -139,7 +141,7 @@ class EpochLoader(DataLoader):
 def make_trainer(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", prepared: Prepared) -> ResponseTrainer:
     """A trainer ready to train. Raises UserError where model, data and machine do not go together."""
     args = make_arguments(recipe, has_eval=prepared.eval is not None)
-    model = load_model(recipe.model, tokenizer, args.seed)
+    model = load_model(recipe.model, tokenizer, args.seed, args.device)
     require_positions(model, prepared)
     require_plain_head(model, recipe.lora)
     fuse_gelu(model)
