@@ -48,6 +48,7 @@ bench: $(VENV)/.base  ## speed and memory beside trl and transformers, about an 
 	$(RUN)/python benchmarks/train.py $(BENCH) --model bloom --method lora --json benchmarks/results/bloom_lora.json
 	$(RUN)/python benchmarks/plot.py benchmarks/results/gpt2_full.json benchmarks/results/gpt2_lora.json \
 	  benchmarks/results/small_full.json benchmarks/results/bloom_lora.json
+	$(RUN)/python benchmarks/memory.py --json benchmarks/results/memory_cpu.json
 	$(RUN)/python benchmarks/data.py $(BENCH)
 	$(RUN)/python benchmarks/startup.py $(BENCH)
 

@@ -4,9 +4,8 @@ python src/generate.py outputs/dolly_gpt2 "What is the capital of Japan?"
 python src/generate.py recipes/dolly_gpt2.yaml "What is the capital of Japan?" generation.max_new_tokens=20
 python src/generate.py outputs/dolly_gpt2 - < questions.txt        # one question a line
 python src/generate.py outputs/dolly_gpt2                          # ask in a loop, until an empty line
-python src/generate.py hub:elith/llm-book-models/chapter05/sft_model "What is the capital of Japan?"
-
 python src/generate.py outputs/my_lora8bit "Hello" model.quantization=null   # the adapter on the base as it is
+python src/generate.py hub:elith/llm-book-models/chapter05/sft_model "What is the capital of Japan?"
 
 A recipe's run folder comes first; where that has no model, the one that the recipe publishes is pulled from the Hub.
 Prints the responses only, in order, made with the generation settings of the recipe; arguments generation.key=value
@@ -25,8 +24,8 @@ OVERRIDES = ("generation.", "model.quantization=")  # what may differ from train
 
 def main(arguments: list[str]) -> None:
     from finetuning.origin import find_checkpoint
-    from finetuning.reach import base_needs, require_hub
     from finetuning.quantization import hide_bitsandbytes
+    from finetuning.reach import base_needs, require_hub
     from finetuning.recipe import load_recipe
 
     overrides = [argument for argument in arguments[1:] if argument.startswith(OVERRIDES) and "=" in argument]

@@ -2,31 +2,43 @@
 
 python src/preview.py recipes/dolly_gpt2.yaml
 python src/preview.py recipes/dolly_gpt2.yaml data.max_length=256
+python src/preview.py recipes/dolly_gpt2.yaml --gpu t4
+python src/preview.py recipes/dolly_gpt2.yaml --gpu l4 --config_file accelerate_configs/zero3.yaml --num_processes 8
 
-Shows how many rows are kept and why others are not, and some examples with the trained tokens in green. Writes
-report.json, token_lengths.png and examples.jsonl to <training.output_dir>/preview/.
+Shows how many rows are kept and why others are not, some examples with the trained tokens in green, and a budget: what
+a process will need of the memory of this machine, or of the GPU that is named; steps, time and disk. Started as
+accelerate launch would be told by --config_file and --num_processes. Writes report.json, token_lengths.png and
+examples.jsonl to <training.output_dir>/preview/.
 """
 
 import json
 
-from finetuning.errors import run
+from finetuning.errors import UserError, run
 
 SHOWN = 3  # examples printed
+FLAGS = ("--gpu", "--config_file", "--num_processes")
 
 
 def main(arguments: list[str]) -> None:
     from rich.console import Console
 
+    from finetuning import devices
     from finetuning.cache import cache_folder, prepare
     from finetuning.data import training_texts
     from finetuning.model import load_tokenizer
     from finetuning.origin import with_pulled_base
+    from finetuning.quantization import hide_bitsandbytes
     from finetuning.reach import needs_of, require_hub
     from finetuning.recipe import load_recipe
-    from finetuning.report import examples_in_order, plot_lengths, print_example, print_funnel
+    from finetuning.remedies import remedies
+    from finetuning.report import examples_in_order, plot_lengths, print_budget, print_example, print_funnel
     from finetuning.run_folder import make_folder, output_folder, write_text
+    from finetuning.strategy import configured
 
-    recipe = load_recipe(arguments[0], arguments[1:])
+    flags, overrides = split_flags(arguments[1:])
+    recipe = load_recipe(arguments[0], overrides)
+    strategy = configured(flags.get("--config_file"), flags.get("--num_processes"))
+    gpu = devices.named(flags["--gpu"]) if "--gpu" in flags else None
     require_hub(needs_of(recipe))
     recipe = with_pulled_base(recipe)
     tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
@@ -47,6 +59,31 @@ def main(arguments: list[str]) -> None:
             tokens = {name: values.tolist() for name, values in example.items()}
             stream.write(json.dumps({"split": split, "row": row, **tokens}) + "\n")
     console.print(f"written to {folder}: report.json, token_lengths.png, examples.jsonl")
+
+    console.rule("budget")
+    hide_bitsandbytes(recipe)
+    # Torch and the model's class take seconds to import: only now, when the rows are on the screen.
+    from finetuning.budget import make_budget
+
+    budget = make_budget(recipe, prepared, tokenizer, strategy, gpu or devices.present())
+    print_budget(console, budget, remedies(recipe, budget.step.micro_batch, budget.step.accumulation))
+
+
+def split_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """{flag: value} of FLAGS, and the other arguments. Raises UserError for another flag, and one without a value."""
+    flags, others = {}, []
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--"):
+            others.append(word)
+            continue
+        name, _, value = word.partition("=")
+        if name not in FLAGS:
+            raise UserError(f"unknown flag {name}; allowed are {', '.join(FLAGS)}")
+        flags[name] = value or next(words, "")
+        if not flags[name]:
+            raise UserError(f"{name} has no value")
+    return flags, others
 
 
 if __name__ == "__main__":

@@ -56,6 +56,12 @@ CASES = [
         [],
         {**file_of({"stage": 2, "offload_optimizer": {"device": "cpu"}}), "PATH": "/nowhere"},
     ),
+    (
+        "model.quantization with ZeRO-3 or FSDP",
+        ["model.from_scratch=null", "model.name=a", "model.quantization=8bit", "lora={r: 4}"],
+        {**ZERO_3, **GATHERS},
+    ),
+    ("training.auto_find_batch_size with ZeRO or FSDP", ["training.auto_find_batch_size=true"], ZERO),
     ("model.dtype: float16 with training", ["model.dtype=float16"], {}),
     ("model.dtype: bfloat16 with training.fp16", ["model.dtype=bfloat16", "training.fp16=true"], {}),
     (
@@ -83,6 +89,7 @@ WORKS = [
     (["model.dtype=bfloat16"], {}),
     (["training.fp16=true"], {}),
     (["model.dtype=float16", "lora={r: 4}"], {}),
+    (["training.auto_find_batch_size=true"], {"WORLD_SIZE": "2"}),
     (["training.load_best_model_at_end=true"], {}),
     (["data.eval=null", "training.eval_strategy=no"], {}),
 ]

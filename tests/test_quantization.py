@@ -137,6 +137,21 @@ def test_a_stopped_run_ends_with_the_same_adapter(tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_gpu_trains_a_float32_adapter_in_fp16(tmp_path, monkeypatch, bits):
+    monkeypatch.chdir(ROOT)
+    overrides = overrides_for("bloom", bits, base_folder("bloom", tmp_path / "base"))
+    folder = run_folder(tmp_path, *overrides, "training.max_steps=120", "training.fp16=true")
+    launch = json.loads((folder / "environment.json").read_text())["launch"]
+    assert launch["precision"] == "fp16" and launch["device"].startswith("cuda")
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in logged if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    adapter = load_file(folder / "adapter_model.safetensors")
+    assert {weight.dtype for weight in adapter.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize(("optim", "is_there"), [("adamw_torch", False), ("adamw_8bit", True)])
 def test_bitsandbytes_is_imported_only_for_what_needs_it(tmp_path, optim, is_there):
     code = (
@@ -185,7 +200,7 @@ def test_fp16_autocast_trains_a_float32_adapter_with_a_gradient_scaler(tmp_path,
     recipe = load_recipe("recipes/quickstart.yaml", [*overrides, f"training.output_dir={tmp_path}"])
     assert precision(recipe, torch.device("cuda"), (7, 5)) == {"bf16": False, "fp16": True}
     tokenizer = read_tokenizer(recipe.model.name)
-    trainer = make_trainer(recipe, tokenizer, prepare(recipe.data, tokenizer), tmp_path)
+    trainer = make_trainer(recipe, tokenizer, prepare(recipe.data, tokenizer))
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     assert train_in_fp16(trainer, steps=3) == {torch.float16}
     assert trainer.accelerator.scaler.is_enabled() and trainer.optimizer.scaler is trainer.accelerator.scaler
@@ -235,7 +250,6 @@ def test_the_number_format_is_what_the_recipe_says_or_the_machine_computes(tmp_p
     [
         (T4, ["training.bf16=true"], r"this GPU \(compute capability 7\.5\) only emulates it"),
         (T4, ["model.dtype=bfloat16"], r"model\.dtype: bfloat16, which this GPU .* only emulates"),
-        (T4, ["model.dtype=float16"], r"model\.dtype: float16 weights cannot be trained"),
         (A100, ["model.dtype=float16", "lora={r: 4}"], r"model\.dtype: float16 needs the loss scaling"),
         (CPU, ["model.dtype=float16", "lora={r: 4}"], r"the loss scaling of fp16, which is off on the CPU"),
         (CPU, ["training.fp16=true"], "the CPU has no fp16 training"),

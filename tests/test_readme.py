@@ -16,14 +16,18 @@ from accelerate.commands.launch import launch_command_parser
 import publish
 from finetuning import readers, templates
 from finetuning.address import parse_address
+from finetuning.devices import GPUS
 from finetuning.recipe import Recipe, load_recipe
+from finetuning.strategy import configured
+from generate import OVERRIDES
+from preview import split_flags
 
 ROOT = Path(__file__).parents[1]
 READMES = ["README.md", "README.ja.md"]
 PAGES = [*READMES, "CONTRIBUTING.md"]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
 PULLED = "outputs/pulled/"  # what a command of ours pulls
-FOLDERS = "src|recipes|accelerate_configs|tests|benchmarks|slurm"
+FOLDERS = "src|recipes|accelerate_configs|tests|benchmarks|slurm|notebooks"
 
 
 # Reading the pages
@@ -115,7 +119,10 @@ def check_script(words: list[str], known_folders: set[str]) -> None:
     if source.startswith(PULLED):
         source = "recipes/quickstart.yaml"
     if script in ("src/sft.py", "src/preview.py"):
-        load_recipe(ROOT / source, arguments)
+        flags, overrides = split_flags(arguments) if script == "src/preview.py" else ({}, arguments)
+        load_recipe(ROOT / source, overrides)
+        configured(flags.get("--config_file"), flags.get("--num_processes"))
+        assert flags.get("--gpu", "t4") in GPUS
         return
     if script == "src/publish.py":
         _, arguments = publish.read_arguments(arguments)
@@ -127,7 +134,7 @@ def check_script(words: list[str], known_folders: set[str]) -> None:
         return
     assert source in known_folders or (ROOT / source).is_file(), f"no command makes {source}"
     recipe = ROOT / source if source.endswith(".yaml") else ROOT / "recipes/quickstart.yaml"
-    load_recipe(recipe, [word for word in arguments if word.startswith("generation.")])
+    load_recipe(recipe, [word for word in arguments if word.startswith(OVERRIDES)])
 
 
 def folders_made() -> set[str]:
@@ -151,6 +158,8 @@ def test_a_command_can_be_typed(name, command):
         "accelerate launch src/sft.py recipes/dolly_gpt2.yaml training.max_step=10",
         "accelerate launch src/preview.py recipes/dolly_gpt2.yaml",
         "python src/look.py recipes/dolly_gpt2.yaml",
+        "python src/preview.py recipes/dolly_gpt2.yaml --gpu t5",
+        "python src/preview.py recipes/dolly_gpt2.yaml --grafics t4",
         "python src/generate.py outputs/dolly_gpt3 Hello",
         "python src/generate.py outputs/dolly_gpt2 generation.max_tokens=1",
         "python src/publish.py outputs/dolly_gpt3",

@@ -124,6 +124,15 @@ WRONG_VALUES = [
     ),
     edit("chat without a base model", "question_answer", "chat", "data.template: chat", "from_scratch"),
     edit("session numbers for another reader", "max_length", "sessions: 3\n  max_length", "sessions belongs to reader"),
+    case("GPU that is not known", "--gpu t5: unknown; allowed are t4, v100", command=f"{PREVIEW} --gpu t5"),
+    case("flag that is not known", "unknown flag --graphics; allowed are --gpu", command=f"{PREVIEW} --graphics t4"),
+    case("flag without a value", "--gpu has no value", command=f"{PREVIEW} --gpu"),
+    case("processes that are no number", "--num_processes two: expected a", command=f"{PREVIEW} --num_processes=two"),
+    case(
+        "smaller micro-batches of tokens",
+        "training.auto_find_batch_size makes micro-batches of fewer examples",
+        command=f"{PREVIEW} training.auto_find_batch_size=true data.batch_tokens=64",
+    ),
     override("bits that do not exist", "model.quantization=16bit", "allowed are 8bit, 4bit", "did you mean"),
     edit("bits of random weights", "model:", "model:\n  quantization: 8bit", "model: quantization needs name"),
     case(
@@ -461,11 +470,11 @@ def test_a_misspelt_key_is_refused_by_every_script_within_seconds(
     assert (fork.returncode, fork.stdout, fork.stderr) == (process.returncode, process.stdout, process.stderr)
 
 
-def test_the_recipe_that_the_cases_spoil_is_right_and_needs_no_torch(run_fork, tmp_path):
+def test_the_recipe_that_the_cases_spoil_is_right_and_its_rows_need_no_torch(run_fork, tmp_path):
     write_files(tmp_path, {"recipe.yaml": RECIPE, "rows.jsonl": ROWS})
     process = run_fork("preview.py", str(tmp_path / "recipe.yaml"))
-    assert process.returncode == 0, process.stderr
-    assert "2 loaded -> 2 selected -> 2 kept" in process.stdout
+    assert "2 loaded -> 2 selected -> 2 kept" in process.stdout and "written to" in process.stdout
+    assert process.returncode == 99  # only then the budget, which needs torch
 
 
 def test_an_import_of_torch_would_be_seen(run_fork, tmp_path):

@@ -15,7 +15,7 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     """The training section as SFTConfig, with what other sections decide."""
     has_gpu = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if has_gpu else None
-    settings = recipe.training.model_dump(exclude_unset=True, exclude={"global_batch_size"})
+    settings = recipe.training.model_dump(exclude_unset=True, exclude={"global_batch_size", "auto_find_batch_size"})
     step = step_size(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     settings["per_device_train_batch_size"] = step.micro_batch
     settings["gradient_accumulation_steps"] = step.accumulation

@@ -39,6 +39,11 @@ class Packing:
         return max(self.lengths)
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether examples are attended to one after another: a GPU would rather have padded rows."""
+        return self.device.type == "cpu"
+
+    @property
     def bounds(self) -> Iterator[tuple[int, int]]:
         ends = list(accumulate(self.lengths))
         return zip([0, *ends[:-1]], ends, strict=True)
@@ -143,7 +148,7 @@ def attend(
     settings = {"scale": scale, "dropout_p": dropout, "enable_gqa": key.shape[1] != query.shape[1]}
     settings |= {"is_causal": True} if bias is None else {}
     mask = None if bias is None else causal(bias, packing.longest)
-    if query.device.type == "cpu":
+    if packing.one_by_one:
         parts = []
         for start, end in packing.bounds:
             cut = None if mask is None else mask[:, :, : end - start, : end - start]

@@ -8,7 +8,8 @@ the examples of one seeded order, the same for the same seed.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,20 @@ class BatchSampler:
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def longest(self, micro_batches: int, is_padded: bool) -> list[int]:
+        """The examples of the largest micro-batch that any process gets among its first so many, in all epochs."""
+        largest, found = (0, 0), [0]
+        for epoch in range(-(-micro_batches // len(self))):
+            steps = replace(self, epoch=epoch).steps()
+            dealt = (parts for step in steps for parts in self.deal(step))
+            for part in chain.from_iterable(islice(dealt, micro_batches - epoch * len(self))):
+                lengths = self.lengths[part]
+                longest = int(lengths.max(initial=0))
+                size = (longest * len(part) if is_padded else int(lengths.sum()), longest)
+                if size > largest:
+                    largest, found = size, part.tolist()
+        return found
 
     def __len__(self) -> int:
         """Micro-batches of an epoch, the same for every process and epoch."""

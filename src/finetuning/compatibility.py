@@ -84,6 +84,18 @@ RULES = (
         ),
     ),
     Rule(
+        "model.quantization with ZeRO-3 or FSDP",
+        "bitsandbytes' weights cannot be shared out",
+        "accelerate_configs/ddp.yaml, or zero2.yaml: each process holds the small base model",
+        lambda recipe, strategy: bool(recipe.model.quantization) and strategy.is_sharded,
+    ),
+    Rule(
+        "training.auto_find_batch_size with ZeRO or FSDP",
+        "what they have wrapped cannot be made anew with another micro-batch",
+        "a smaller training.per_device_train_batch_size, with training.global_batch_size",
+        lambda recipe, strategy: recipe.training.auto_find_batch_size and strategy.name not in ("single", "ddp"),
+    ),
+    Rule(
         "ZeRO offload without a C++ compiler",
         "DeepSpeed compiles its Adam for the CPU when training begins",
         "install g++, or accelerate_configs/zero3.yaml",

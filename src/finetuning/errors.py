@@ -10,6 +10,8 @@ from finetuning.launcher import silence_launcher
 
 # How Python, Rust (safetensors) and C++ (torch.save) say that the disk is full, in exceptions of their own.
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "inline_container.cc")
+# How torch says that of memory, of a GPU's and of the CPU's, and the C++ library.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "std::bad_alloc")
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: not done, the same command again goes on
 
 
@@ -36,9 +38,9 @@ class Stopped(BaseException):
 def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = "") -> None:
     """Calls main(arguments), or prints the manual; what the user can mend becomes one line on stderr, no traceback.
 
-    Exit code 2 after a UserError or without arguments, 1 where the disk is full or the Hub does not answer, 130 after
-    Ctrl-C, 75 where a signal asked for a stop and the same command will go on. The code is also written to the file
-    that the environment variable EXIT_CODE_FILE names: launchers turn every code into 1.
+    Exit code 2 after a UserError or without arguments, 1 where disk or memory is full or the Hub does not answer, 130
+    after Ctrl-C, 75 where a signal asked for a stop and the same command will go on. The code is also written to the
+    file that the environment variable EXIT_CODE_FILE names: launchers turn every code into 1.
     """
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -57,9 +59,16 @@ def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = 
     except PermissionError as error:
         leave(f"error: {error.filename}: {error.strerror}; it has to be readable, and a folder writable", 2)
     except Exception as error:
+        if is_out_of_memory(error):
+            first = str(error).strip().partition("\n")[0]
+            leave(f"error: out of memory: {first}; src/preview.py says what a recipe needs", 1)
         if not any(words in str(error) for words in DISK_FULL):
             raise
         leave(f"error: the disk is full: {one_line(error)}; make room, and give the same command again", 1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def is_first() -> bool:

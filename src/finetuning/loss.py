@@ -61,8 +61,10 @@ class ResponseHead:
         if self.targets is None:
             return F.linear(hidden_states, head.weight, head.bias)
         hidden = hidden_states.flatten(0, -2).index_select(0, self.targets.positions)
-        self.scores = Scores(*ResponseLoss.apply(hidden, head.weight, head.bias, self.targets.tokens))
-        return self.scores.loss
+        loss, correct = ResponseLoss.apply(hidden, head.weight, head.bias, self.targets.tokens)
+        # Detached: the graph would live until the next batch, and bitsandbytes' part of it keeps its activations.
+        self.scores = Scores(loss.detach(), correct)
+        return loss
 
 
 def require_plain_head(model: "PreTrainedModel", lora: Any) -> None:
@@ -106,6 +108,7 @@ class ResponseLoss(torch.autograd.Function):
             total = exp.sum(1, keepdim=True)
             loss += (total.log() + top - of_target).sum()
             if not (needs_hidden or needs_weight or needs_bias):
+                del logits, exp
                 continue
             grad = exp.div_(total).scatter_add_(1, wanted, torch.full_like(of_target, -1.0))  # softmax - one-hot
             if needs_bias:
@@ -117,6 +120,7 @@ class ResponseLoss(torch.autograd.Function):
                 grad_weight.addmm_(grad.t(), tile)
             elif needs_weight:
                 grad_weight += grad.t() @ tile
+            del logits, exp, grad  # one and the same tile: it goes before the next one comes
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(correct)

@@ -105,7 +105,7 @@ def load_model(
 
     dtype = getattr(torch, model.dtype)
     if model.from_scratch:
-        config = scratch_config(model.from_scratch, tokenizer)
+        config = load_config(model, tokenizer)
         set_seed(seed)
         try:
             # Not from_config: under ZeRO-3 that fills each process's part with random numbers of its own.
@@ -127,6 +127,18 @@ def load_model(
     if len(tokenizer) > rows:
         raise UserError(f"model.name: {model.name} embeds {rows} tokens, its tokenizer has {len(tokenizer)}")
     return loaded
+
+
+def load_config(model: Model, tokenizer: "PreTrainedTokenizerFast") -> Any:
+    """The transformers config of the base model. Raises UserError where there is none."""
+    if model.from_scratch:
+        return scratch_config(model.from_scratch, tokenizer)
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(location(model), revision=model.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.name: {model.name} has no config: {str(error).strip().splitlines()[0]}") from None
 
 
 def scratch_config(settings: FromScratch, tokenizer: "PreTrainedTokenizerFast") -> Any:
@@ -196,8 +208,6 @@ def precision(recipe: Recipe, device: "torch.device", capability: tuple[int, int
         raise UserError(f"training.bf16: {this} only emulates it; use training.fp16=true")
     if dtype == "bfloat16" and lacks_bf16:
         raise UserError(f"model.dtype: bfloat16, which {this} only emulates; use float32, or float16 with lora")
-    if dtype == "float16" and recipe.lora is None:
-        raise UserError("model.dtype: float16 weights cannot be trained (their gradients underflow); use float32")
     if bf16 is None and not fp16:
         bf16, fp16 = is_gpu and not lacks_bf16, lacks_bf16
     if dtype == "float16" and not fp16:

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from finetuning.attention import require_isolation
 from finetuning.recipe import Recipe
+from finetuning.rehearsal import rehearse
 from finetuning.run_folder import Sample, write_samples, write_start
 from finetuning.strategy import Strategy, launch_of, require_strategy
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class Opening(TrainerCallback):
-    """Does the run do what was asked for, do packed examples see each other, how does the untrained model answer?
+    """Does the run do what was asked for, do packed examples see each other, does the longest batch fit, how does the
+    untrained model answer?
 
     On the prepared model, because under ZeRO-3 and FSDP no process can ask one of its parts alone. Then the run folder
     is begun: one that is refused here leaves nothing behind.
@@ -38,6 +40,7 @@ class Opening(TrainerCallback):
         require_strategy(self.trainer, self.strategy)
         if self.recipe.data.layout == "packed":
             require_isolation(model)
+        rehearse(self.trainer, self.recipe)
         folder = self.trainer.run_folder
         # A run that goes on was asked before its first step; the model has learnt since.
         answers = [] if state.global_step else self.ask()

@@ -18,7 +18,11 @@ NATIVE_BF16 = (8, 0)  # compute capability from which a GPU computes bfloat16 in
 
 
 def hide_bitsandbytes(recipe: Recipe) -> None:
-    """Keeps peft from importing bitsandbytes (1 to 2 s of every start) for a run that has no use for it."""
+    """Keeps peft from importing bitsandbytes (1 to 2 s of every start) for a run that has no use for it.
+
+    For one that has, keeps it from saying of every layer that it casts the input.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     optim = recipe.training.optim
     if recipe.model.quantization is None and optim.startswith(("adamw_torch", "adafactor", "sgd")):
         sys.modules.setdefault("bitsandbytes", None)  # to Python and to peft: not installed
@@ -34,7 +38,6 @@ def quantized(model: Model, device: "torch.device | str") -> dict[str, Any]:
         return {}
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says of every layer that it casts the input
     if model.quantization == "8bit":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:  # the settings of QLoRA, https://arxiv.org/abs/2305.14314

@@ -68,6 +68,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def check_micro_batch(self) -> "Recipe":
+        if self.training.auto_find_batch_size and self.data.batch_tokens:
+            raise ValueError(
+                "training.auto_find_batch_size makes micro-batches of fewer examples, data.batch_tokens counts tokens; "
+                "leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_quantization(self) -> "Recipe":
         if self.model.quantization and self.lora is None:
             raise ValueError(

@@ -14,6 +14,8 @@ from finetuning.tokenization import IGNORE_INDEX, Example, Examples
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from finetuning.budget import Budget
+
 PROMPT, RESPONSE = "bright_black", "bold green"  # colours of tokens that are not trained, and that are
 
 
@@ -79,6 +81,61 @@ def print_changes(console: Console, changes: list[tuple[str, str, int]], staying
         f"to send: {sent:,} bytes" if any(what != "same" for _, what, _ in changes) else "nothing would change"
     )
     console.print(f"stays here: {', '.join(staying)}" if staying else "")
+
+
+EXPLAINED = {
+    "weights": "of the base model",
+    "adapters": "LoRA",
+    "gradients": "of what is trained",
+    "optimizer": "its averages",
+    "activations": "kept for backward, or needed meanwhile",
+    "logits": "of some response positions at a time",
+    "communication": "between processes",
+}
+VERDICTS = {"fits": "bold green", "tight": "bold yellow", "does not fit": "bold red"}
+
+
+def budget_table(budget: "Budget") -> Table:
+    table = Table("memory of a process", "MiB", "")
+    table.columns[1].justify = "right"
+    for part, size in budget.parts.items():
+        if size:
+            table.add_row(part, mib(size), EXPLAINED[part])
+    table.add_section()
+    table.add_row("total", mib(budget.total), f"of {mib(budget.available)} on {budget.device.name}")
+    return table
+
+
+def print_budget(console: Console, budget: "Budget", advice: list[str]) -> None:
+    """Memory of a process part by part, steps, time, disk, and whether it fits."""
+    console.print(budget_table(budget))
+    examples, slots, responses = budget.longest
+    shortest, longest = map(duration, budget.seconds)
+    lines = {
+        "longest": f"{examples} examples, {slots:,} tokens computed, {responses:,} of them response",
+        "steps": f"{budget.steps:,} of {budget.step} examples ({budget.strategy}), {budget.tokens:,} tokens in all",
+        "time": f"{shortest} to {longest} of computing, without start, evaluation and answers",
+        "disk": f"{mib(budget.disk)} MiB for checkpoints and weights, {mib(budget.free)} are free",
+    }
+    for name, text in lines.items():
+        console.print(f"{name:<8} {text}", soft_wrap=True)
+    console.print(f"verdict  {budget.verdict}", style=VERDICTS[budget.verdict], highlight=False)
+    if budget.verdict != "fits":
+        console.print(f"         smaller with {', or '.join(advice)}", soft_wrap=True, highlight=False)
+    if budget.disk > budget.free:
+        console.print(
+            "         too little room on the disk: lower training.save_total_limit, or make room", style="red"
+        )
+
+
+def mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}" if size < 10 * 2**20 else f"{size / 2**20:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
 
 
 def plot_lengths(lengths: list[int], max_length: int, folder: Path) -> None:

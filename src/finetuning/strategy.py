@@ -48,6 +48,30 @@ def asked() -> Strategy:
     return Strategy("ddp" if processes > 1 else "single", processes)
 
 
+def configured(file: str | None, processes: str | None) -> Strategy:
+    """What `accelerate launch --config_file ... --num_processes ...` would start. Raises UserError if it could not."""
+    if processes is not None and not processes.isdigit():
+        raise UserError(f"--num_processes {processes}: expected a whole number")
+    if file is None:
+        count = int(processes or 1)
+        return Strategy("ddp" if count > 1 else "single", count)
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        config = load_config_from_file(file)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: is no accelerate config: {' '.join(str(error).split())}") from None
+    count = int(processes or config.num_processes or 1)
+    kind = config.distributed_type.value
+    if kind == "DEEPSPEED":
+        zero = config.deepspeed_config
+        offload = any(zero.get(f"offload_{what}_device", "none") != "none" for what in ("optimizer", "param"))
+        return Strategy(f"zero{zero.get('zero_stage', 2)}", count, offload)
+    if kind == "FSDP":
+        return Strategy("fsdp", count, bool(config.fsdp_config.get("fsdp_offload_params")))
+    return Strategy("ddp" if count > 1 else "single", count)
+
+
 def is_set(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")
 

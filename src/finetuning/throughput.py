@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetuning.devices import peak_of
 from finetuning.loss import Scores
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-# Dense half-precision peak, FLOP/s, by a part of the device's name (NVIDIA's data sheets).
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "A10G": 125e12, "V100": 125e12, "T4": 65e12}
 
 
 class Throughput:
@@ -25,7 +23,7 @@ class Throughput:
         # Forward two FLOPs a weight and token, backward as many for the activations, and for each trained weight.
         self.flops_per_token = 4 * total + 2 * trained
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self.peak = next((peak for part, peak in PEAKS.items() if part in name), None)
+        self.peak = peak_of(name)
         self.device = device
         self.reset()
 

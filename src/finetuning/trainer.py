@@ -17,6 +17,7 @@ from finetuning.loss import ResponseHead, Targets, require_plain_head
 from finetuning.model import fuse_gelu, load_model, lora_config
 from finetuning.quantization import keep_adapter_whole
 from finetuning.recipe import Recipe
+from finetuning.rehearsal import TooLarge, take_smaller
 from finetuning.throughput import Throughput
 from finetuning.tokenization import Examples
 
@@ -49,6 +50,14 @@ class ResponseTrainer(DurableTrainer):
         self.head = ResponseHead(self.accelerator.unwrap_model(self.model))
         self.throughput = Throughput(self.model, self.args.device)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, in compute_loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                return super().train(*args, **kwargs)
+            except TooLarge:
+                pass  # its traceback holds what did not fit
+            take_smaller(self)
 
     def get_train_dataloader(self) -> DataLoader:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
