@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,12 +73,13 @@ class Run:
         overrides = [f"training.output_dir={folder}", f"data.layout={layout}", micro_batch, *changes]
         script = ["tests/fsdp_on_cpu.py", "src/sft.py"] if config == "fsdp2" else ["src/sft.py"]
         self.command = [*accelerate, *place, "--main_process_port", "0", *script, str(recipe), *overrides]
-        self.code = folder.with_name(f"{folder.name}.code")
+        self.codes = folder.with_name(f"{folder.name}.codes")
 
     def start(self) -> psutil.Popen:
-        self.code.unlink(missing_ok=True)
+        shutil.rmtree(self.codes, ignore_errors=True)
+        self.codes.mkdir(parents=True)
         self.log = self.folder.with_name(f"{self.folder.name}.log").open("w+")
-        environment = {**os.environ, "EXIT_CODE_FILE": str(self.code)}
+        environment = {**os.environ, "EXIT_CODES": str(self.codes)}
         return psutil.Popen(self.command, cwd=ROOT, env=environment, stdout=self.log, stderr=subprocess.STDOUT)
 
     def until(self, process: psutil.Popen, is_time: Callable[[], bool]) -> list[psutil.Process]:
@@ -196,7 +198,7 @@ def test_asked_to_stop_it_saves_once_and_the_next_command_goes_on(whole, recipe,
         receiver.send_signal(number)
     process.wait(120)
     psutil.wait_procs(processes, timeout=60)
-    assert run.code.read_text().strip() == "75", run.said()
+    assert {file.read_text().split()[0] for file in run.codes.iterdir()} == {"75"}, run.said()
     new = set(run.checkpoints) - set(before)
     assert len(new) == 1 and not (run.folder / ".unfinished").exists()
     assert f"after step {new.pop().rpartition('-')[2]} of {STEPS}" in run.said()

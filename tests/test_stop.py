@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from signal import SIGINT, SIGTERM, SIGUSR1
 
 import pytest
@@ -115,11 +116,10 @@ run(main, "the manual", when_interrupted="; the same command goes on")
 
 @pytest.fixture
 def ending(tmp_path):
-    """A function that runs a script with this main: (exit code, stderr, what EXIT_CODE_FILE then holds, or None)."""
-    file = tmp_path / "exit_code"
+    """A function that runs a script with this main: (exit code, stderr, [code, reason] that it left in EXIT_CODES)."""
 
-    def end(main: str, rank: str | None = None, stop_after: float | None = None):
-        environment = {**os.environ, "EXIT_CODE_FILE": str(file), **({"RANK": rank} if rank else {})}
+    def end(main: str, rank: str = "0", stop_after: float | None = None, folder: Path = tmp_path):
+        environment = {**os.environ, "EXIT_CODES": str(folder), "RANK": rank}
         command = [sys.executable, "-c", SCRIPT, main]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
@@ -129,7 +129,9 @@ def ending(tmp_path):
                 assert process.poll() is None
                 process.terminate()
             stderr = process.communicate(timeout=60)[1]
-        return process.returncode, stderr, file.read_text() if file.exists() else None
+        file = folder / rank
+        left = file.read_text().rstrip("\n").split(" ", 2) if file.exists() else ["", "", ""]
+        return process.returncode, stderr, [left[0], left[2]]
 
     return end
 
@@ -137,43 +139,52 @@ def ending(tmp_path):
 @pytest.mark.parametrize(
     ("main", "code", "line"),
     [
-        ("raise UserError('data.path: a.jsonl\\n  is not there')", 2, "error: data.path: a.jsonl is not there\n"),
-        ("raise KeyboardInterrupt", 130, "interrupted; the same command goes on\n"),
-        ("raise Stopped(signal.SIGINT, 'stopped by SIGINT')", 130, "stopped by SIGINT\n"),
-        ("raise Stopped(signal.SIGTERM, 'stopped by SIGTERM')", 75, "stopped by SIGTERM\n"),
-        ("raise Stopped(signal.SIGUSR1, 'stopped by SIGUSR1')", 75, "stopped by SIGUSR1\n"),
+        ("raise UserError('data.path: a.jsonl\\n  is not there')", 2, "error: data.path: a.jsonl is not there"),
+        ("raise KeyboardInterrupt", 130, "interrupted; the same command goes on"),
+        ("raise Stopped(signal.SIGINT, 'stopped by SIGINT')", 130, "stopped by SIGINT"),
         (
             "raise OSError(28, 'No space left on device')",
             1,
-            "error: the disk is full: [Errno 28] No space left on device; make room, and give the same command again\n",
+            "error: the disk is full: [Errno 28] No space left on device; make room, and give the same command again",
         ),
     ],
-    ids=["mistake", "interrupted", "SIGINT", "SIGTERM", "SIGUSR1", "full disk"],
+    ids=["mistake", "interrupted", "SIGINT", "full disk"],
 )
-def test_a_script_ends_with_one_line_and_its_code_also_in_a_file(ending, main, code, line):
-    assert ending(main) == (code, line, f"{code}\n")
+def test_a_script_ends_with_one_line_which_it_leaves_to_its_batch_job_too(ending, main, code, line):
+    assert ending(main) == (code, f"{line}\n", [str(code), line])
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
+def test_one_that_is_to_go_on_tells_75_to_its_batch_job_and_then_0_to_its_launcher(ending, number, tmp_path):
+    stop = f"raise Stopped(signal.{number}, 'stopped')"
+    assert ending(stop) == (0, "stopped\n", ["75", "stopped"])
+    assert ending(stop, folder=tmp_path / "missing") == (75, "stopped\n", ["", ""])
 
 
 def test_a_fault_of_ours_keeps_its_traceback(ending):
-    code, stderr, file = ending("{}['missing']")
-    assert (code, file) == (1, None)
+    code, stderr, left = ending("{}['missing']")
+    assert (code, left) == (1, ["1", "KeyError: 'missing'"])
     assert "Traceback" in stderr and stderr.endswith("KeyError: 'missing'\n")
 
 
 def test_what_goes_well_says_nothing(ending):
-    assert ending("pass") == (0, "", None)
+    assert ending("pass") == (0, "", ["0", ""])
+
+
+def test_one_that_was_killed_has_said_so_before(ending):
+    assert ending("import os; os.kill(os.getpid(), 9)") == (-9, "", ["1", "a process was killed"])
 
 
 def test_a_reader_that_left_is_no_error(ending):
-    assert ending("raise BrokenPipeError") == (0, "", None)
+    assert ending("raise BrokenPipeError") == (0, "", ["0", ""])
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 def test_of_several_processes_that_stop_only_the_first_speaks(ending, number):
-    code = 130 if number == "SIGINT" else 75
+    code, told = (130, "130") if number == "SIGINT" else (0, "75")
     stop = f"raise Stopped(signal.{number}, 'stopped')"
-    assert ending(stop, rank="0") == (code, "stopped\n", f"{code}\n")
-    assert ending(stop, rank="1") == (code, "", f"{code}\n")
+    assert ending(stop, rank="0") == (code, "stopped\n", [told, "stopped"])
+    assert ending(stop, rank="1") == (code, "", [told, ""])
 
 
 def test_a_mistake_is_left_to_the_first_process_until_the_launcher_ends_the_others(ending):
@@ -181,4 +192,35 @@ def test_a_mistake_is_left_to_the_first_process_until_the_launcher_ends_the_othe
     mistake = (
         "from finetuning.stop import Stop; Stop().listen(); print('now', flush=True); raise UserError('data.path: a')"
     )
-    assert ending(mistake, rank="1", stop_after=1) == (-SIGTERM, "", None)
+    assert ending(mistake, rank="1", stop_after=1) == (-SIGTERM, "", ["2", "error: data.path: a"])
+
+
+LOADING = """
+import subprocess, sys
+import psutil
+from torch.utils.data import DataLoader
+from finetuning.errors import Stopped
+from finetuning.stop import Stop, hear_only_the_trainer
+
+Stop().listen()
+loader = DataLoader(range(400), num_workers=2, worker_init_fn=hear_only_the_trainer)
+numbers = iter(loader)
+found = [int(next(numbers))]
+workers = psutil.Process().children()
+assert len(workers) == 2
+for worker in workers:
+    subprocess.run(["kill", f"-{sys.argv[1]}", str(worker.pid)], check=True)  # from a process that is not their parent
+found += map(int, numbers)
+assert found == list(range(400)), found
+still_loading = iter(loader)
+next(still_loading)
+raise Stopped(15, "stopped in the middle of an epoch")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_batches_are_loaded_to_the_end_and_the_loading_processes_end_with_training(number):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-c", LOADING, str(int(number))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert "Stopped: stopped in the middle of an epoch" in done.stderr, done.stderr

@@ -1,10 +1,12 @@
 """What the user got wrong, told in one line; how a script ends."""
 
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from finetuning.launcher import silence_launcher
 
@@ -39,15 +41,17 @@ def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = 
     """Calls main(arguments), or prints the manual; what the user can mend becomes one line on stderr, no traceback.
 
     Exit code 2 after a UserError or without arguments, 1 where disk or memory is full or the Hub does not answer, 130
-    after Ctrl-C, 75 where a signal asked for a stop and the same command will go on. The code is also written to the
-    file that the environment variable EXIT_CODE_FILE names: launchers turn every code into 1.
+    after Ctrl-C, 75 where a signal asked for a stop and the same command will go on. A batch job reads it in the folder
+    EXIT_CODES; see note_end.
     """
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(manual.strip(), file=sys.stdout if arguments else sys.stderr)
         sys.exit(0 if arguments else 2)
+    note_end(1, "a process was killed", at=math.inf)  # what stands there if it is
     try:
         main(arguments)
+        note_end(0)
     except UserError as error:
         leave(f"error: {one_line(error)}", error.exit_code)
     except KeyboardInterrupt:
@@ -56,6 +60,7 @@ def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = 
         leave(str(stopped) if is_first() else "", stopped.code)
     except BrokenPipeError:  # `... | head`: the reader left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        note_end(0)
     except PermissionError as error:
         leave(f"error: {error.filename}: {error.strerror}; it has to be readable, and a folder writable", 2)
     except Exception as error:
@@ -63,6 +68,7 @@ def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = 
             first = str(error).strip().partition("\n")[0]
             leave(f"error: out of memory: {first}; src/preview.py says what a recipe needs", 1)
         if not any(words in str(error) for words in DISK_FULL):
+            note_end(1, f"{type(error).__name__}: {one_line(error)}")
             raise
         leave(f"error: the disk is full: {one_line(error)}; make room, and give the same command again", 1)
 
@@ -81,16 +87,32 @@ def one_line(error: Exception) -> str:
 
 def leave(line: str, code: int) -> None:
     """Says the line, if there is one, and exits."""
+    is_noted = note_end(code, line)
     if is_first() or not line:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that dies of the same Ctrl-C is no other reason
     else:
         # What is wrong with a recipe is wrong in every process: the first speaks, and the launcher ends the others.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
-    if file := os.environ.get("EXIT_CODE_FILE"):
-        with open(file, "w", encoding="utf-8") as stream:
-            stream.write(f"{code}\n")
     if line:
         print(line, file=sys.stderr, flush=True)
     silence_launcher()
-    sys.exit(code)
+    # Launchers report anything but 0 as a failure, a page for each node; a job that is only queued again has none.
+    sys.exit(0 if is_noted and code == REQUEUE else code)
+
+
+def note_end(code: int, reason: str = "", at: float | None = None) -> bool:
+    """Tells the batch job that started this process how it ends, and returns whether there is one to be told.
+
+    Launchers turn every exit code into 1. So slurm/sft.sh names a folder in the environment variable EXIT_CODES, and
+    each process leaves a file there of one line: code, time (s), reason.
+    """
+    folder = os.environ.get("EXIT_CODES")
+    if not folder:
+        return False
+    try:
+        line = f"{code} {at or time.time()} {reason}\n"
+        Path(folder, os.environ.get("RANK", "0")).write_text(line, encoding="utf-8")
+    except OSError:  # a full disk must not hide what happened
+        return False
+    return True

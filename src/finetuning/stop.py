@@ -5,7 +5,9 @@ in training       the processes agree on a step, save, and end with 75 (the same
 after training    SIGTERM and SIGUSR1 do not keep the last seconds from being saved
 """
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,3 +47,19 @@ class Stop:
             raise KeyboardInterrupt
         if self.phase == "before":
             raise Stopped(self.asked, f"stopped by {self.asked.name} before the first step; nothing to save")
+
+
+def hear_only_the_trainer(worker: int) -> None:
+    """To be called in a process that loads batches (DataLoader's worker_init_fn): only its parent may end it.
+
+    A scheduler signals every process of a job. torch's workers die of SIGTERM, and the one that trains dies of that,
+    before it could save.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=end_with_the_trainer, daemon=True).start()
+
+
+def end_with_the_trainer() -> None:
+    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+        pass
+    os._exit(0)

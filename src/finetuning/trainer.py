@@ -18,6 +18,7 @@ from finetuning.model import fuse_gelu, load_model, lora_config
 from finetuning.quantization import keep_adapter_whole
 from finetuning.recipe import Recipe
 from finetuning.rehearsal import TooLarge, take_smaller
+from finetuning.stop import hear_only_the_trainer
 from finetuning.throughput import Throughput
 from finetuning.tokenization import Examples
 
@@ -86,6 +87,7 @@ class ResponseTrainer(DurableTrainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
+            worker_init_fn=hear_only_the_trainer,
             generator=torch.Generator(),  # its own, lest the loader draw from the random numbers of training
         )
 
