@@ -1,12 +1,15 @@
 """What is asked of the prepared model before its first step."""
 
+import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import TrainerCallback
 
 from finetuning.attention import require_isolation
+from finetuning.nodes import require_same_software, software
 from finetuning.recipe import Recipe
 from finetuning.rehearsal import rehearse
 from finetuning.run_folder import Sample, write_samples, write_start
@@ -17,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class Opening(TrainerCallback):
-    """Does the run do what was asked for, do packed examples see each other, does the longest batch fit, how does the
-    untrained model answer?
+    """Does the run do what was asked for, is the software the same everywhere, do packed examples see each other, does
+    the longest batch fit, how does the untrained model answer?
 
     On the prepared model, because under ZeRO-3 and FSDP no process can ask one of its parts alone. Then the run folder
     is begun: one that is refused here leaves nothing behind.
@@ -38,6 +41,7 @@ class Opening(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         require_strategy(self.trainer, self.strategy)
+        require_same_software(gather_object([(socket.gethostname(), software())]))
         if self.recipe.data.layout == "packed":
             require_isolation(model)
         rehearse(self.trainer, self.recipe)

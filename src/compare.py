@@ -1,0 +1,27 @@
+"""Runs side by side: a table of what was set and what came of it, and a plot of their losses.
+
+python src/compare.py outputs/learning_rates                           # every run folder in it
+python src/compare.py outputs/dolly_gpt2 outputs/try outputs/short     # these
+
+Prints the settings in which the runs differ and the last figures of each, the best held-out loss first. Writes
+comparison.csv and comparison.png to the folder that holds them all. Runs that are not finished are compared as far as
+they are.
+"""
+
+from finetuning.errors import run
+
+
+def main(arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from finetuning.comparison import common_folder, find_runs, print_runs, write_comparison
+
+    runs = find_runs(arguments)
+    console, folder = Console(), common_folder(runs)
+    print_runs(console, runs)
+    write_comparison(runs, folder)
+    console.print(f"written to {folder}: comparison.csv, comparison.png", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run(main, __doc__)
