@@ -32,7 +32,7 @@ quickstart: $(VENV)/.base  ## train the embedded default on the CPU (a minute) a
 test: $(VENV)/.dev  ## every test that one CPU can run (under 10 minutes)
 	$(RUN)/python -m pytest -m 'not cluster' --numprocesses 2 --dist worksteal $(PYTEST_ARGS)
 
-test-cluster: $(VENV)/.deepspeed  ## tests with several processes
+test-cluster: $(VENV)/.deepspeed  ## tests with several processes, and on a Slurm cluster of virtual nodes (root)
 	$(RUN)/python -m pytest -m cluster $(PYTEST_ARGS)
 
 # Dolly and GPT-2's tokenizer: Hub ids, or local copies as in `make bench DATA=dolly.jsonl TOKENIZER=gpt2-folder`.

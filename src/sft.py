@@ -4,10 +4,12 @@ accelerate launch src/sft.py recipes/dolly_gpt2.yaml
 accelerate launch src/sft.py recipes/dolly_gpt2.yaml training.max_steps=10 training.output_dir=outputs/try
 accelerate launch --config_file accelerate_configs/cpu.yaml src/sft.py recipes/quickstart.yaml
 accelerate launch --config_file accelerate_configs/zero3.yaml src/sft.py recipes/dolly_gpt2.yaml
+python src/sft.py --check recipes/dolly_gpt2.yaml
 
 Arguments after the recipe are overrides, section.key=value. The run folder (training.output_dir) then holds weights or
 adapter, tokenizer, recipe.yaml, environment.json, metrics.jsonl and samples.md. A run that was stopped goes on from its
-last checkpoint when the same command is given again; Ctrl-C, SIGTERM and SIGUSR1 have it write one first.
+last checkpoint when the same command is given again; Ctrl-C, SIGTERM and SIGUSR1 have it write one first. --check ends
+before torch is imported, when recipe, data and run folder are known to be right.
 """
 
 import os
@@ -38,24 +40,29 @@ def main(arguments: list[str]) -> None:
 
     stop = Stop()
     stop.listen()
-    recipe = load_recipe(arguments[0], arguments[1:])
+    is_check = arguments[0] == "--check"
+    path, *overrides = arguments[is_check:] or [""]
+    recipe = load_recipe(path, overrides)
     strategy = asked()
-    require_compatible(recipe, strategy)
+    require_compatible(recipe, strategy, trains_here=not is_check)
     step_size(recipe, strategy.processes)
     require_loggers(recipe, output_folder(recipe))
     require_hub(needs_of(recipe))
     recipe = with_pulled_base(recipe)
     tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
     prepared = prepare(recipe.data, tokenizer, cache_folder())
-    folder = open_run_folder(recipe, prepared.fingerprint, strategy)
+    folder = open_run_folder(recipe, prepared.fingerprint, None if is_check else strategy)
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     if finished := is_finished(folder):
         console.print(f"{folder} is finished ({finished}); to train anew, delete it or choose another")
         return
     with nullcontext() if console.quiet else lock(folder):
         print_funnel(console, prepared.report)
-        for difference in unlike_published(Path(arguments[0]), prepared.fingerprint, versions()):
+        for difference in unlike_published(Path(path), prepared.fingerprint, versions()):
             console.print(f"not as published: {difference}", soft_wrap=True)
+        if is_check:
+            console.print(f"recipe, data and {folder} are right; nothing was trained")
+            return
         hide_wandb(recipe)
         hide_bitsandbytes(recipe)
         # On a CPU that others use too, threads that spin while they wait for each other cost eight times the seconds.

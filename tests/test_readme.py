@@ -1,4 +1,4 @@
-"""README.md, README.ja.md, CONTRIBUTING.md and the headers of recipes say nothing that is not so."""
+"""The READMEs, CONTRIBUTING.md, docs/ and the headers of recipes say nothing that is not so."""
 
 import ast
 import fnmatch
@@ -24,10 +24,11 @@ from preview import split_flags
 
 ROOT = Path(__file__).parents[1]
 READMES = ["README.md", "README.ja.md"]
-PAGES = [*READMES, "CONTRIBUTING.md"]
+MANUALS = ["docs/slurm.md", "docs/slurm.ja.md"]
+PAGES = [*READMES, "CONTRIBUTING.md", *MANUALS]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
 PULLED = "outputs/pulled/"  # what a command of ours pulls
-FOLDERS = "src|recipes|accelerate_configs|tests|benchmarks|slurm|notebooks"
+FOLDERS = "src|recipes|accelerate_configs|tests|benchmarks|slurm|docs|notebooks"
 
 
 # Reading the pages
@@ -89,15 +90,22 @@ def check_command(command: str, known_folders: set[str]) -> None:
     words = shlex.split(command)
     if "<" in words:
         words = words[: words.index("<")]
+    if re.match(r"[a-z]+=\$\(", words[0]):  # name=$(command)
+        words = [words[0].partition("(")[2], *words[1:-1], words[-1].removesuffix(")")]
     while re.match(r"[A-Z_]+=", words[0]):
         del words[0]
     program, *arguments = words
+    program = program.removeprefix(".venv/bin/")
     if program == "make":
         assert {word for word in arguments if "=" not in word} <= make_targets()
     elif program == "accelerate":
         check_launch(arguments)
     elif program == "python":
         check_script(arguments, known_folders)
+    elif "--wrap" in arguments:
+        check_command(arguments[arguments.index("--wrap") + 1], known_folders)
+    elif program == "sbatch" or program.startswith("slurm/"):
+        check_job(words)
     else:
         assert words == ["source", ".venv/bin/activate"], f"nothing here checks {command}"
 
@@ -108,6 +116,21 @@ def check_launch(arguments: list[str]) -> None:
     assert parsed.config_file is None or (ROOT / parsed.config_file).is_file()
     assert parsed.training_script == "src/sft.py"
     check_script([parsed.training_script, *parsed.training_script_args], set())
+
+
+def check_job(words: list[str]) -> None:
+    """sbatch [options] script [arguments], or script [--check] [options --] [arguments]."""
+    at = next(number for number, word in enumerate(words) if word.startswith("slurm/"))
+    script, arguments = words[at], words[at + 1 :]
+    if "--" in arguments:
+        assert at == 0, "options of sbatch stand before the script"
+        arguments = arguments[arguments.index("--") + 1 :]
+    if arguments[0] == "--check":
+        del arguments[0]
+    config, recipe, *overrides = arguments
+    files = [script, config, *([overrides.pop(0)] if script == "slurm/array.sh" else [])]
+    assert all((ROOT / file).is_file() for file in files)
+    load_recipe(ROOT / recipe, overrides)
 
 
 def check_script(words: list[str], known_folders: set[str]) -> None:
@@ -138,7 +161,9 @@ def check_script(words: list[str], known_folders: set[str]) -> None:
 
 
 def folders_made() -> set[str]:
-    return {load_recipe(ROOT / "recipes" / name).training.output_dir for name in RECIPES}
+    """Run folders of the recipes, and the folders of sweeps."""
+    sweeps = {f"outputs/{path.stem}" for path in (ROOT / "slurm").glob("*.txt")}
+    return sweeps | {load_recipe(ROOT / "recipes" / name).training.output_dir for name in RECIPES}
 
 
 EVERY_COMMAND = [(name, command) for name in [*PAGES, *RECIPES] for command in commands(name)]
@@ -167,6 +192,12 @@ def test_a_command_can_be_typed(name, command):
         "python src/publish.py outputs/dolly_gpt2 publish.folder=x",
         "python src/pull.py elith/llm-book-models ../x",
         "pip install finetuning",
+        "sbatch slurm/sft.sh accelerate_configs/zero9.yaml recipes/dolly_gpt2.yaml",
+        "sbatch slurm/sft.sh --gres=gpu:1 -- accelerate_configs/ddp.yaml recipes/dolly_gpt2.yaml",
+        "sbatch slurm/train.sh accelerate_configs/ddp.yaml recipes/dolly_gpt2.yaml",
+        "slurm/array.sh --gres=gpu:1 -- accelerate_configs/ddp.yaml recipes/dolly_gpt2.yaml slurm/none.txt",
+        "slurm/sft.sh --check accelerate_configs/ddp.yaml recipes/dolly_gpt2.yaml training.max_step=1",
+        "sbatch --wrap 'python src/look.py outputs/dolly_gpt2'",
     ],
 )
 def test_a_command_that_cannot_be_typed_is_noticed(command):
@@ -201,11 +232,12 @@ def test_paths_exist(name):
     found = re.findall(rf"(?<![\w./~-])(?:{FOLDERS})/(?:[\w.*/-]*[\w*/])?", text)
     found += re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
     found += re.findall(r"`([\w.-]+\.(?:toml|txt))`", text)
-    missing = sorted({path for path in found if not list(ROOT.glob(path.rstrip("/")))})
+    here = (ROOT / name).parent if name in PAGES else ROOT
+    missing = sorted({p for p in found if not list(ROOT.glob(p.rstrip("/"))) and not list(here.glob(p.rstrip("/")))})
     assert found and not missing
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*READMES, "CONTRIBUTING.md"])
 def test_make_targets_in_the_text_exist(page):
     found = set(re.findall(r"`make ([a-z-]+)", text_of(page)))
     assert found and found <= make_targets()
@@ -263,11 +295,19 @@ def test_both_readmes_have_the_same_commands_and_snippets():
     assert texts[0] == texts[1] and len(texts[0]) >= 3
 
 
-def test_both_readmes_have_the_same_headings_and_tables():
-    levels = [[len(marks) for marks in re.findall(r"^(#+) ", text_of(page), re.MULTILINE)] for page in READMES]
+@pytest.mark.parametrize("pages", [READMES, MANUALS], ids=["readme", "slurm"])
+def test_both_languages_have_the_same_headings(pages):
+    levels = [[len(marks) for marks in re.findall(r"^(#+) ", text_of(page), re.MULTILINE)] for page in pages]
     assert levels[0] == levels[1]
+
+
+def test_both_readmes_have_the_same_tables():
     names = [[[re.findall("`[^`]+`", row[0]) for row in table] for table in tables(page)] for page in READMES]
     assert names[0] == names[1]
+
+
+def test_both_manuals_have_the_same_commands():
+    assert commands(MANUALS[0]) == commands(MANUALS[1]) and len(commands(MANUALS[0])) >= 10
 
 
 # What is shown

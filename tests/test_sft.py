@@ -206,6 +206,16 @@ def test_a_folder_of_another_recipe_is_refused_and_a_finished_one_left_alone(tmp
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"} == written
 
 
+def test_a_check_imports_no_torch_and_trains_nothing(tmp_path, run_script):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    command = ["sft.py", "--check", "recipes/quickstart.yaml", f"training.output_dir={tmp_path / 'run'}"]
+    done = run_script(*command, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "589 kept" in done.stdout and "nothing was trained" in done.stdout
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+    assert "did you mean data.path" in run_script(*command, "data.pat=x").stderr
+
+
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
 def test_loggers_get_scalars_and_answers(tmp_path, logger):
     overrides = ["training.report_to=none", *FAST, "training.logging_steps=1", f"training.report_to={logger}"]

@@ -23,6 +23,7 @@ class Rule:
     instead: str
     """the nearest thing that works"""
     is_met: Callable[[Recipe, Strategy], bool]
+    depends_on_machine: bool = False
 
 
 def has_gpu() -> bool:
@@ -50,6 +51,7 @@ RULES = (
         "accelerate runs it as plain DDP without a word",
         "accelerate_configs/cpu_ddp.yaml, or zero3.yaml, which a CPU can run",
         lambda recipe, strategy: strategy.name == "fsdp" and not has_gpu(),
+        depends_on_machine=True,
     ),
     Rule(
         "FSDP version 1",
@@ -100,6 +102,7 @@ RULES = (
         "DeepSpeed compiles its Adam for the CPU when training begins",
         "install g++, or accelerate_configs/zero3.yaml",
         lambda recipe, strategy: strategy.name.startswith("zero") and strategy.offload and not shutil.which("g++"),
+        depends_on_machine=True,
     ),
     Rule(
         "model.dtype: float16 with training",
@@ -128,10 +131,10 @@ RULES = (
 )
 
 
-def require_compatible(recipe: Recipe, strategy: Strategy) -> None:
-    """Raises UserError for the first rule that recipe and strategy meet."""
+def require_compatible(recipe: Recipe, strategy: Strategy, trains_here: bool = True) -> None:
+    """Raises UserError for the first rule that recipe and strategy meet, on this machine or wherever it will train."""
     for rule in RULES:
-        if rule.is_met(recipe, strategy):
+        if (trains_here or not rule.depends_on_machine) and rule.is_met(recipe, strategy):
             raise UserError(f"{rule.what} does not work: {rule.why}; instead: {rule.instead}")
 
 

@@ -42,8 +42,8 @@ class Sample(NamedTuple):
     """None as long as the run is not finished"""
 
 
-def open_run_folder(recipe: Recipe, fingerprint: str, strategy: Strategy) -> Path:
-    """Creates the folder, or finds it of the same recipe and data, ready to go on.
+def open_run_folder(recipe: Recipe, fingerprint: str, strategy: Strategy | None) -> Path:
+    """Creates the folder, or finds it of the same recipe and data, ready to go on (strategy: None if not yet known).
 
     Raises UserError where it belongs to another run, cannot go on with these processes, or cannot be written.
     """
@@ -57,7 +57,7 @@ def open_run_folder(recipe: Recipe, fingerprint: str, strategy: Strategy) -> Pat
             raise UserError(f"{folder} belongs to another run: {name} was {value_before!r}, is {value!r}{remedy}")
     if environment.get("data") not in (None, fingerprint):
         raise UserError(f"{folder} belongs to another run: its data was not the same{remedy}")
-    if environment.get("launches") and not environment.get("finished"):
+    if strategy and environment.get("launches") and not environment.get("finished"):
         require_same_steps(folder, before, recipe, environment["launches"][-1], strategy)
     return folder
 
