@@ -85,14 +85,14 @@ class HubError(Exception):
 class HubServer(ThreadingHTTPServer):
     request_queue_size = 64
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, root: Path, address: str = "127.0.0.1", other_name: str = "localhost") -> None:
+        super().__init__((address, 0), Handler)
         self.blobs, self.models = root / "blobs", root / "models"
         self.tokens, self.cards = dict(TOKENS), {}  # cards: metadata of models and data sets that are only asked about
         self.requests, self.faults = [], []  # a request: method, path, status ("cut" if none), auth (a token was sent)
         self.lock, self.secret = threading.RLock(), secrets.token_bytes(16)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.cdn = self.url.replace("127.0.0.1", "localhost")  # another origin, like the real CDN
+        self.url = f"http://{address}:{self.server_address[1]}"
+        self.cdn = self.url.replace(address, other_name)  # another origin, like the real CDN
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def server_close(self) -> None:
@@ -111,7 +111,7 @@ class HubServer(ThreadingHTTPServer):
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",  # the client does not ask whether a server knows Xet
             "HF_HUB_OFFLINE": "0",
-            "NO_PROXY": "127.0.0.1,localhost",
+            "NO_PROXY": ",".join(url.split(":")[1].strip("/") for url in (self.url, self.cdn)),
         }
 
     def fault(self, match: str, times: int = 1, skip: int = 0, **what: Any) -> None:
@@ -450,3 +450,11 @@ class Handler(BaseHTTPRequestHandler):
     def cdn(self, sha: str) -> None:
         """Where LFS files really come from: another origin, a signed link, no token."""
         self.send((self.hub.blobs / sha).read_bytes(), ETag=f'"{sha}"')
+
+
+if __name__ == "__main__":  # FOLDER ADDRESS NAME: for other networks; says its variables, then serves until killed
+    folder, *place = sys.argv[1:]
+    served = HubServer(Path(folder) / "hub", *place)
+    served.create(REPO)
+    print(json.dumps(served.environment(OWNER, Path(folder) / "home")), flush=True)
+    threading.Event().wait()

@@ -153,6 +153,12 @@ class Cluster:
         process.wait()
         wait_for(f"the end of {node}", lambda: not self.succeeds("ip", "link", "show", node))
 
+    def beside_the_controller(self, *command: str) -> subprocess.Popen:
+        """Starts a command that all nodes can reach, at 10.77.0.254 or `controller`; it ends with the cluster."""
+        inside = ["nsenter", "--net", "--target", str(self.processes["controller"].pid), *command]
+        self.processes[command[1]] = subprocess.Popen(inside, stdout=subprocess.PIPE, text=True)
+        return self.processes[command[1]]
+
     def stop(self) -> None:
         for process in reversed(self.processes.values()):
             process.kill()

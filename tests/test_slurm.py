@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -339,27 +340,37 @@ def test_a_sweep_trains_every_line_and_ends_in_a_table(job):
 
 
 def documented_chain(site):
-    """The commands of docs/slurm.md, with what is tiny in the place of what is large."""
+    """The commands of docs/slurm.md, with what is tiny in the place of what is large, and a Hub that nodes reach."""
+    server = [sys.executable, str(ROOT / "tests" / "hub_server.py"), str(site.folder), "10.77.0.254", "controller"]
+    variables = json.loads(site.cluster.beside_the_controller(*server).stdout.readline())
     (block,) = re.findall(
         r"^```sh\n(train=.*?)^```", (ROOT / "docs" / "slurm.md").read_text(), re.MULTILINE | re.DOTALL
     )
     for said, meant in (
         ("--gres=gpu:1", "-c1"),
         ("single_gpu.yaml recipes/dolly_gpt2.yaml", "cpu.yaml recipe.yaml training.max_steps=20"),
-        ("outputs/dolly_gpt2", "outputs/run"),
+        (
+            "src/publish.py outputs/dolly_gpt2",
+            "src/publish.py outputs/run publish.repo=elith/llm-book-models publish.subfolder=chapter05/sft_model",
+        ),
     ):
         assert said in block
         block = block.replace(said, meant)
-    numbers = site.cluster.run("bash", "-euc", f"{block}\necho $train $ask", cwd=site.folder).stdout.split()
+    environment = [f"{name}={value}" for name, value in variables.items()]
+    script = f"{block}\necho $train $publish $ask"
+    numbers = site.cluster.run("env", *environment, "bash", "-euc", script, cwd=site.folder).stdout.split()
     return [Job(site, number).end() for number in numbers]
 
 
 @about(documented_chain)
-def test_a_job_that_depends_on_another_comes_after_it(job):
-    train, ask = job
-    assert (train.facts["JobState"], ask.facts["JobState"]) == ("COMPLETED", "COMPLETED")
-    assert train.facts["EndTime"] <= ask.facts["StartTime"]
-    (answer,) = (ask.site.folder / "logs").glob(f"ask-{ask.number}.out")
+def test_a_run_is_trained_published_and_asked_by_jobs_that_wait_for_each_other(job):
+    train, publish, ask = job
+    logs = train.site.folder / "logs"
+    published, answer = (logs / name for name in (f"publish-{publish.number}.out", f"ask-{ask.number}.out"))
+    assert [one.facts["JobState"] for one in job] == ["COMPLETED"] * 3, published.read_text() + train.log
+    assert train.facts["EndTime"] <= publish.facts["StartTime"]
+    assert publish.facts["EndTime"] <= ask.facts["StartTime"]
+    assert "1 of 1 greedy answers are the run folder's" in published.read_text()
     assert answer.read_text().strip()
 
 
