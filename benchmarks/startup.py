@@ -9,6 +9,7 @@ again. Wall seconds; the ratio is what counts. Then what each part of ours costs
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -48,12 +49,12 @@ PARTS = """
 import os, sys, time
 sys.path.insert(0, "src")
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-start = time.perf_counter()
+start = time.process_time()
 
 def part(name):
     global start
-    print(f"PART {name}: {time.perf_counter() - start:.2f}", flush=True)
-    start = time.perf_counter()
+    print(f"PART {name}: {time.process_time() - start:.2f}", flush=True)
+    start = time.process_time()
 
 from finetuning.recipe import load_recipe
 recipe = load_recipe(sys.argv[1], sys.argv[2:])
@@ -65,7 +66,7 @@ prepared = prepare(recipe.data, tokenizer, cache_folder())
 part("tokenizer and data, from the cache")
 import torch
 part("import torch")
-sys.modules["wandb"] = None
+sys.modules["wandb"] = sys.modules["bitsandbytes"] = None
 from finetuning.trainer import make_trainer
 part("import transformers, trl, peft")
 trainer = make_trainer(recipe, tokenizer, prepared)
@@ -103,8 +104,12 @@ def main() -> None:
 
 
 def print_parts(recipe: list[str], work: Path) -> None:
-    """What each part of a warm start costs, and the launcher around it."""
+    """CPU seconds of each part of a warm start, and of the launcher around it."""
     (work / "empty.py").write_text("")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    launch([str(work / "empty.py")], work, "")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    launcher = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     (work / "parts.py").write_text(PARTS)
     output = [f"training.output_dir={work / 'parts'}"]
     command = [sys.executable, str(work / "parts.py"), *recipe, *output]
@@ -112,8 +117,8 @@ def print_parts(recipe: list[str], work: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{json.dumps(command)} failed:\n{done.stderr[-2000:]}")
-    print("\n| part of a warm start | s |\n|---|---|")
-    print(f"| accelerate launch of an empty script | {launch([str(work / 'empty.py')], work, ''):.2f} |")
+    print("\n| part of a warm start | CPU s |\n|---|---|")
+    print(f"| accelerate launch of an empty script | {launcher:.2f} |")
     for line in done.stdout.splitlines():
         if line.startswith("PART "):
             name, _, seconds = line.removeprefix("PART ").rpartition(": ")

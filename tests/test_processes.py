@@ -14,7 +14,7 @@ import tiny
 import torch
 from conftest import ROOT
 from peft import PeftModel
-from test_trainer import GLOBAL_BATCH, LORA_TARGETS, losses_of, recipe_of, trained
+from test_trainer import GLOBAL_BATCH, LORA_TARGETS, losses_of, recipe_of, trained, write_rows
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.cluster
@@ -71,13 +71,7 @@ def bases(tmp_path_factory) -> dict[str, tuple[str, Path]]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    lines = [
-        {"prompt": f"What is {n} + {n}?" * (1 + n % 3), "response": f"It is {2 * n}. " * (1 + (n * 7) % 11)}
-        for n in range(60)
-    ]
-    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    return file
+    return write_rows(tmp_path_factory.mktemp("rows"))
 
 
 def overrides_of(case: tuple[str, str, str, int], processes: int) -> list[str]:

@@ -34,8 +34,12 @@ def base(request, tmp_path_factory) -> tuple[str, Path]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def write_rows(folder: Path) -> Path:
     """Rows of very different lengths."""
-    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    file = folder / "rows.jsonl"
     lines = [
         {"prompt": f"What is {n} + {n}?" * (1 + n % 3), "response": f"It is {2 * n}. " * (1 + (n * 7) % 11)}
         for n in range(60)
