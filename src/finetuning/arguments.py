@@ -1,6 +1,8 @@
 """Recipe -> trl.SFTConfig: the training section, with what other sections and the machine decide."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 from trl import SFTConfig
@@ -9,10 +11,14 @@ from finetuning.errors import UserError
 from finetuning.model import precision
 from finetuning.recipe import Recipe
 from finetuning.step_size import step_size
+from finetuning.strategy import is_set
 
 
 def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     """The training section as SFTConfig, with what other sections decide."""
+    if is_set("ACCELERATE_USE_DEEPSPEED"):
+        # It compiles with ninja, which pip puts beside this Python: not on the PATH unless the environment is active.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     has_gpu = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if has_gpu else None
     settings = recipe.training.model_dump(exclude_unset=True, exclude={"global_batch_size", "auto_find_batch_size"})
