@@ -65,7 +65,12 @@ def main(arguments: list[str]) -> None:
     # Torch and the model's class take seconds to import: only now, when the rows are on the screen.
     from finetuning.budget import make_budget
 
-    budget = make_budget(recipe, prepared, tokenizer, strategy, gpu or devices.present())
+    try:
+        budget = make_budget(recipe, prepared, tokenizer, strategy, gpu or devices.present())
+    except UserError as error:  # a tokenizer's folder is enough to look at the rows
+        if flags:
+            raise
+        return console.print(f"no budget: {error}", soft_wrap=True)
     print_budget(console, budget, remedies(recipe, budget.step.micro_batch, budget.step.accumulation))
 
 

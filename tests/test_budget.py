@@ -216,3 +216,14 @@ def test_preview_prints_the_budget_of_the_gpu_that_is_named(tmp_path, run_script
     assert any("total" in line and "of 15,053 on T4" in line for line in lines)
     assert any(line.startswith("steps    510 of 2 x 1 x 16 = 32 examples (ddp, 2 processes)") for line in lines)
     assert "verdict  fits" in lines
+
+
+def test_a_folder_with_a_tokenizer_alone_shows_rows_without_a_budget(tmp_path, run_script):
+    tiny.byte_level().save_pretrained(tmp_path / "tokenizer")
+    command = ["recipes/quickstart.yaml", "model.from_scratch=null", f"model.name={tmp_path / 'tokenizer'}"]
+    command += [f"training.output_dir={tmp_path / 'run'}"]
+    looked = run_script("preview.py", *command)
+    assert looked.returncode == 0 and "no budget: model.name: " in looked.stdout, looked.stderr
+    assert (tmp_path / "run" / "preview" / "report.json").exists()
+    asked = run_script("preview.py", *command, "--gpu", "t4")
+    assert asked.returncode == 2 and asked.stderr.startswith("error: model.name: ")
