@@ -1,6 +1,7 @@
 """Recipe, model and examples -> a trl.SFTTrainer whose steps do only the work the loss needs."""
 
 import math
+import signal
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from finetuning.model import fuse_gelu, load_model, lora_config
 from finetuning.quantization import keep_adapter_whole
 from finetuning.recipe import Recipe
 from finetuning.rehearsal import TooLarge, take_smaller
-from finetuning.stop import hear_only_the_trainer
+from finetuning.stop import SIGNALS, hear_only_the_trainer
 from finetuning.throughput import Throughput
 from finetuning.tokenization import Examples
 
@@ -147,6 +148,14 @@ class EpochLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Any:
+        """Its workers are born deaf to the signals: one could come before they know not to listen."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def make_trainer(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", prepared: Prepared) -> ResponseTrainer:
