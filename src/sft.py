@@ -16,7 +16,7 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-from finetuning.errors import run
+from finetuning.errors import UserError, run
 
 
 def main(arguments: list[str]) -> None:
@@ -41,7 +41,9 @@ def main(arguments: list[str]) -> None:
     stop = Stop()
     stop.listen()
     is_check = arguments[0] == "--check"
-    path, *overrides = arguments[is_check:] or [""]
+    if not arguments[is_check:]:
+        raise UserError("--check takes a recipe, and overrides, such as: --check recipes/quickstart.yaml")
+    path, *overrides = arguments[is_check:]
     recipe = load_recipe(path, overrides)
     strategy = asked()
     require_compatible(recipe, strategy, trains_here=not is_check)
