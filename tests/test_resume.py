@@ -206,19 +206,21 @@ def test_asked_to_stop_it_saves_once_and_the_next_command_goes_on(whole, recipe,
     require_equal(run, whole(*how))
 
 
-def test_begun_by_one_process_it_may_be_ended_by_two(recipe, tmp_path):
-    """The same steps, so the same training but for rounding; without dropout, whose numbers are of each process."""
+@pytest.mark.parametrize(("first", "then"), [("cpu", "cpu_ddp"), ("cpu_ddp", "cpu")])
+def test_begun_by_one_process_it_may_be_ended_by_two_and_the_other_way(whole, recipe, tmp_path, first, then):
+    """The same steps, so the same training but for rounding; without dropout, whose numbers are of each process.
+
+    It goes on from a checkpoint between two logs: what each process had counted since the last one is missed if lost.
+    """
     plain = f"model.name={recipe.parent / 'plain'}"
-    uninterrupted = Run(recipe, tmp_path / "whole", *SINGLE, plain)
-    uninterrupted.finish()
-    alone, together = (Run(recipe, tmp_path / "run", *how, plain) for how in (SINGLE, DDP[:1] + SINGLE[1:2] + (1,)))
-    process = alone.start()
-    processes = alone.until(process, lambda: alone.step >= 15)
-    process.send_signal(signal.SIGTERM)
-    psutil.wait_procs(processes, timeout=60)
-    together.finish()
-    steps, losses, _ = zip(*together.losses, strict=True)
-    expected_steps, expected_losses, _ = zip(*uninterrupted.losses, strict=True)
-    assert steps == expected_steps and losses == pytest.approx(expected_losses, rel=1e-4)
-    launches = json.loads((together.folder / "environment.json").read_text())["launches"]
-    assert [launch["strategy"] for launch in launches] == ["single", "ddp"]
+    uninterrupted = whole(*SINGLE, plain)
+    accumulation = {"cpu": 2, "cpu_ddp": 1}
+    begun, ended = (Run(recipe, tmp_path / "run", how, "packed", accumulation[how], plain) for how in (first, then))
+    kill(begun.until(begun.start(), lambda: begun.step >= EVERY + 1))
+    assert any(int(name.rpartition("-")[2]) % 3 for name in begun.checkpoints)
+    ended.finish()
+    for (step, *figures), (expected_step, *expected) in zip(ended.losses, uninterrupted.losses, strict=True):
+        assert step == expected_step and figures == pytest.approx(expected, rel=1e-4)
+    launches = json.loads((ended.folder / "environment.json").read_text())["launches"]
+    strategies = {"cpu": "single", "cpu_ddp": "ddp"}
+    assert [launch["strategy"] for launch in launches] == [strategies[first], strategies[then]]

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -95,16 +96,18 @@ class DurableTrainer(SFTTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        rank = self.args.process_index
-        file = Path(checkpoint, f"counted_{rank}.json")
-        if not file.exists():
-            print(f"rank {rank}: {checkpoint} is of fewer processes; random numbers begin anew", file=sys.stderr)
-        else:
-            counted = json.loads(file.read_text(encoding="utf-8"))
-            self._tr_loss += counted["loss"]
-            self._globalstep_last_logged = counted["last_logged"]
-            self._total_loss_scalar = counted["total_loss"]
-            self.throughput.restore(counted["throughput"])
+        processes = len(list(Path(checkpoint).glob("counted_*.json")))
+        files = [Path(checkpoint, f"counted_{rank}.json") for rank in range(processes)]
+        counted = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        rank, world_size = self.args.process_index, self.args.world_size
+        if processes != world_size and self.is_world_process_zero():
+            print(f"{checkpoint} is of {processes} process(es); random numbers begin anew", file=sys.stderr)
+        # A logged loss is the mean of the processes' losses, throughput the sum of what each has counted.
+        losses = [each["loss"] for each in counted]
+        self._tr_loss += losses[rank] if processes == world_size else fmean(losses)
+        self._globalstep_last_logged = counted[0]["last_logged"]
+        self._total_loss_scalar = counted[0]["total_loss"]
+        self.throughput.restore([each["throughput"] for each in counted[rank::world_size]])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """As transformers does, but without three things that it leaves behind.

@@ -52,11 +52,16 @@ class Throughput:
             "seconds": time.perf_counter() - self.since,
         }
 
-    def restore(self, state: dict[str, float]) -> None:
-        self.loss.fill_(state["loss"])
-        self.correct.fill_(state["correct"])
-        self.responses, self.tokens, self.slots = (state[name] for name in ("responses", "tokens", "slots"))
-        self.since = time.perf_counter() - state["seconds"]
+    def restore(self, states: list[dict[str, float]]) -> None:
+        """Goes on with the sums of these states: one, or several or none where the number of processes has changed."""
+
+        def sum_of(name: str) -> float:
+            return sum(state[name] for state in states)
+
+        self.loss.fill_(sum_of("loss"))
+        self.correct.fill_(sum_of("correct"))
+        self.responses, self.tokens, self.slots = sum_of("responses"), sum_of("tokens"), sum_of("slots")
+        self.since = time.perf_counter() - max((state["seconds"] for state in states), default=0.0)
 
     def flops_of(self, inputs: dict[str, Any]) -> int:
         return self.flops_per_token * sum(inputs["lengths"])
