@@ -38,7 +38,9 @@ def recipe(tmp_path_factory) -> Path:
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = [{"prompt": f"What is {n} + {n}?", "response": f"It is {2 * n}. " * (1 + n % 5)} for n in range(63)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "many.jsonl").write_text(lines * 20, encoding="utf-8")
     text = f"""
 model: {{name: {folder / "model"}}}
 data: {{path: {folder / "rows.jsonl"}, reader: prompt_response, template: question_answer, eval: {{every: 9}}}}
@@ -204,6 +206,23 @@ def test_asked_to_stop_it_saves_once_and_the_next_command_goes_on(whole, recipe,
     assert f"after step {new.pop().rpartition('-')[2]} of {STEPS}" in run.said()
     run.finish()
     require_equal(run, whole(*how))
+
+
+@pytest.mark.parametrize("how", [SINGLE, DDP], ids=lambda how: how[0])
+def test_asked_to_stop_while_it_evaluates_it_saves_and_evaluates_when_it_goes_on(whole, recipe, tmp_path, how):
+    data = [f"data.path={recipe.parent / 'many.jsonl'}", "data.eval.every=2"]
+    evaluation = ["eval_strategy=steps", "eval_steps=20", "per_device_eval_batch_size=1", "logging_steps=4"]
+    often = [*data, *(f"training.{setting}" for setting in evaluation)]
+    run, uninterrupted = Run(recipe, tmp_path / "run", *how, *often), whole(*how, *often)
+    process = run.start()
+    processes = run.until(process, lambda: run.step >= 40)  # an evaluation of some seconds begins
+    process.send_signal(signal.SIGTERM)
+    psutil.wait_procs(processes, timeout=60)
+    assert {file.read_text().split()[0] for file in run.codes.iterdir()} == {"75"}, run.said()
+    assert [step for step, *_ in run.losses].count(40) == 1, "the evaluation was not cut short"
+    assert "checkpoint-40" in run.checkpoints
+    run.finish()
+    require_equal(run, uninterrupted)
 
 
 @pytest.mark.parametrize(("first", "then"), [("cpu", "cpu_ddp"), ("cpu_ddp", "cpu")])

@@ -1,6 +1,7 @@
 """The whole way, as a user goes it: recipe, run folder, answers."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ import tiny
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 import generate
 import preview
 import sft
 from finetuning.errors import UserError
 from finetuning.recipe import load_recipe
+from finetuning.stop import SIGNALS
 
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
 # Rows of every format, for recipes whose data is not at hand.
@@ -49,6 +52,14 @@ def losses_of(folder: Path) -> list[tuple[int, float]]:
     """(step, loss) as logged, of training and evaluation."""
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(entry["step"], entry["loss"]) for entry in logged if "loss" in entry]
+
+
+def interrupted(folder: Path, *lost: str) -> None:
+    """A finished run becomes one that was stopped before it had written these files or folders."""
+    for name in lost:
+        subprocess.run(["rm", "-rf", str(folder / name)], check=True)
+    environment = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps({**environment, "finished": None}))
 
 
 def stand_in(recipe, folder: Path) -> list[str]:
@@ -159,16 +170,35 @@ def test_the_same_command_goes_on_from_the_last_checkpoint(tmp_path):
     ]
     whole = run_folder(tmp_path / "whole", *steps)
     folder = run_folder(tmp_path / "stopped", *steps)
-    for name in ("checkpoint-50", "model.safetensors", "metrics.jsonl"):
-        subprocess.run(["rm", "-rf", str(folder / name)], check=True)
-    environment = json.loads((folder / "environment.json").read_text())
-    (folder / "environment.json").write_text(json.dumps({**environment, "finished": None}))
+    interrupted(folder, "checkpoint-50", "model.safetensors", "metrics.jsonl")
     assert sorted(path.name for path in folder.glob("checkpoint-*"))[-1] == "checkpoint-40"
     again = run_folder(tmp_path / "stopped", *steps)
     assert losses_of(again) == losses_of(whole) and len(losses_of(again)) == 50
     assert len(json.loads((again / "environment.json").read_text())["launches"]) == 2
     first, second = (load_file(path / "model.safetensors") for path in (whole, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_signals_wait_while_processes_that_load_batches_are_born(tmp_path, monkeypatch):
+    held_back, iterate = [], DataLoader.__iter__
+
+    def watched(loader):
+        held_back.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        return iterate(loader)
+
+    monkeypatch.setattr(DataLoader, "__iter__", watched)
+    steps = [
+        "training.max_steps=3",
+        "training.save_strategy=steps",
+        "training.save_steps=2",
+        "training.eval_strategy=epoch",
+    ]
+    folder = run_folder(tmp_path, *steps, "training.save_total_limit=null")
+    interrupted(folder, "checkpoint-3")
+    begun = len(held_back)
+    run_folder(tmp_path, *steps, "training.save_total_limit=null")
+    assert 0 < begun < len(held_back) and all(set(SIGNALS) <= waiting for waiting in held_back)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "a bit flipped"])
@@ -182,8 +212,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys,
     ]
     folder = run_folder(tmp_path, *steps)
     weights, losses = (folder / "model.safetensors").read_bytes(), losses_of(folder)
-    environment = json.loads((folder / "environment.json").read_text())
-    (folder / "environment.json").write_text(json.dumps({**environment, "finished": None}))
+    interrupted(folder)
     file = folder / "checkpoint-12" / "optimizer.pt"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

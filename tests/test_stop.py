@@ -196,21 +196,24 @@ def test_a_mistake_is_left_to_the_first_process_until_the_launcher_ends_the_othe
 
 
 LOADING = """
-import subprocess, sys
+import subprocess, sys, time
 import psutil
-from torch.utils.data import DataLoader
 from finetuning.errors import Stopped
 from finetuning.stop import Stop, hear_only_the_trainer
+from finetuning.trainer import EpochLoader
+
+def begin(worker):
+    time.sleep(1)  # signals come before it knows what to do about them
+    hear_only_the_trainer(worker)
 
 Stop().listen()
-loader = DataLoader(range(400), num_workers=2, worker_init_fn=hear_only_the_trainer)
+loader = EpochLoader(range(400), num_workers=2, worker_init_fn=begin)
 numbers = iter(loader)
-found = [int(next(numbers))]
 workers = psutil.Process().children()
 assert len(workers) == 2
 for worker in workers:
     subprocess.run(["kill", f"-{sys.argv[1]}", str(worker.pid)], check=True)  # from a process that is not their parent
-found += map(int, numbers)
+found = list(map(int, numbers))
 assert found == list(range(400)), found
 still_loading = iter(loader)
 next(still_loading)
@@ -222,5 +225,5 @@ raise Stopped(15, "stopped in the middle of an epoch")
 def test_batches_are_loaded_to_the_end_and_the_loading_processes_end_with_training(number):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-c", LOADING, str(int(number))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert "Stopped: stopped in the middle of an epoch" in done.stderr, done.stderr

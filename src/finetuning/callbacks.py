@@ -62,14 +62,22 @@ class StopTogether(TrainerCallback):
         control.should_save |= self.postponed
         self.postponed = False
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An evaluation may take longer than a scheduler waits."""
+        if self.stop.phase == "training":
+            self.number = self.number or self.agreed()
+            if self.number:
+                self.end(state)
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.number:
-            self.hear_out()
-            name = signal.Signals(self.number).name
-            raise Stopped(
-                signal.Signals(self.number),
-                f"stopped by {name} after step {state.global_step} of {state.max_steps}; the same command goes on",
-            )
+            self.end(state)
+
+    def end(self, state: Any) -> None:
+        self.hear_out()
+        number = signal.Signals(self.number)
+        place = f"step {state.global_step} of {state.max_steps}"
+        raise Stopped(number, f"stopped by {number.name} after {place}; the same command goes on")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.hear_out()

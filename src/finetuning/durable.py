@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +14,8 @@ from accelerate.utils import broadcast_object_list
 from trl import SFTTrainer
 
 from finetuning.checkpoints import UNFINISHED, clear_unfinished, examined, keep, move_into
-from finetuning.stop import Stop
+from finetuning.errors import Stopped
+from finetuning.stop import SIGNALS, Stop, deaf
 
 
 class DurableTrainer(SFTTrainer):
@@ -24,6 +26,9 @@ class DurableTrainer(SFTTrainer):
     log.
     """
 
+    evaluation_is_due = False
+    """of a checkpoint: its step's evaluation was cut short"""
+
     @property
     def run_folder(self) -> Path:
         return Path(self.args.output_dir).expanduser()
@@ -31,8 +36,8 @@ class DurableTrainer(SFTTrainer):
     def train_on(self, stop: Stop) -> None:
         """From the last whole checkpoint, if there is one, to the end. Raises Stopped where a signal asked for it."""
         checkpoint = self.last_checkpoint()
-        if checkpoint:
-            self.args.eval_on_start = False  # it was evaluated when it started
+        if checkpoint:  # it was evaluated when it started
+            self.args.eval_on_start = counted_in(checkpoint)[0]["evaluation_is_due"]
         with stop.after_a_step():
             self.train(resume_from_checkpoint=checkpoint)
 
@@ -49,11 +54,37 @@ class DurableTrainer(SFTTrainer):
         return broadcast_object_list(found)[0]
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """Not beyond the last step: transformers would train on where a run is resumed at its very end."""
+        """Not beyond the last step: transformers would train on where a run is resumed at its very end.
+
+        Signals are held back until the first batch is asked for. By then the processes that load batches are born; in
+        the first epoch of a run that goes on they are of a loader that accelerate makes.
+        """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
+            return
+        with deaf():
             super()._run_epoch(**kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """Where a signal cuts it short, the step before is saved; a run that goes on from there evaluates first.
+
+        transformers skips the scheduler for the evaluation at a start: here that may be the one that was cut short.
+        """
+        at_start, is_overdue = skip_scheduler, skip_scheduler and self.state.global_step > 0
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, at_start and not is_overdue)
+        except Stopped:
+            if not at_start:
+                self.evaluation_is_due = True
+                self._save_checkpoint(self.model, trial)
+            raise
+        if is_overdue:
+            self._determine_best_metric(metrics, trial)
+        return metrics
 
     def _get_output_dir(self, trial: Any) -> str:
         """Checkpoints are written aside."""
@@ -91,20 +122,19 @@ class DurableTrainer(SFTTrainer):
             "last_logged": self._globalstep_last_logged,
             "total_loss": self._total_loss_scalar,
             "throughput": self.throughput.state(),
+            "evaluation_is_due": self.evaluation_is_due,
         }
         Path(output_dir, f"counted_{self.args.process_index}.json").write_text(json.dumps(counted), encoding="utf-8")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        processes = len(list(Path(checkpoint).glob("counted_*.json")))
-        files = [Path(checkpoint, f"counted_{rank}.json") for rank in range(processes)]
-        counted = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        rank, world_size = self.args.process_index, self.args.world_size
-        if processes != world_size and self.is_world_process_zero():
-            print(f"{checkpoint} is of {processes} process(es); random numbers begin anew", file=sys.stderr)
+        counted, rank, world_size = counted_in(checkpoint), self.args.process_index, self.args.world_size
+        is_as_before = len(counted) == world_size
+        if not is_as_before and self.is_world_process_zero():
+            print(f"{checkpoint} is of {len(counted)} process(es); random numbers begin anew", file=sys.stderr)
         # A logged loss is the mean of the processes' losses, throughput the sum of what each has counted.
         losses = [each["loss"] for each in counted]
-        self._tr_loss += losses[rank] if processes == world_size else fmean(losses)
+        self._tr_loss += losses[rank] if is_as_before else fmean(losses)
         self._globalstep_last_logged = counted[0]["last_logged"]
         self._total_loss_scalar = counted[0]["total_loss"]
         self.throughput.restore([each["throughput"] for each in counted[rank::world_size]])
@@ -137,3 +167,10 @@ class DurableTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             move_into(self.run_folder / UNFINISHED, self.run_folder)
+
+
+def counted_in(checkpoint: str) -> list[dict[str, Any]]:
+    """What each process had counted, by rank."""
+    files = Path(checkpoint).glob("counted_*.json")
+    by_rank = sorted(files, key=lambda file: int(file.stem.removeprefix("counted_")))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in by_rank]

@@ -49,6 +49,16 @@ class Stop:
             raise Stopped(self.asked, f"stopped by {self.asked.name} before the first step; nothing to save")
 
 
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Within, signals wait; a process that is started is born deaf, before it knows what to do about them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def hear_only_the_trainer(worker: int) -> None:
     """To be called in a process that loads batches (DataLoader's worker_init_fn): only its parent may end it.
 

@@ -1,7 +1,6 @@
 """Recipe, model and examples -> a trl.SFTTrainer whose steps do only the work the loss needs."""
 
 import math
-import signal
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from finetuning.model import fuse_gelu, load_model, lora_config
 from finetuning.quantization import keep_adapter_whole
 from finetuning.recipe import Recipe
 from finetuning.rehearsal import TooLarge, take_smaller
-from finetuning.stop import SIGNALS, hear_only_the_trainer
+from finetuning.stop import deaf, hear_only_the_trainer
 from finetuning.throughput import Throughput
 from finetuning.tokenization import Examples
 
@@ -117,14 +116,16 @@ class ResponseTrainer(DurableTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         training, self.throughput = self.throughput, Throughput(self.model, self.args.device)
-        output = super().evaluation_loop(*args, **kwargs)
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            loss, accuracy = self.throughput.loss_and_accuracy(self.accelerator)
+        finally:
+            training.since += time.perf_counter() - self.throughput.since  # evaluating is no training time
+            self.throughput = training
         prefix = kwargs.get("metric_key_prefix", "eval")
-        loss, accuracy = self.throughput.loss_and_accuracy(self.accelerator)
         output.metrics[f"{prefix}_loss"] = loss
         output.metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
         output.metrics[f"{prefix}_mean_token_accuracy"] = accuracy
-        training.since += time.perf_counter() - self.throughput.since  # evaluating is no training time
-        self.throughput = training
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -150,12 +151,8 @@ class EpochLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
     def __iter__(self) -> Any:
-        """Its workers are born deaf to the signals: one could come before they know not to listen."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
+        with deaf():
             return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def make_trainer(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", prepared: Prepared) -> ResponseTrainer:
