@@ -210,6 +210,14 @@ def test_a_finished_run_is_left_alone_whatever_the_processes(recipe_of):
     assert open_run_folder(recipe_of(), "rows", Strategy("single", 1)) == folder
 
 
+@pytest.mark.parametrize("change", ["publish.subfolder=other", "publish=null"])
+def test_where_it_will_be_published_may_change_meanwhile(recipe_of, change):
+    before = ["publish.repo=you/models", "publish.subfolder=one"]
+    begun(recipe_of(*before), Strategy("single", 1))
+    folder = begun(recipe_of(*before, change), Strategy("single", 1))
+    assert load_recipe(folder / "recipe.yaml").publish == recipe_of(*before, change).publish
+
+
 @pytest.mark.parametrize(
     ("overrides", "fingerprint", "said"),
     [

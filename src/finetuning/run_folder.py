@@ -28,8 +28,9 @@ from finetuning.strategy import Strategy
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "deepspeed", "bitsandbytes")
 LOCK = ".lock"
-# How a step is shared out may change from one launch to the next, as long as the step stays the same.
-SHARED_OUT = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+# What may change from one launch to the next: how a step is shared out, as long as the step stays the same, and what
+# comes after training.
+MAY_CHANGE = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps", "publish")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
@@ -53,7 +54,7 @@ def open_run_folder(recipe: Recipe, fingerprint: str, strategy: Strategy | None)
     before, environment = load_recipe(folder / "recipe.yaml"), read_environment(folder)
     remedy = "; delete the folder, or choose another with training.output_dir=..."
     for name, value_before, value in differences(before.resolved(), recipe.resolved()):
-        if name not in SHARED_OUT:
+        if not name.startswith(MAY_CHANGE):
             raise UserError(f"{folder} belongs to another run: {name} was {value_before!r}, is {value!r}{remedy}")
     if environment.get("data") not in (None, fingerprint):
         raise UserError(f"{folder} belongs to another run: its data was not the same{remedy}")
