@@ -64,5 +64,5 @@ schema: $(VENV)/.base  ## write recipes/recipe.schema.json again, after an upgra
 	PYTHONPATH=src $(RUN)/python -m finetuning.library_fields
 	PYTHONPATH=src $(RUN)/python -m finetuning.recipe
 
-clean:  ## remove .venv and outputs
-	rm -rf $(VENV) outputs
+clean:  ## remove .venv and caches; outputs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -14,6 +14,7 @@ change them. An adapter is put on the base model it was trained on, quantised as
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -28,8 +29,10 @@ def main(arguments: list[str]) -> None:
     from finetuning.reach import base_needs, require_hub
     from finetuning.recipe import load_recipe
 
-    overrides = [argument for argument in arguments[1:] if argument.startswith(OVERRIDES) and "=" in argument]
+    overrides = [argument for argument in arguments[1:] if re.match(r"[a-z_]+(\.\w+)+=", argument)]
     questions = [argument for argument in arguments[1:] if argument not in overrides]
+    if other := [override for override in overrides if not override.startswith(OVERRIDES)]:
+        raise UserError(f"override {other[0]!r}: after training only generation.* and model.quantization may change")
     folder, recipe_file = find_checkpoint(arguments[0])
     recipe = load_recipe(recipe_file, overrides)
     require_hub(base_needs(recipe, folder))

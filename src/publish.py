@@ -33,8 +33,8 @@ def main(arguments: list[str]) -> None:
     from finetuning.report import print_changes
     from finetuning.run_folder import find_run_folder, lock
 
-    flags, overrides = read_arguments(arguments[1:])
-    folder = find_run_folder(arguments[0])
+    flags, (name, *overrides) = read_arguments(arguments)
+    folder = find_run_folder(name)
     recipe = load_recipe(folder / "recipe.yaml", overrides)
     address, console = address_of(recipe), Console(highlight=False, soft_wrap=True)
     require_publishable(folder, recipe, unfinished="--unfinished" in flags)
@@ -55,14 +55,16 @@ def main(arguments: list[str]) -> None:
 
 
 def read_arguments(arguments: list[str]) -> tuple[set[str], list[str]]:
-    """(flags, overrides). Raises UserError for anything else."""
+    """(flags, run folder and overrides). Raises UserError for anything else."""
     flags = {argument for argument in arguments if argument.startswith("--")}
-    overrides = [argument for argument in arguments if argument not in flags]
+    others = [argument for argument in arguments if argument not in flags]
     if unknown := sorted(flags - set(FLAGS)):
         raise UserError(f"unknown flag {unknown[0]}; allowed are {', '.join(FLAGS)}")
-    if other := [override for override in overrides if not override.startswith("publish.")]:
+    if not others:
+        raise UserError("which run folder? For example: src/publish.py outputs/dolly_gpt2 --dry-run")
+    if other := [override for override in others[1:] if not override.startswith("publish.")]:
         raise UserError(f"{other[0]} comes too late, the run is trained; only publish.* can be overridden here")
-    return flags, overrides
+    return flags, others
 
 
 if __name__ == "__main__":

@@ -9,18 +9,22 @@ libraries share; with a third argument to a folder of their own as well. Either 
 it, src/sft.py trains its recipe.yaml again. HF_HUB_OFFLINE=1 takes what an earlier pull left in the cache.
 """
 
+import re
 from pathlib import Path
 
 from finetuning.errors import UserError, run
 
 
 def main(arguments: list[str]) -> None:
+    from finetuning.address import REPO, shortened
     from finetuning.origin import read_address
     from finetuning.snapshot import copy, describe, pull
 
     if not 2 <= len(arguments) <= 3:
         raise UserError(f"expected repository and subfolder, and perhaps a folder; found {len(arguments)} arguments")
     repo, subfolder, *target = arguments
+    if not re.fullmatch(REPO, repo):
+        raise UserError(f"{shortened(repo)} is no repository; expected owner/name, such as elith/llm-book-models")
     snapshot = pull(read_address(f"{repo}/{subfolder}"))
     folder = copy(snapshot, Path(target[0]).expanduser()) if target else snapshot.folder
     print(*describe(snapshot), f"folder: {folder}", sep="\n")

@@ -2,7 +2,8 @@
 
 It answers what huggingface_hub, transformers and peft ask for to commit, tag and download files of a model repository,
 and keeps commits and blobs on disk. Like the Hub it refuses bad tokens, foreign namespaces, bad paths, wrong checksums,
-dangling LFS pointers and stale parent commits. Not covered: Xet, git, pull requests, multi-part LFS, paging.
+dangling LFS pointers and stale parent commits. Not covered: Xet (but for one whose storage fails), git, pull requests,
+multi-part LFS, paging.
 
     with HubServer(folder) as hub:
         hub.create(REPO)
@@ -90,6 +91,7 @@ class HubServer(ThreadingHTTPServer):
         self.blobs, self.models = root / "blobs", root / "models"
         self.tokens, self.cards = dict(TOKENS), {}  # cards: metadata of models and data sets that are only asked about
         self.requests, self.faults = [], []  # a request: method, path, status ("cut" if none), auth (a token was sent)
+        self.promises_xet = False  # large files then come by Xet, whose storage is not there
         self.lock, self.secret = threading.RLock(), secrets.token_bytes(16)
         self.url = f"http://{address}:{self.server_address[1]}"
         self.cdn = self.url.replace(address, other_name)  # another origin, like the real CDN
@@ -444,7 +446,15 @@ class Handler(BaseHTTPRequestHandler):
         if not entry.get("lfs"):
             return self.send((self.hub.blobs / entry["sha256"]).read_bytes(), ETag=f'"{entry["oid"]}"', **headers)
         headers |= {"X-Linked-Size": entry["size"], "X-Linked-ETag": f'"{entry["sha256"]}"'}
+        if self.hub.promises_xet:
+            headers["X-Xet-Hash"] = entry["sha256"]
+            headers["X-Xet-Refresh-Route"] = f"{self.hub.url}/api/models/{name}/xet-read-token/main"
         self.send({}, 302, Location=self.hub.cdn + self.signed("GET", f"/_cdn/{entry['sha256']}"), **headers)
+
+    @route("GET", f"/api/models/{ID}/xet-read-token/main")
+    def xet_token(self, name: str) -> None:
+        told = {"Access-Token": "token", "Cas-Url": self.hub.url, "Token-Expiration": 2**32}
+        self.send({}, **{f"X-Xet-{key}": value for key, value in told.items()})
 
     @route("GET", f"/_cdn/{SHA}")
     def cdn(self, sha: str) -> None:

@@ -8,13 +8,16 @@ import yaml
 from conftest import ROOT
 from hub_server import REPO
 from run_folders import S, copied, error_of, retrained
+from tiny import chat_tokenizer
 
 import generate
 import publish
 from finetuning.address import Address
-from finetuning.card import loading, repository_card
+from finetuning.card import asking, loading, repository_card
 from finetuning.errors import UserError
 from finetuning.manifest import parse_manifest
+from finetuning.model import read_tokenizer
+from finetuning.recipe import load_recipe
 
 
 def card_of(hub, subfolder: str = S) -> str:
@@ -35,6 +38,18 @@ def test_its_code_loads_and_asks_as_it_stands_and_answers_as_generate_does(crowd
         exec(code_of(card_of(hub)), {})
     printed = capfd.readouterr().out.strip()
     assert printed and printed == call(generate, run, "What is 3 + 1?").out.strip()
+
+
+def test_its_code_ends_an_answer_where_generate_does_and_undoes_a_newline_s_stand_in(runs, tmp_path, capsys):
+    chat, plain = (copied(runs["full"], tmp_path / name / "run") for name in ("chat", "plain"))
+    chat_tokenizer("byte_level", "chatml").save_pretrained(chat)
+    recipe = load_recipe(chat / "recipe.yaml", ["data.template=chat"])
+    ends = read_tokenizer(str(chat)).convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert f"eos_token_id={ends}" in asking(recipe, chat, "Hello?")
+    code = asking(load_recipe(plain / "recipe.yaml", ["data.newline=<NL>"]), plain, "Hello?")
+    assert "eos_token_id" not in code
+    exec("answer = 'a<NL>b'\n" + code.splitlines()[-1])
+    assert capsys.readouterr().out == "a\nb\n"
 
 
 def test_the_readme_shows_the_code_of_a_card():

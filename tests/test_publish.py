@@ -53,6 +53,8 @@ def names(hub, subfolder: str = S) -> set[str]:
 def test_a_run_of_every_kind_is_published_whole_and_answers_as_before(kind, hub, runs, call, tmp_path):
     run, arguments, weights = KINDS[kind]
     folder = copied(runs[run], tmp_path / "run")
+    hub.create(BASE)
+    hub.put(BASE, files_below(runs["full"].parents[1] / "llama"))
     done = call(publish, folder, *arguments)
     assert done.code == 0, done.err
     shards = {file.name for file in folder.glob("model-*-of-*.safetensors")}
@@ -64,6 +66,20 @@ def test_a_run_of_every_kind_is_published_whole_and_answers_as_before(kind, hub,
     assert [answer["is_same"] for answer in record["answers"]] == [True, True]
     assert record["answers"][0]["published"]
     assert not list(folder.glob(".merged*"))
+
+
+def test_an_adapter_that_is_published_for_another_base_model_is_noticed(hub, runs, call, tmp_path):
+    folder = copied(runs["lora"], tmp_path / "run")
+    assert "published, but it cannot be asked: model.name: elith/tiny-base cannot be loaded" in error_of(
+        call(publish, folder, *LORA)
+    )
+    model = AutoModelForCausalLM.from_pretrained(runs["full"].parents[1] / "llama")
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    model.save_pretrained(tmp_path / "base")
+    hub.create(BASE)
+    hub.put(BASE, files_below(tmp_path / "base"))
+    assert "published, but 2 of 2 answers are not the run folder's" in error_of(call(publish, folder, *LORA))
 
 
 BOOK = """

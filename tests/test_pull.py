@@ -23,6 +23,7 @@ import generate
 import publish
 import pull
 import sft
+from finetuning.errors import UserError
 from finetuning.recipe import load_recipe
 
 SAID = rf"^hub:{REPO}/{S}@[0-9a-f]{{40}}\n11 files, [0-9,]+ bytes: every sha256 is that of its manifest$"
@@ -111,10 +112,10 @@ def test_a_subfolder_of_another_form_is_refused_before_anything_is_asked(subfold
     assert not hub.sent("/api/models")
 
 
-@pytest.mark.parametrize("repo", ["../x", "models", "日本/語", "elith/" + "x" * 300])
+@pytest.mark.parametrize("repo", ["../x", "models", "日本/語", "elith/a--b", "elith/a.", "-a/b", "elith/" + "x" * 300])
 def test_a_repository_of_another_form_is_refused_before_anything_is_asked(repo, hub, call):
-    error_of(call(pull, repo, S))
-    assert not hub.sent(f"/api/models/{REPO}")
+    assert "is no repository" in error_of(call(pull, repo, S))
+    assert not hub.sent("/api/models")
 
 
 @pytest.mark.parametrize("name", ["日本語/モデル", "Chapter 5/[a]*", "x" * 200])
@@ -153,6 +154,25 @@ def test_offline_it_takes_the_cache_only_when_told_so_and_verifies_it(served, ca
     assert "model.safetensors is not what was published" in error_of(call(pull, REPO, S))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert "arrived damaged, fetched again: model.safetensors" in pulled(call).out
+
+
+def test_offline_a_checkpoint_is_found_that_was_pulled_before_another(served, call, monkeypatch):
+    """The cache knows one newest commit of a repository, that of the last pull."""
+    first = pulled(call)
+    served.put(REPO, {"chapter09/note.txt": b"by somebody else"})
+    pulled(call, "chapter06/other")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    again = pulled(call)
+    assert again.out == first.out and f"from the cache: {first.out.splitlines()[0]}" in again.err
+
+
+def test_offline_a_card_that_was_taken_away_on_the_hub_is_not_missed(served, call, monkeypatch, tmp_path):
+    record = served.record(REPO)
+    tree = {path: entry for path, entry in served.at(REPO, "main")["tree"].items() if path != f"{S}/README.md"}
+    served.add_commit(record, "main", tree, "mallory", "without the card")
+    pulled(call)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "10 files" in pulled(call, folder=tmp_path / "mine").out
 
 
 def flip(path: str) -> None:
@@ -283,6 +303,17 @@ def test_a_lasting_fault_ends_in_one_line_and_the_same_command_later_succeeds(fa
     assert (tmp_path / "mine" / "model.safetensors").read_bytes() == weights(served)
 
 
+def test_a_download_by_xet_that_fails_ends_in_one_line_too(served, call, tmp_path, monkeypatch):
+    """Its client tells every failure by a bare RuntimeError."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    served.promises_xet = True
+    line = error_of(done := call(pull, REPO, S, tmp_path / "mine"))
+    assert done.code == 1 and "give the same command again" in line
+    assert len(served.sent("/v1/reconstructions/")) > 1, "not tried again"
+    served.promises_xet = False
+    pulled(call, folder=tmp_path / "mine")
+
+
 def test_interrupted_it_ends_at_once_with_130(served, call, tmp_path):
     served.fault("GET /_cdn/", delay=60)
     command = [sys.executable, "src/pull.py", REPO, S, tmp_path / "mine"]
@@ -340,8 +371,17 @@ def test_generate_asks_a_published_adapter_on_its_base_from_the_hub(hub, call, r
     assert call(publish, run, "--unasked", "publish.base_model=elith/tiny-base").code == 0
     expected = call(generate, run, "What is 3 + 1?").out
     assert call(generate, f"hub:{REPO}/{S}", "What is 3 + 1?").out == expected
+    hub.fault("/api/models/elith/tiny-base", status=503, times=2)
+    assert call(generate, f"hub:{REPO}/{S}", "What is 3 + 1?").out == expected
     hub.fault("/api/models/elith/tiny-base", status=503, times=99)
-    assert "could not be reached for elith/tiny-base" in error_of(call(generate, f"hub:{REPO}/{S}", "What is 3 + 1?"))
+    line = error_of(done := call(generate, f"hub:{REPO}/{S}", "What is 3 + 1?"))
+    assert "could not be reached for elith/tiny-base" in line and done.code == 1
+
+
+def test_a_token_that_is_not_known_is_what_training_names(hub, call, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_revoked")
+    line = error_of(done := call(sft, "recipes/dolly_gpt2.yaml"))
+    assert done.code == 2 and "openai-community/gpt2: the Hub does not know the token" in line
 
 
 def test_training_goes_on_from_a_published_checkpoint_pinned_to_its_commit(served, call, runs, tmp_path):
@@ -356,6 +396,17 @@ def test_training_goes_on_from_a_published_checkpoint_pinned_to_its_commit(serve
     manifest = json.loads(served.read(REPO, "chapter06/on/manifest.json"))
     assert manifest["base"]["name"] == REPO and manifest["base"]["subfolder"] == S
     assert name.endswith(manifest["base"]["revision"])
+
+
+def test_a_run_keeps_the_commit_it_began_with_whatever_is_published_meanwhile(served, call, tmp_path):
+    base, folder = f"hub:{REPO}/{S}", tmp_path / "on" / "run"
+    train(folder, base, "training.max_steps=2")
+    began = load_recipe(folder / "recipe.yaml").model.name
+    served.put(REPO, {"chapter09/note.txt": b"by somebody else"})
+    train(folder, base, "training.max_steps=2")
+    assert load_recipe(folder / "recipe.yaml").model.name == began != f"{base}@{served.head(REPO)}"
+    with pytest.raises(UserError, match=r"belongs to another run: model\.name was"):
+        train(folder, f"{base}@{served.head(REPO)}", "training.max_steps=2")
 
 
 def test_an_adapter_on_a_published_checkpoint_loads_the_way_its_card_says(served, call, tmp_path):

@@ -148,7 +148,7 @@ def check_script(words: list[str], known_folders: set[str]) -> None:
         assert flags.get("--gpu", "t4") in GPUS
         return
     if script == "src/publish.py":
-        _, arguments = publish.read_arguments(arguments)
+        _, (_, *arguments) = publish.read_arguments([source, *arguments])
         assert source in known_folders, f"no command makes {source}"
         load_recipe(ROOT / "recipes" / f"{Path(source).name}.yaml", arguments)
         return

@@ -4,7 +4,8 @@ import re
 from typing import NamedTuple
 
 PREFIX = "hub:"
-REPO = r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$"
+# As the Hub takes them: no dots or dashes at the ends, nor two of them in a row.
+REPO = r"^[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*/[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*$"
 # Lower case without dots or spaces: what every file system, tag and URL takes as it stands.
 SUBFOLDER = r"^[a-z0-9][a-z0-9_-]*(/[a-z0-9][a-z0-9_-]*)*$"
 LONGEST = 96  # characters of a repository's name on the Hub; we hold subfolders to it too

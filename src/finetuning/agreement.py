@@ -10,7 +10,7 @@ from finetuning.answers import load_asker
 from finetuning.card import QUESTION
 from finetuning.commit import Published
 from finetuning.errors import UserError
-from finetuning.recipe import Recipe
+from finetuning.recipe import Recipe, load_recipe
 from finetuning.run_folder import now, write_text
 from finetuning.sections import Generation
 from finetuning.snapshot import pull
@@ -34,20 +34,27 @@ class Answer(NamedTuple):
 
 
 def compare(folder: Path, recipe: Recipe, published: Published) -> list[Answer]:
-    """Greedy answers to the recipe's questions, by the run folder and by the published commit in a fresh cache."""
-    settings = recipe.generation.model_dump(exclude_unset=True, exclude=set(SAMPLING))
-    greedy = recipe.model_copy(update={"generation": Generation(**settings, do_sample=False)})
+    """Greedy answers to the recipe's questions, by the run folder and by the published commit in a fresh cache.
+
+    Each with its own recipe: a published adapter goes on the base model that its readers will take. Raises UserError
+    where that cannot be had.
+    """
     questions = recipe.generation.prompts or [QUESTION]
-    ours = ask_once(folder, greedy, questions)
+    ours = ask_once(folder, recipe, questions)
     with tempfile.TemporaryDirectory(prefix="published-") as cache:
         snapshot = pull(published.address, Path(cache))
-        theirs = ask_once(snapshot.folder, greedy, questions)
+        try:
+            theirs = ask_once(snapshot.folder, load_recipe(snapshot.folder / "recipe.yaml"), questions)
+        except UserError as error:
+            raise type(error)(f"published, but it cannot be asked: {error}") from None
     return [Answer(*row) for row in zip(questions, ours, theirs, strict=True)]
 
 
 def ask_once(folder: Path, recipe: Recipe, questions: list[str]) -> list[str]:
     """One model at a time in memory."""
-    answers = load_asker(folder, recipe)(questions)
+    settings = recipe.generation.model_dump(exclude_unset=True, exclude=set(SAMPLING))
+    greedy = recipe.model_copy(update={"generation": Generation(**settings, do_sample=False)})
+    answers = load_asker(folder, greedy)(questions)
     gc.collect()
     return answers
 

@@ -120,17 +120,22 @@ def loading(address: Address, manifest: Manifest) -> str:
 
 def asking(recipe: Recipe, folder: Path, question: str) -> str:
     """The code that asks it a question with the prompt of its training."""
-    template = load_template(recipe.data, read_tokenizer(str(folder)))
+    tokenizer = read_tokenizer(str(folder))
+    template = load_template(recipe.data, tokenizer)
     prompt = "".join(segment.text for segment in template.render_prompt([{"role": "user", "content": question}]))
     given = recipe.generation.model_dump(exclude_unset=True, exclude={"prompts", "seed"})
     settings = {"max_new_tokens": recipe.generation.max_new_tokens, **given}
+    if template.end_marks != [tokenizer.eos_token]:  # all that the model's own settings may know
+        settings = {"eos_token_id": tokenizer.convert_tokens_to_ids(template.end_marks), **settings}
+    newline = f".replace({recipe.data.newline!r}, '\\n')" if recipe.data.newline else ""
     arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
     return "\n".join(
         [
             f"prompt = {json.dumps(prompt, ensure_ascii=False)}",
             'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")',
             f"output = model.generate(**inputs, {arguments})",
-            "print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))",
+            "answer = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)",
+            f"print(answer{newline})",
         ]
     )
 

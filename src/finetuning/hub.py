@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -26,7 +27,7 @@ from huggingface_hub.hf_api import RepoFile
 # Its own httpx: `import httpx` is another library with other errors.
 from huggingface_hub.utils import httpx, logging, parse_ratelimit_headers, sha
 
-from finetuning.errors import TryAgain, UserError
+from finetuning.errors import DISK_FULL, TryAgain, UserError, one_line
 
 TIMEOUT = 10  # seconds, for the first word of an answer
 WAITS = (1, 2, 4, 8)  # seconds between one attempt and the next
@@ -46,6 +47,8 @@ def patiently(action: Callable[[], T], repo: str) -> T:
         try:
             with quietly():
                 return action()
+        except HFValidationError as error:  # a name that the Hub cannot have
+            raise UserError(one_line(error)) from None
         except Exception as error:
             problem = problem_of(error)
             if problem is None:
@@ -75,10 +78,20 @@ def tree_of(repo: str, commit: str) -> dict[str, RepoFile]:
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
+def fetch(repo: str, path: str, commit: str, cache: Path | None = None, force: bool = False) -> Path:
+    """A file of a commit, in the cache. What breaks off is a ConnectionError or one of the client's errors."""
+    try:
+        return Path(hf_hub_download(repo, path, revision=commit, cache_dir=cache, force_download=force))
+    except RuntimeError as error:  # what hf_xet makes of every failed download
+        if any(words in str(error) for words in DISK_FULL):
+            raise
+        raise ConnectionError(one_line(error)) from error
+
+
 def read(repo: str, entry: RepoFile, commit: str) -> bytes:
     """A small file's content. A damaged one is fetched once more, then it is a ConnectionError."""
     for force in (False, True):
-        file = Path(HfApi().hf_hub_download(repo, entry.path, revision=commit, force_download=force))
+        file = fetch(repo, entry.path, commit, force=force)
         if is_intact(file, entry):
             return file.read_bytes()
     raise ConnectionError(f"{entry.path} arrived damaged twice")

@@ -7,7 +7,7 @@ from finetuning import contents
 from finetuning.address import PREFIX, Address, parse_address
 from finetuning.errors import UserError
 from finetuning.recipe import Recipe, load_recipe
-from finetuning.run_folder import find_run_folder, has_model, output_folder
+from finetuning.run_folder import find_run_folder, has_model, means_folder, output_folder
 from finetuning.snapshot import pull
 
 
@@ -21,7 +21,7 @@ def find_checkpoint(name: str) -> tuple[Path, Path]:
         if not (folder / "recipe.yaml").is_file():
             raise UserError(f"{name} has no recipe.yaml that says how to ask it; give a recipe that publishes there")
         return folder, folder / "recipe.yaml"
-    is_recipe = not Path(name).expanduser().is_dir()
+    is_recipe = not means_folder(name)
     if is_recipe:
         recipe = load_recipe(name)
         if recipe.publish and not has_model(output_folder(recipe)):
@@ -54,10 +54,19 @@ def read_address(text: str) -> Address:
 
 
 def with_pulled_base(recipe: Recipe) -> Recipe:
-    """The recipe with its base model pulled and pinned to a commit, if that is a published checkpoint."""
+    """The recipe with its base model pulled and pinned to a commit, if that is a published checkpoint.
+
+    Without a revision that is the newest commit, or for a run that has begun the one it began with: every publication
+    to the repository makes a new one.
+    """
     if not (recipe.model.name or "").startswith(PREFIX):
         return recipe
-    snapshot = pull(parse_address(recipe.model.name))
+    asked, begun = parse_address(recipe.model.name), output_folder(recipe) / "recipe.yaml"
+    if asked.revision is None and begun.is_file():
+        name = load_recipe(begun).model.name or ""
+        if name.startswith(f"{asked}@"):
+            asked = parse_address(name)
+    snapshot = pull(asked)
     if (snapshot.folder / contents.ADAPTER_WEIGHTS).is_file():
         raise UserError(f"model.name: {snapshot.address} is an adapter; train on from full or merged weights")
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(snapshot.address)})})

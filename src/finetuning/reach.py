@@ -3,11 +3,12 @@
 The libraries retry a closed door for 24 to 48 seconds a file and then report it with a page of traceback.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from finetuning.address import PREFIX
-from finetuning.errors import UserError
+from finetuning.errors import TryAgain, UserError
 from finetuning.recipe import Recipe
 from finetuning.sources import is_local, looks_local
 
@@ -44,33 +45,43 @@ def base_needs(recipe: Recipe, folder: Path) -> list[Need]:
 
 
 def require_hub(needs: list[Need]) -> None:
-    """Raises UserError if one of them can neither be asked of the Hub nor, in offline mode, taken from the cache."""
+    """Raises UserError if one of them can neither be asked of the Hub nor, in offline mode, taken from the cache.
+
+    TryAgain where the Hub does not answer: a closed door at once, what it asks us to try again after some seconds.
+    """
     if not needs:
         return
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-    from huggingface_hub.utils import HFValidationError, httpx  # its own copy: `import httpx` has other errors
+    from huggingface_hub.utils import HFValidationError
+
+    from finetuning.hub import httpx, patiently, reason
 
     local = "point the recipe at local copies: " + " ".join(dict.fromkeys(need.as_local for need in needs))
-    for name, kind, setting in needs:
+
+    def ask(need: Need) -> None:
+        name, kind, setting = need
         try:
-            if constants.is_offline_mode():
-                if not is_cached(name, kind):
-                    raise UserError(f"{setting}: {name} is not in the cache and HF_HUB_OFFLINE is set; {local}")
-            else:
-                HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT)
+            HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT)
         except GatedRepoError:
             raise UserError(f"{setting}: {name} is gated: ask for access on its page and set HF_TOKEN") from None
         except (RepositoryNotFoundError, HFValidationError):
             raise UserError(f"{setting}: {name} is neither a local path nor a {kind} on the Hub") from None
-        except (httpx.HTTPError, HfHubHTTPError, OSError) as error:
+        except HfHubHTTPError:
+            raise
+        except (httpx.HTTPError, OSError) as error:
             names = ", ".join(dict.fromkeys(need.name for need in needs))
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             cached = all(is_cached(need.name, need.kind) for need in needs)
             offline = "set HF_HUB_OFFLINE=1 to use the copies in the cache, or " if cached else ""
-            raise UserError(
-                f"{constants.ENDPOINT} could not be reached for {names} ({reason}); {offline}{local}"
+            raise TryAgain(
+                f"{constants.ENDPOINT} could not be reached for {names} ({reason(error)}); {offline}{local}"
             ) from None
+
+    for need in needs:
+        if not constants.is_offline_mode():
+            patiently(partial(ask, need), need.name)
+        elif not is_cached(need.name, need.kind):
+            raise UserError(f"{need.setting}: {need.name} is not in the cache and HF_HUB_OFFLINE is set; {local}")
 
 
 def is_cached(name: str, kind: str) -> bool:

@@ -210,7 +210,7 @@ def quoted(text: str) -> str:
 def find_run_folder(name: str) -> Path:
     """The run folder that was named, itself or by its recipe. Raises UserError where no trained model is in it."""
     path = Path(name).expanduser()
-    if path.is_dir():
+    if means_folder(name):
         if not (path / "recipe.yaml").exists():
             raise UserError(f"{path} is no run folder: it has no recipe.yaml")
         folder, remedy = path, f"train it: accelerate launch src/sft.py {path / 'recipe.yaml'}"
@@ -219,6 +219,14 @@ def find_run_folder(name: str) -> Path:
     if not has_model(folder):
         raise UserError(f"{folder} has no trained model; {remedy}")
     return folder
+
+
+def means_folder(name: str) -> bool:
+    """Whether a run folder is named, not a recipe. Raises UserError where there is neither."""
+    path = Path(name).expanduser()
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{path}: no such run folder or recipe")
+    return path.is_dir()
 
 
 def has_model(folder: Path) -> bool:

@@ -5,12 +5,13 @@ or the token was revoked. HF_HUB_OFFLINE=1 is the way to say that the cache is w
 """
 
 import shutil
+import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
@@ -19,8 +20,10 @@ from tqdm import tqdm
 from finetuning import contents
 from finetuning.address import Address
 from finetuning.errors import TryAgain, UserError
-from finetuning.hub import TIMEOUT, is_intact, patiently, sha256, tree_of
+from finetuning.hub import TIMEOUT, fetch, is_intact, patiently, sha256, tree_of
 from finetuning.manifest import NAME, Manifest, parse_manifest
+
+FREE = {NAME, "README.md"}  # a card may be edited on the Hub
 
 
 class Snapshot(NamedTuple):
@@ -91,8 +94,7 @@ def download(repo: str, commit: str, paths: list[str], cache: Path | None, force
     One file after the other: the threads of snapshot_download finish their files before they heed Ctrl-C.
     """
     for path in tqdm(paths, desc="files", unit="file", leave=False, delay=1):
-        fetch = partial(hf_hub_download, repo, path, revision=commit, cache_dir=cache, force_download=force)
-        file = Path(patiently(fetch, repo))
+        file = patiently(partial(fetch, repo, path, commit, cache, force), repo)
     return file.parents[path.count("/")]
 
 
@@ -102,22 +104,36 @@ def progress(paths: list[str]) -> tqdm:
 
 def take_from_cache(address: Address) -> Snapshot:
     """What an earlier pull left, as HF_HUB_OFFLINE asks for; compared with its manifest."""
-    try:
-        revision = HfApi().resolve_revision(address.repo, revision=address.revision, local_files_only=True)
-    except RevisionResolutionError:
-        raise UserError(f"{address} is not in the cache and HF_HUB_OFFLINE is set; pull it first") from None
-    pinned = address._replace(revision=revision.resolved)
+    pinned = address._replace(revision=cached_commit(address))
     folder = cached_folder(pinned)
     manifest = parse_manifest((folder / NAME).read_bytes()) if (folder / NAME).is_file() else None
     if manifest is None:
-        raise UserError(f"{pinned} is not in the cache, or without a manifest to verify it; HF_HUB_OFFLINE is set")
-    return Snapshot(pinned, *checked(pinned, folder, [*manifest["files"], NAME], {}), [], [])
+        raise UserError(f"{address} is not in the cache, or without a manifest to verify it; HF_HUB_OFFLINE is set")
+    print(f"from the cache: {pinned}", file=sys.stderr)
+    names = [name for name in (*manifest["files"], NAME) if name not in FREE or (folder / name).is_file()]
+    return Snapshot(pinned, *checked(pinned, folder, names, {}), [], [])
+
+
+def cached_commit(address: Address) -> str:
+    """The newest that is known of the repository; if its folder was not pulled, the one that was pulled last."""
+    snapshots, subfolder, revision = snapshots_of(address.repo), address.subfolder, address.revision
+    with suppress(RevisionResolutionError):
+        known = HfApi().resolve_revision(address.repo, revision=revision, local_files_only=True).resolved
+        if revision or (snapshots / known / subfolder).is_dir():
+            return known
+    pulled = [] if revision else [commit for commit in snapshots.glob("*") if (commit / subfolder).is_dir()]
+    if not pulled:
+        raise UserError(f"{address} is not in the cache and HF_HUB_OFFLINE is set; pull it first")
+    return max(pulled, key=lambda commit: (commit / subfolder).stat().st_mtime).name
 
 
 def cached_folder(address: Address) -> Path:
     """Where the library keeps the folder of a commit."""
-    name = repo_folder_name(repo_id=address.repo, repo_type="model")
-    return Path(constants.HF_HUB_CACHE) / name / "snapshots" / address.revision / address.subfolder
+    return snapshots_of(address.repo) / address.revision / address.subfolder
+
+
+def snapshots_of(repo: str) -> Path:
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots"
 
 
 def checked(
@@ -129,8 +145,7 @@ def checked(
     """
     manifest = parse_manifest((folder / NAME).read_bytes()) if NAME in names else None
     published = {name: entry["sha256"] for name, entry in manifest["files"].items()} if manifest else {}
-    free = {NAME, "README.md"}  # a card may be edited on the Hub
-    for name in progress(sorted({*names, *published} - free) if manifest else []):
+    for name in progress(sorted({*names, *published} - FREE) if manifest else []):
         is_allowed = contents.may_travel(name) and (folder / name).is_file()
         if not is_allowed or (known.get(name) or sha256(folder / name)) != published.get(name):
             raise UserError(
@@ -150,7 +165,7 @@ def describe(snapshot: Snapshot) -> list[str]:
     compared = "every sha256 is that of its manifest" if manifest else "compared with the Hub's checksums; no manifest"
     lines = [f"{address}", f"{len(snapshot.names)} files, {size:,} bytes: {compared}"]
     if manifest:
-        base = (manifest["base"] or {}).get("name") or "a base that is not on the Hub"
+        base = manifest["base"]["name"] or "a base that is not on the Hub" if manifest["base"] else "random weights"
         lines.append(f"{manifest['kind']}, trained on {', '.join(manifest['data']['path'])} from {base}")
     if snapshot.repaired:
         lines.append(f"arrived damaged, fetched again: {', '.join(snapshot.repaired)}")
