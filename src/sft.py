@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     from finetuning.reach import needs_of, require_hub
     from finetuning.recipe import load_recipe
     from finetuning.report import print_funnel
-    from finetuning.run_folder import is_finished, lock, open_run_folder, output_folder, versions
+    from finetuning.run_folder import is_finished, lock, open_run_folder, output_folder, take_publish, versions
     from finetuning.step_size import step_size
     from finetuning.stop import Stop
     from finetuning.strategy import asked
@@ -56,6 +56,8 @@ def main(arguments: list[str]) -> None:
     folder = open_run_folder(recipe, prepared.fingerprint, None if is_check else strategy)
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     if finished := is_finished(folder):
+        if not (is_check or console.quiet):
+            take_publish(folder, recipe)
         console.print(f"{folder} is finished ({finished}); to train anew, delete it or choose another")
         return
     with nullcontext() if console.quiet else lock(folder):

@@ -69,6 +69,11 @@ CASES = [
         ["training.load_best_model_at_end=true", "data.eval=null", "training.eval_strategy=no"],
         {},
     ),
+    (
+        "training.load_best_model_at_end with fewer saves than evaluations",
+        ["training.load_best_model_at_end=true", "training.save_steps=340"],
+        {},
+    ),
     ("training.torch_compile", ["training.torch_compile=true"], {}),
 ]
 # (what a rule says, whether there is a GPU, environment): only torch can tell, so it is imported first.
@@ -91,6 +96,7 @@ WORKS = [
     (["model.dtype=float16", "lora={r: 4}"], {}),
     (["training.auto_find_batch_size=true"], {"WORLD_SIZE": "2"}),
     (["training.load_best_model_at_end=true"], {}),
+    (["training.load_best_model_at_end=true", "training.save_strategy=best", "training.save_steps=1"], {}),
     (["data.eval=null", "training.eval_strategy=no"], {}),
 ]
 

@@ -112,11 +112,11 @@ class Run:
 
     @property
     def losses(self) -> list[tuple[int, float, float]]:
-        """(step, loss, accuracy) as logged, of training and of evaluation."""
+        """(step, loss, accuracy) as logged, of training and of evaluation; at the end the mean of all steps."""
         return [
-            (entry["step"], entry[f"{part}loss"], entry[f"{part}mean_token_accuracy"])
+            (entry["step"], entry[f"{part}loss"], entry.get(f"{part}mean_token_accuracy", 0.0))
             for entry in self.logged
-            for part in ("", "eval_")
+            for part in ("", "eval_", "train_")
             if f"{part}loss" in entry
         ]
 
@@ -243,3 +243,15 @@ def test_begun_by_one_process_it_may_be_ended_by_two_and_the_other_way(whole, re
     launches = json.loads((ended.folder / "environment.json").read_text())["launches"]
     strategies = {"cpu": "single", "cpu_ddp": "ddp"}
     assert [launch["strategy"] for launch in launches] == [strategies[first], strategies[then]]
+
+
+@pytest.mark.parametrize("how", [DDP, ZERO2, ZERO3], ids=lambda how: how[0])
+def test_every_process_ends_with_the_best_weights(recipe, tmp_path, how):
+    """The best by the highest loss, which is not that of the last step."""
+    often = ["max_steps=8", "eval_strategy=steps", "eval_steps=4", "save_steps=4"]
+    best = ["load_best_model_at_end=true", "greater_is_better=true"]
+    run = Run(recipe, tmp_path / "run", *how, *(f"training.{setting}" for setting in (*often, *best)))
+    run.finish()
+    found = [(entry["step"], entry["eval_loss"]) for entry in run.logged if "eval_loss" in entry]
+    (_, begin), (_, first), (_, second), told = found
+    assert second < first < begin and told == (8, pytest.approx(first, rel=1e-6))

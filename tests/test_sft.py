@@ -1,6 +1,7 @@
 """The whole way, as a user goes it: recipe, run folder, answers."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from torch.utils.data import DataLoader
 import generate
 import preview
 import sft
-from finetuning.errors import UserError
+from finetuning.errors import Stopped, UserError
 from finetuning.recipe import load_recipe
 from finetuning.stop import SIGNALS
+from finetuning.trainer import ResponseTrainer
 
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
 # Rows of every format, for recipes whose data is not at hand.
@@ -48,10 +50,10 @@ def run_folder(tmp_path, *overrides: str, recipe: str = "recipes/quickstart.yaml
     return tmp_path / "run"
 
 
-def losses_of(folder: Path) -> list[tuple[int, float]]:
-    """(step, loss) as logged, of training and evaluation."""
+def losses_of(folder: Path, name: str = "loss") -> list[tuple[int, float]]:
+    """(step, loss) as logged."""
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(entry["step"], entry["loss"]) for entry in logged if "loss" in entry]
+    return [(entry["step"], entry[name]) for entry in logged if name in entry]
 
 
 def interrupted(folder: Path, *lost: str) -> None:
@@ -177,6 +179,93 @@ def test_the_same_command_goes_on_from_the_last_checkpoint(tmp_path):
     assert len(json.loads((again / "environment.json").read_text())["launches"]) == 2
     first, second = (load_file(path / "model.safetensors") for path in (whole, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def evaluated():
+    """A function that has evaluations find these losses by step, and a signal come in those of step `stop`."""
+    loop, predict = ResponseTrainer.evaluation_loop, ResponseTrainer.prediction_step
+
+    def pretend(losses: dict[int, float], stop: int | None = None) -> None:
+        def found(trainer, *args, **kwargs):
+            output = loop(trainer, *args, **kwargs)
+            output.metrics["eval_loss"] = losses.get(trainer.state.global_step, 9.0)
+            return output
+
+        def predicted(trainer, *args, **kwargs):
+            if trainer.state.global_step == stop:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return predict(trainer, *args, **kwargs)
+
+        patch.setattr(ResponseTrainer, "evaluation_loop", found)
+        patch.setattr(ResponseTrainer, "prediction_step", predicted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        yield pretend
+
+
+BEST = ["training.load_best_model_at_end=true", "training.eval_strategy=steps", "training.eval_steps=4"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "losses", "best", "stop"),
+    [
+        ("steps", {4: 6.0, 8: 5.0, 12: 3.0}, 12, 12),
+        ("steps", {4: 6.0, 8: 3.0, 12: 5.0}, 8, 8),
+        ("best", {4: 6.0, 8: 3.0, 12: 5.0}, 8, 8),
+    ],
+)
+def test_the_best_weights_are_kept_also_where_their_evaluation_was_cut_short(
+    tmp_path, evaluated, strategy, losses, best, stop
+):
+    steps = ["training.save_steps=4", "training.max_steps=14", "training.save_total_limit=1", *BEST]
+    command = [*steps, f"training.save_strategy={strategy}"]
+    evaluated(losses)
+    whole = run_folder(tmp_path / "whole", *command)
+    evaluated(losses, stop=stop)
+    with pytest.raises(Stopped):
+        run_folder(tmp_path / "stopped", *command)
+    assert f"checkpoint-{stop}" in [path.name for path in (tmp_path / "stopped" / "run").iterdir()]
+    evaluated(losses)
+    again = run_folder(tmp_path / "stopped", *command)
+    saved = load_file(again / f"checkpoint-{best}" / "model.safetensors")
+    for folder in (whole, again):
+        weights = load_file(folder / "model.safetensors")
+        assert all(torch.equal(weights[name], saved[name]) for name in saved)
+    assert losses_of(again, "eval_loss") == losses_of(whole, "eval_loss")
+    assert losses_of(again, "train_loss") == losses_of(whole, "train_loss")
+
+
+def test_the_loss_that_is_told_is_that_of_the_weights_that_are_saved(tmp_path, capsys):
+    steps = ["training.save_strategy=steps", "training.save_steps=4", "training.max_steps=8"]
+    folder = run_folder(tmp_path, *steps, *BEST, "training.greater_is_better=true")  # the worst one, to have it earlier
+    (_, begin), (_, first), (_, second), (step, told) = losses_of(folder, "eval_loss")
+    assert second < first < begin and step == 8 and told == pytest.approx(first)
+    assert f"-> {first:.3f}" in capsys.readouterr().out
+
+
+def test_an_evaluation_after_training_is_cut_short_where_nothing_is_lost(tmp_path, evaluated):
+    steps = ["training.max_steps=4", "training.save_strategy=steps", "training.save_steps=4"]
+    evaluated({}, stop=4)
+    with pytest.raises(Stopped, match="stopped by SIGUSR1 after step 4 of 4; the same command goes on"):
+        run_folder(tmp_path, *steps)
+    evaluated({4: 2.0})
+    assert losses_of(run_folder(tmp_path, *steps), "eval_loss") == [(0, 9.0), (4, 2.0)]
+
+
+def test_an_evaluation_after_training_without_a_checkpoint_is_not_cut_short(tmp_path, evaluated):
+    evaluated({2: 2.0}, stop=2)
+    folder = run_folder(tmp_path)
+    assert losses_of(folder, "eval_loss") == [(0, 9.0), (2, 2.0)] and (folder / "model.safetensors").exists()
+
+
+def test_a_finished_run_takes_over_where_it_is_to_be_published(tmp_path):
+    folder = run_folder(tmp_path)
+    before = load_recipe(folder / "recipe.yaml")
+    run_folder(tmp_path, "publish={repo: you/models, subfolder: chapter05/sft_model}")
+    after = load_recipe(folder / "recipe.yaml")
+    assert before.publish is None and after.publish.repo == "you/models"
+    assert after.model_copy(update={"publish": None}) == before
 
 
 def test_signals_wait_while_processes_that_load_batches_are_born(tmp_path, monkeypatch):

@@ -44,9 +44,14 @@ class StopTogether(TrainerCallback):
         self.group: Any = None
         self.question: tuple[Any, torch.Tensor] | None = None
         self.number = 0  # of the signal that was agreed on
+        self.in_training = False
+        self.saved = 0  # the step of the last checkpoint
+        self.ends_epoch = False
+        """the step that was the last of its epoch is over, what comes with the epoch's end is not"""
         self.postponed = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.in_training, self.saved = True, state.global_step
         if args.world_size > 1:
             self.group = dist.new_group(backend="gloo")
 
@@ -54,22 +59,26 @@ class StopTogether(TrainerCallback):
         self.number = self.number or self.agreed()
         control.should_save |= bool(self.number)
         # What comes with the end of an epoch, logs and an evaluation, belongs into the checkpoint of its last step.
-        is_last = float(state.epoch).is_integer() or state.global_step >= state.max_steps
-        if is_last:
+        self.ends_epoch = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        if self.ends_epoch:
             self.postponed, control.should_save = control.should_save, False
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save |= self.postponed
-        self.postponed = False
+        self.postponed = self.ends_epoch = False
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An evaluation may take longer than a scheduler waits."""
-        if self.stop.phase == "training":
+        """An evaluation may take longer than a scheduler waits. It is cut short where its step is, or can be, saved."""
+        if self.stop.phase == "training" and not self.ends_epoch:
             self.number = self.number or self.agreed()
-            if self.number:
+            if self.number and (self.in_training or self.saved == state.global_step):
                 self.end(state)
 
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.number = self.number or self.hear_out()
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved = state.global_step
         if self.number:
             self.end(state)
 
@@ -79,8 +88,9 @@ class StopTogether(TrainerCallback):
         place = f"step {state.global_step} of {state.max_steps}"
         raise Stopped(number, f"stopped by {number.name} after {place}; the same command goes on")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.hear_out()
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.in_training = False
+        self.number = self.number or self.hear_out()
 
     def agreed(self) -> int:
         """The highest signal number that any process had heard a step ago; at once where there is only one process."""

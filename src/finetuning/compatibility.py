@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetuning.errors import UserError
 from finetuning.recipe import Recipe
@@ -123,12 +124,24 @@ RULES = (
         lambda recipe, strategy: bool(recipe.training.load_best_model_at_end) and recipe.data.eval is None,
     ),
     Rule(
+        "training.load_best_model_at_end with fewer saves than evaluations",
+        "the best step would have no checkpoint",
+        "training.save_steps equal to training.eval_steps, or training.save_strategy: best",
+        lambda recipe, strategy: bool(recipe.training.load_best_model_at_end) and skips_saves(recipe.training),
+    ),
+    Rule(
         "training.torch_compile",
         "it was never tried with packed attention and the loss of the responses",
         "leave it out",
         lambda recipe, strategy: bool(recipe.training.torch_compile),
     ),
 )
+
+
+def skips_saves(training: Any) -> bool:
+    """Whether a step that is evaluated may not be saved, where both are done every so many steps."""
+    by_steps = training.eval_strategy == training.save_strategy == "steps"
+    return by_steps and training.save_steps != (training.eval_steps or training.logging_steps)
 
 
 def require_compatible(recipe: Recipe, strategy: Strategy, trains_here: bool = True) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from finetuning.checkpoints import UNFINISHED, clear_unfinished, examined, keep, move_into
 from finetuning.errors import Stopped
-from finetuning.stop import SIGNALS, Stop, deaf
+from finetuning.stop import SIGNALS, deaf
 
 
 class DurableTrainer(SFTTrainer):
@@ -33,13 +34,14 @@ class DurableTrainer(SFTTrainer):
     def run_folder(self) -> Path:
         return Path(self.args.output_dir).expanduser()
 
-    def train_on(self, stop: Stop) -> None:
+    def train_on(self) -> None:
         """From the last whole checkpoint, if there is one, to the end. Raises Stopped where a signal asked for it."""
         checkpoint = self.last_checkpoint()
         if checkpoint:  # it was evaluated when it started
-            self.args.eval_on_start = counted_in(checkpoint)[0]["evaluation_is_due"]
-        with stop.after_a_step():
-            self.train(resume_from_checkpoint=checkpoint)
+            counted = counted_in(checkpoint)
+            self.args.eval_on_start = counted[0]["evaluation_is_due"]
+            self.add_callback(CountOn(self, counted))
+        self.train(resume_from_checkpoint=checkpoint)
 
     def last_checkpoint(self) -> str | None:
         """The newest checkpoint that is whole, the same for all processes; others are named on stderr."""
@@ -86,6 +88,16 @@ class DurableTrainer(SFTTrainer):
             self._determine_best_metric(metrics, trial)
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.name_best()
+        return is_best
+
+    def name_best(self) -> None:
+        """The best step's checkpoint where it will lie: transformers names, at its saving, the place aside."""
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(self.run_folder / f"checkpoint-{self.state.best_global_step}")
+
     def _get_output_dir(self, trial: Any) -> str:
         """Checkpoints are written aside."""
         return str(self.run_folder / UNFINISHED)
@@ -101,14 +113,12 @@ class DurableTrainer(SFTTrainer):
                 clear_unfinished(self.run_folder)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            self.name_best()
             self.accelerator.wait_for_everyone()
             if is_main:
                 written = self.run_folder / UNFINISHED / f"checkpoint-{step}"
-                best = self.state.best_global_step
-                if best:
-                    self.state.best_model_checkpoint = str(self.run_folder / f"checkpoint-{best}")
-                    self.state.save_to_json(str(written / "trainer_state.json"))
-                keep(written, self.run_folder, self.args.save_total_limit, best)
+                self.state.save_to_json(str(written / "trainer_state.json"))
+                keep(written, self.run_folder, self.args.save_total_limit, self.state.best_global_step)
         except Exception:  # a full disk: what was begun takes room
             shutil.rmtree(self.run_folder / UNFINISHED, ignore_errors=True)
             raise
@@ -126,12 +136,17 @@ class DurableTrainer(SFTTrainer):
         }
         Path(output_dir, f"counted_{self.args.process_index}.json").write_text(json.dumps(counted), encoding="utf-8")
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        counted, rank, world_size = counted_in(checkpoint), self.args.process_index, self.args.world_size
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs:  # transformers divides the losses of all steps by the steps since the run went on
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
+        super().log(logs, start_time)
+
+    def count_on(self, counted: list[dict[str, Any]]) -> None:
+        """Goes on with what the processes of the checkpoint had counted, as many as they were."""
+        rank, world_size = self.args.process_index, self.args.world_size
         is_as_before = len(counted) == world_size
         if not is_as_before and self.is_world_process_zero():
-            print(f"{checkpoint} is of {len(counted)} process(es); random numbers begin anew", file=sys.stderr)
+            print(f"the checkpoint is of {len(counted)} process(es); random numbers begin anew", file=sys.stderr)
         # A logged loss is the mean of the processes' losses, throughput the sum of what each has counted.
         losses = [each["loss"] for each in counted]
         self._tr_loss += losses[rank] if is_as_before else fmean(losses)
@@ -167,6 +182,16 @@ class DurableTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             move_into(self.run_folder / UNFINISHED, self.run_folder)
+
+
+class CountOn(TrainerCallback):
+    """Goes on counting where the checkpoint ended; transformers begins anew, after a resume too."""
+
+    def __init__(self, trainer: DurableTrainer, counted: list[dict[str, Any]]) -> None:
+        self.trainer, self.counted = trainer, counted
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.count_on(self.counted)
 
 
 def counted_in(checkpoint: str) -> list[dict[str, Any]]:

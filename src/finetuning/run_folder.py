@@ -87,6 +87,13 @@ def require_same_steps(
         )
 
 
+def take_publish(folder: Path, recipe: Recipe) -> None:
+    """Where a finished run is published may change; the rest of its recipe stays what was trained."""
+    trained = load_recipe(folder / "recipe.yaml")
+    if trained.publish != recipe.publish:
+        write_text(folder / "recipe.yaml", trained.model_copy(update={"publish": recipe.publish}).as_yaml())
+
+
 def is_finished(folder: Path) -> str | None:
     """When the run was finished, or None."""
     return read_environment(folder).get("finished")

@@ -207,11 +207,12 @@ def require_positions(model: "PreTrainedModel", prepared: Prepared) -> None:
 
 
 def loss_before_and_after(trainer: ResponseTrainer) -> str:
-    """Evaluates, unless the last step has just been, and says how far the held-out loss fell."""
+    """Evaluates, unless that has just been done with these weights, and says how far the held-out loss fell."""
     if trainer.eval_dataset is None:
         return "no evaluation: data.eval is null"
     history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    if not history or history[-1]["step"] != trainer.state.global_step:
+    is_done = history and history[-1]["step"] == trainer.state.global_step
+    if not is_done or trainer.args.load_best_model_at_end:  # then the weights are not those of the last step
         trainer.evaluate()
         history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     first, last = history[0], history[-1]

@@ -48,8 +48,9 @@ def train(
     trainer.add_callback(MetricsFile(trainer.run_folder))
     trainer.add_callback(Watch())
     trainer.add_callback(StopTogether(stop))
-    trainer.train_on(stop)
-    losses = loss_before_and_after(trainer)
+    with stop.after_a_step():
+        trainer.train_on()
+        losses = loss_before_and_after(trainer)
     trainer.save_trained()
     after = answers()
 
