@@ -28,7 +28,8 @@ if [[ " $* " = *" -- "* ]]; then
   shift
 fi
 [ $# -ge 3 ] || die "arguments are an accelerate config, a recipe, a file of overrides, and overrides; found: $*"
-config=$1 recipe=$2 file=$3 name=$(basename "${3%.*}")
+config=$1 recipe=$2 file=$3 name=${3##*/}
+name=${name%.*}
 shift 3
 [ -f "$file" ] || die "there is no file $file"
 mapfile -t lines < <(grep -Ev '^[[:space:]]*(#|$)' "$file")
@@ -36,28 +37,37 @@ mapfile -t lines < <(grep -Ev '^[[:space:]]*(#|$)' "$file")
 
 # Sets `run` to the arguments of slurm/sft.sh for line $1. xargs takes a line apart as a shell would.
 run_of() {
-  mapfile -t run < <(xargs -rn 1 printf '%s\n' <<<"${lines[$1 - 1]}")
+  local words
+  words=$(xargs -rn 1 printf '%s\n' <<<"${lines[$1 - 1]}" 2>&1) || die "line '${lines[$1 - 1]}' of $file: $words"
+  mapfile -t run <<<"$words"
   run=("$config" "$recipe" "training.output_dir=outputs/$name/$1" "${@:2}" "${run[@]}")
 }
 
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+  [[ $SLURM_ARRAY_TASK_ID -ge 1 && $SLURM_ARRAY_TASK_ID -le ${#lines[@]} ]] ||
+    die "--array goes from 1 to ${#lines[@]}, the lines of $file; there is no line $SLURM_ARRAY_TASK_ID"
   run_of "$SLURM_ARRAY_TASK_ID" "$@"
   exec bash slurm/sft.sh "${run[@]}"
 fi
 [ -z "${SLURM_JOB_ID:-}" ] || die "is run on the login node and submits itself"
-if [ $is_check ]; then
-  for number in $(seq ${#lines[@]}); do
-    run_of "$number" "$@"
-    slurm/sft.sh --check "${options[@]}" -- "${run[@]}" || die "line '${lines[$number - 1]}' of $file is not right"
-  done
-  exit
-fi
+for number in $(seq ${#lines[@]}); do
+  run_of "$number" "$@"
+  [ -z $is_check ] || slurm/sft.sh --check "${options[@]}" -- "${run[@]}" ||
+    die "line '${lines[$number - 1]}' of $file is not right"
+done
+[ -z $is_check ] || exit 0
 array=$(sbatch --parsable --array="1-${#lines[@]}" "${options[@]}" slurm/array.sh "$config" "$recipe" "$file" "$@")
+echo "array job ${array%%;*}: ${#lines[@]} runs in outputs/$name"
 where=() # the job of the table goes where the array goes, without its GPUs
-for option in "${options[@]}"; do
-  if [[ $option =~ ^--(account|partition|qos)= ]]; then where+=("$option"); fi
+set -- "${options[@]}"
+while [ $# -gt 0 ]; do
+  case $1 in
+    --account=* | --partition=* | --qos=* | -[Apq]?*) where+=("$1") ;;
+    --account | --partition | --qos | -[Apq]) where+=("$1" "$2") && shift ;;
+  esac
+  shift
 done
 table=$(sbatch --parsable --job-name=compare --output=logs/%x-%j.out "${where[@]}" \
   --dependency="afterany:${array%%;*}" \
   --wrap "COLUMNS=160 PATH=\$PWD/.venv/bin:\$PATH python src/compare.py outputs/$(printf %q "$name")")
-echo "array job ${array%%;*}: ${#lines[@]} runs in outputs/$name; then job ${table%%;*}: logs/compare-${table%%;*}.out"
+echo "then job ${table%%;*}: logs/compare-${table%%;*}.out"

@@ -49,6 +49,10 @@ if [ $is_check ]; then
 fi
 [ -n "${SLURM_JOB_ID:-}" ] || die "submit it: sbatch slurm/sft.sh $config $*"
 
+# The number of one task of an array is that of the whole array too: what is done to it would be done to all tasks.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+job=${job:-$SLURM_JOB_ID}
+
 # Every process leaves here how it ended: accelerate's launchers turn each exit code into 1.
 export EXIT_CODES=$PWD/logs/.$SLURM_JOB_ID
 rm -rf "$EXIT_CODES" && mkdir -p "$EXIT_CODES" || exit 1
@@ -64,12 +68,12 @@ launch=(--config_file "$config" --num_machines "$SLURM_JOB_NUM_NODES" --quiet
 # Near the time limit Slurm tells this shell (--signal); when it preempts, everyone (SIGTERM). Training alone may act on
 # it: a launcher that did would kill its processes 30 s later, in the middle of a large checkpoint. So launchers start
 # with both signals ignored, and torch's is told to set no handler for them; training sets its own.
-trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+trap 'scancel --signal=USR1 "$job"' USR1
 trap : TERM
 export PET_SIGNALS_TO_HANDLE=SIGINT TASKS_PER_NODE=$SLURM_NTASKS_PER_NODE
 export TQDM_MININTERVAL=${TQDM_MININTERVAL:-60} # s between two lines of a progress bar: a log is no terminal
 
-say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
+say "job $job, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
 read -ra srun_options <<<"${SRUN_OPTIONS:-}"
 # Node number, GPUs and CPUs differ from node to node, so they expand there. srun does not inherit the job's CPUs.
 # shellcheck disable=SC2016
@@ -97,7 +101,11 @@ if [ $code = 0 ] && [ -z "$is_stopped" ]; then
 fi
 # Slurm may have ended the job: preempted or with a dead node, it is queued again by Slurm; cancelled, nobody wants it.
 # (srun waits for the processes of a dead node until Slurm has noticed.) No answer: the controller is busy.
-[[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) =~ ^(RUNNING)?$ ]] || exit "${failed:-75}"
+state=$(squeue --noheader --jobs "$job" --format %T)
+if [ -n "$state" ] && [ "$state" != RUNNING ]; then
+  say "ended by Slurm: $state"
+  exit "${failed:-75}"
+fi
 if [ -n "$failed" ] || [ -z "$is_stopped" ]; then
   say "failed, and is not queued again: ${reason:-see above}"
   exit "${failed:-$code}"
@@ -109,6 +117,6 @@ fi
 say "stopped; it is queued again and will go on"
 for pause in 0 30 60; do # here too the controller may be busy
   sleep $pause
-  scontrol requeue "$SLURM_JOB_ID" && break
+  scontrol requeue "$job" && break
 done
 exit 75

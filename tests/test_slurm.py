@@ -321,7 +321,7 @@ def sweep(site):
     common = ["training.max_steps=20", "training.save_strategy=no"]
     command = ["slurm/array.sh", "-c1", "--", "accelerate_configs/cpu.yaml", "recipe.yaml", "rates.txt", *common]
     said = site.cluster.run(*command, cwd=site.folder).stdout
-    array, table = re.fullmatch(r"array job (\d+): 4 runs in outputs/rates; then job (\d+): .*\n", said).groups()
+    array, table = re.fullmatch(r"array job (\d+): 4 runs in outputs/rates\nthen job (\d+): .*\n", said).groups()
     return Job(site, array), Job(site, table).end()
 
 
@@ -337,6 +337,28 @@ def test_a_sweep_trains_every_line_and_ends_in_a_table(job):
     assert len(printed) == 4 and "0.01" in printed[0], table.log
     assert (folder / "comparison.png").exists() and (folder / "comparison.csv").exists()
     assert [file.name for file in (array.site.folder / "logs").glob("array-*-3.out")] == [f"array-{array.number}-3.out"]
+
+
+def stopped_in_a_sweep(site):
+    """Of one task of an array Slurm's number is that of the whole array: here it is the one that is stopped."""
+    (site.folder / "seeds.txt").write_text("training.seed=1\ntraining.seed=2\n")
+    command = ["slurm/array.sh", "-c1", "--", "accelerate_configs/cpu.yaml", "recipe.yaml", "seeds.txt"]
+    array = re.match(r"array job (\d+)", site.cluster.run(*command, cwd=site.folder).stdout)[1]
+    files = [site.folder / "outputs" / "seeds" / line / "metrics.jsonl" for line in "12"]
+    wait_for("both runs", lambda: all(file.exists() and '"step": 20' in file.read_text() for file in files), SECONDS)
+    tasks = [Job(site, f"{array}_{line}") for line in "12"]
+    stopped = next(task for task in tasks if task.facts["JobId"] == array)
+    site.cluster.run("scancel", "--signal=USR1", stopped.number)
+    return stopped.end(), *(task.end() for task in tasks if task != stopped)
+
+
+@about(stopped_in_a_sweep)
+def test_a_task_of_a_sweep_that_is_stopped_goes_on_and_the_others_do_not_notice(job):
+    restarts = [(task.facts["JobState"], task.facts["Restarts"]) for task in job]
+    assert restarts == [("COMPLETED", "1"), ("COMPLETED", "0")]
+    stopped = job[0]
+    log = stopped.site.folder / "logs" / f"array-{stopped.number.replace('_', '-')}.out"
+    assert "stopped; it is queued again" in log.read_text()
 
 
 def documented_chain(site):

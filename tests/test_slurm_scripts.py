@@ -75,6 +75,7 @@ WRONG = {
     "check_nothing": ("sft.sh", ["--check", "--nodes=2", "--"], "found: \n"),
     "array_nothing": ("array.sh", ["accelerate_configs/cpu.yaml", "recipes/dolly_gpt2.yaml"], "a file of overrides"),
     "array_no_file": ("array.sh", ["accelerate_configs/cpu.yaml", "recipes/dolly_gpt2.yaml", "no.txt"], "no.txt"),
+    "array_quote": ("array.sh", ["accelerate_configs/cpu.yaml", "recipes/dolly_gpt2.yaml", "QUOTE"], "unmatched"),
     "array_empty": ("array.sh", ["accelerate_configs/cpu.yaml", "recipes/dolly_gpt2.yaml", "EMPTY"], "no overrides"),
 }
 
@@ -83,8 +84,47 @@ WRONG = {
 def test_wrong_arguments_end_in_one_line(case, tmp_path):
     script, arguments, words = WRONG[case]
     (tmp_path / "empty.txt").write_text("# nothing\n\n")
-    arguments = [argument.replace("EMPTY", str(tmp_path / "empty.txt")) for argument in arguments]
+    (tmp_path / "quote.txt").write_text("training.seed=1\ntraining.run_name=it's training.seed=3\n")
+    files = {"EMPTY": str(tmp_path / "empty.txt"), "QUOTE": str(tmp_path / "quote.txt")}
+    arguments = [files.get(argument, argument) for argument in arguments]
     folder = tmp_path if case == "nowhere" else ROOT
     done = subprocess.run([ROOT / "slurm" / script, *arguments], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 2
     assert words in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith(f"slurm/{script}: ")
+
+
+def called(script: str, *arguments: str, folder: Path, **environment: str) -> list[list[str]]:
+    """The words of every command of Slurm that the script gives, where these only write them down."""
+    programs = folder / "bin"
+    programs.mkdir()
+    for name in ("sbatch", "srun", "scancel", "scontrol", "squeue"):
+        (programs / name).write_text(f'#!/bin/bash\nprintf "%s\\n" {name} "$@" "" >>{folder}/called\necho 7\n')
+        (programs / name).chmod(0o755)
+    variables = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", **environment}
+    subprocess.run([ROOT / "slurm" / script, *arguments], cwd=ROOT, env=variables, check=True, capture_output=True)
+    return [words.splitlines() for words in (folder / "called").read_text().split("\n\n") if words]
+
+
+@pytest.mark.parametrize("place", ["rates.txt", "./rates", "sweeps.d/rates"])
+def test_a_sweep_is_named_after_its_file_and_its_table_goes_to_the_same_account(place, tmp_path):
+    (tmp_path / "sweeps.d").mkdir()
+    (tmp_path / place).write_text("training.seed=1\n")
+    options = ["-A", "me", "-pgpu", "--qos", "long", "--partition=a", "--gres=gpu:1", "--time", "9"]
+    command = [*options, "--", "accelerate_configs/cpu.yaml", "recipes/dolly_gpt2.yaml", str(tmp_path / place)]
+    array, table = called("array.sh", *command, folder=tmp_path)
+    assert array[:4] == ["sbatch", "--parsable", "--array=1-1", "-A"]
+    assert table[-1].endswith("python src/compare.py outputs/rates")
+    assert [word for word in table if word in (*options, "9")] == options[:-3]
+
+
+def test_a_task_of_an_array_without_a_line_is_refused(tmp_path):
+    (tmp_path / "rates.txt").write_text("training.seed=1\n")
+    command = [
+        ROOT / "slurm/array.sh",
+        "accelerate_configs/cpu.yaml",
+        "recipes/dolly_gpt2.yaml",
+        tmp_path / "rates.txt",
+    ]
+    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "--array goes from 1 to 1" in done.stderr
