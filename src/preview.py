@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
     from finetuning.budget import make_budget
 
     try:
-        budget = make_budget(recipe, prepared, tokenizer, strategy, gpu or devices.present())
+        budget = make_budget(recipe, prepared, tokenizer, strategy, gpu or devices.present(recipe))
     except UserError as error:  # a tokenizer's folder is enough to look at the rows
         if flags:
             raise

@@ -150,6 +150,14 @@ def test_fsdp2_is_what_accelerate_s_plugin_makes_of_it(launched):
     assert type(plugin.cpu_offload).__name__ == "OffloadPolicy" and not plugin.cpu_ram_efficient_loading
 
 
+def test_the_configs_for_the_cpu_keep_processes_off_the_gpus():
+    environments = {name: environment_of(ROOT / "accelerate_configs" / f"{name}.yaml") for name in STRATEGIES}
+    assert environments["cpu"]["ACCELERATE_USE_CPU"] == "True"
+    # CUDA counts devices up to the first that does not exist.
+    hidden = {name for name, found in environments.items() if found.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")}
+    assert hidden == {"cpu_ddp"}
+
+
 @pytest.mark.cluster
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name.startswith("zero")])
 def test_deepspeed_reads_what_accelerate_makes_of_it(name, launched):

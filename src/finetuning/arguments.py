@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from trl import SFTConfig
 
+from finetuning.devices import uses_gpu
 from finetuning.errors import UserError
 from finetuning.model import precision
 from finetuning.recipe import Recipe
@@ -19,13 +20,13 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     if is_set("ACCELERATE_USE_DEEPSPEED"):
         # It compiles with ninja, which pip puts beside this Python: not on the PATH unless the environment is active.
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    has_gpu = torch.cuda.is_available()
-    capability = torch.cuda.get_device_capability() if has_gpu else None
+    on_gpu = uses_gpu(recipe)
+    capability = torch.cuda.get_device_capability() if on_gpu else None
     settings = recipe.training.model_dump(exclude_unset=True, exclude={"global_batch_size", "auto_find_batch_size"})
     step = step_size(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     settings["per_device_train_batch_size"] = step.micro_batch
     settings["gradient_accumulation_steps"] = step.accumulation
-    settings |= precision(recipe, torch.device("cuda" if has_gpu else "cpu"), capability)
+    settings |= precision(recipe, torch.device("cuda" if on_gpu else "cpu"), capability)
     settings |= {
         # Examples come tokenized and masked; trl would tokenize, cut and pack them again.
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -33,8 +34,10 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
         "packing": False,
         "padding_free": False,
     }
-    settings.setdefault("use_cpu", not has_gpu)  # two gloo processes find each other only with this flag
-    settings.setdefault("dataloader_pin_memory", has_gpu)
+    # Two gloo processes find each other only with this flag, and with ACCELERATE_USE_CPU alone Trainer would put the
+    # model of one process on the GPU.
+    settings["use_cpu"] = not on_gpu
+    settings.setdefault("dataloader_pin_memory", on_gpu)
     settings.setdefault("ddp_find_unused_parameters", False)  # every parameter is used; looking costs a walk a step
     # trl's default of recomputing every activation costs a third of the speed; a recipe asks for it where it must.
     if not settings.get("gradient_checkpointing"):  # the old name
@@ -46,6 +49,8 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
         settings.setdefault("eval_on_start", True)  # the loss before training, to compare with
         settings.setdefault("per_device_eval_batch_size", step.micro_batch)
     try:
-        return SFTConfig(**settings)
+        args = SFTConfig(**settings)
     except (TypeError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from None
+    args._n_gpu = min(args.n_gpu, 1)  # a process has one GPU; of more that it sees Trainer would make a DataParallel
+    return args

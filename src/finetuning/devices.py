@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 
 from finetuning.errors import UserError
+from finetuning.recipe import Recipe
+from finetuning.strategy import is_set
 
 GIB = 2**30
 
@@ -49,12 +51,19 @@ def peak_of(name: str) -> float | None:
     return next((device.flops for device in GPUS.values() if re.search(rf"\b{device.name}\b", name)), None)
 
 
-def present() -> Device:
-    """The first GPU of this machine, or its CPU."""
+def uses_gpu(recipe: Recipe) -> bool:
+    """Whether training here is on a GPU: there is one, and neither recipe nor `accelerate launch` keep to the CPU."""
+    import torch
+
+    return torch.cuda.is_available() and not (recipe.training.use_cpu or is_set("ACCELERATE_USE_CPU"))
+
+
+def present(recipe: Recipe) -> Device:
+    """What the recipe would be trained on here: the first GPU of this machine, or its CPU."""
     import psutil
     import torch
 
-    if torch.cuda.is_available():
+    if uses_gpu(recipe):
         properties = torch.cuda.get_device_properties(0)
         capability = (properties.major, properties.minor)
         return Device(properties.name, properties.total_memory, peak_of(properties.name) or 0.0, capability)
