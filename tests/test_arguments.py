@@ -53,3 +53,10 @@ def test_without_a_gpu_the_cpu_is_used_and_said_to_be(tmp_path, launched):
 
 def test_the_budget_is_that_of_the_cpu_where_the_recipe_stays_on_it(two_t4):
     assert not present(load_recipe(ROOT / "recipes/quickstart.yaml", ["training.use_cpu=true"])).is_gpu
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [([], False), (["null"], False), (["true"], True)])
+def test_activations_are_computed_twice_only_where_the_recipe_says_so(tmp_path, launched, overrides, expected):
+    launched({})
+    args = arguments_of(tmp_path, *[f"training.activation_checkpointing={value}" for value in overrides])
+    assert args.activation_checkpointing is args.gradient_checkpointing is expected

@@ -12,9 +12,8 @@ from ruamel.yaml import YAML
 
 from finetuning.errors import UserError
 from finetuning.library_fields import TABLE, as_json, load_library_fields, read_library_fields
-from finetuning.problems import RENAMED
 from finetuning.recipe import SCHEMA, Recipe, load_recipe, recipe_schema
-from finetuning.sections import OWNED, Section
+from finetuning.sections import OWNED, RENAMED, Section
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TEXT = """\

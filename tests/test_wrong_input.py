@@ -83,12 +83,21 @@ RENAMED = [
     override("warmup_ratio", "training.warmup_ratio=0.1", "write training.warmup_steps"),
     override("evaluation_strategy", "training.evaluation_strategy=epoch", "write training.eval_strategy"),
     override("overwrite_output_dir", "training.overwrite_output_dir=true", "another training.output_dir"),
+    override(
+        "gradient_checkpointing", "training.gradient_checkpointing=true", "write training.activation_checkpointing"
+    ),
+    override(
+        "gradient_checkpointing_kwargs",
+        "training.gradient_checkpointing_kwargs={use_reentrant: false}",
+        "write training.activation_checkpointing_kwargs",
+    ),
     edit("renamed key in the file", "max_steps: 2", "warmup_ratio: 0.1", "recipe.yaml:12: ", "training.warmup_steps"),
 ]
 
 OWNED_ELSEWHERE = [
     override("training.max_length", "training.max_length=64", "belongs to data.max_length"),
     override("training.packing", "training.packing=true", "belongs to data.layout"),
+    override("training.average_tokens", "training.average_tokens_across_devices=false", "belongs to the loss: "),
     override("training.push_to_hub", "training.push_to_hub=true", "belongs to the publish section"),
     override("training.deepspeed", "training.deepspeed=zero3.json", "belongs to accelerate_configs/"),
     override("lora.task_type", "lora.task_type=CAUSAL_LM", "lora.task_type belongs to"),

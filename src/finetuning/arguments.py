@@ -40,8 +40,7 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     settings.setdefault("dataloader_pin_memory", on_gpu)
     settings.setdefault("ddp_find_unused_parameters", False)  # every parameter is used; looking costs a walk a step
     # trl's default of recomputing every activation costs a third of the speed; a recipe asks for it where it must.
-    if not settings.get("gradient_checkpointing"):  # the old name
-        settings.setdefault("activation_checkpointing", False)
+    settings["activation_checkpointing"] = bool(settings.get("activation_checkpointing"))
     # Trainer's default replaces a loss that is not a number by the average of those before, and asks the device for
     # it in every micro-batch.
     settings.setdefault("logging_nan_inf_filter", False)

@@ -6,33 +6,10 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from finetuning.sections import OWNED, Section
+from finetuning.sections import OWNED, RENAMED, Section
 
 KeyPath = tuple[str | int, ...]  # ("data", "path", 0, "reader")
 Fields = dict[str, Any]  # a section's fields by name, as pydantic has them
-
-# Keys that the libraries renamed or dropped, or that live here under another name, with what to write instead.
-RENAMED = {
-    "torch_dtype": "model.dtype",
-    "model_name_or_path": "model.name",
-    "model_revision": "model.revision",
-    "load_in_8bit": "model.quantization: 8bit",
-    "load_in_4bit": "model.quantization: 4bit",
-    "use_peft": "a lora section",
-    "lora_r": "lora.r",
-    "dataset_name": "data.path",
-    "max_seq_length": "data.max_length",
-    "warmup_ratio": "training.warmup_steps (a number below 1 is a share of all steps)",
-    "evaluation_strategy": "training.eval_strategy",
-    "group_by_length": "data.order: by_length",
-    "no_cuda": "training.use_cpu",
-    "per_gpu_train_batch_size": "training.per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "training.per_device_eval_batch_size",
-    "overwrite_output_dir": "another training.output_dir (the key is gone: a run folder is never overwritten)",
-    "save_safetensors": "nothing (the key is gone: weights are always safetensors)",
-    "logging_dir": "nothing (the key is gone: logs go to <training.output_dir>/runs)",
-    "push_to_hub_model_id": "publish.repo",
-}
 
 
 def explain(
@@ -147,7 +124,7 @@ def unknown_key(root: Fields, key: KeyPath) -> str:
     allowed = sorted(section_at(root, key[:-1]))
     if owner := OWNED.get(section, {}).get(name):
         return f"{said} belongs to {owner}"
-    if name in RENAMED and name not in allowed:
+    if name in RENAMED:
         return f"{said} has a new name: write {RENAMED[name]}"
     if near := difflib.get_close_matches(name, allowed, n=1):
         return f"unknown key {said}; did you mean {'.'.join(filter(None, (section, near[0])))}?{listed(allowed)}"

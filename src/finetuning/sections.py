@@ -33,6 +33,7 @@ OWNED = {
         **dict.fromkeys(
             ("label_smoothing_factor", "loss_type", "router_aux_loss_coef"), "the loss: plain cross-entropy"
         ),
+        "average_tokens_across_devices": "the loss: every trained token of a step weighs the same, on all processes",
         **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "the loss: fused without it"),
         "dataloader_drop_last": "data.order: an epoch has every example once",
         **dict.fromkeys(
@@ -51,6 +52,31 @@ OWNED = {
         "runtime_config": "src/sft.py",
     },
     "generation": {"max_length": "generation.max_new_tokens"},
+}
+
+# Keys that the libraries renamed or dropped, or that live here under another name, with what to write instead.
+RENAMED = {
+    "torch_dtype": "model.dtype",
+    "model_name_or_path": "model.name",
+    "model_revision": "model.revision",
+    "load_in_8bit": "model.quantization: 8bit",
+    "load_in_4bit": "model.quantization: 4bit",
+    "use_peft": "a lora section",
+    "lora_r": "lora.r",
+    "dataset_name": "data.path",
+    "max_seq_length": "data.max_length",
+    "warmup_ratio": "training.warmup_steps (a number below 1 is a share of all steps)",
+    "evaluation_strategy": "training.eval_strategy",
+    "group_by_length": "data.order: by_length",
+    "gradient_checkpointing": "training.activation_checkpointing",
+    "gradient_checkpointing_kwargs": "training.activation_checkpointing_kwargs",
+    "no_cuda": "training.use_cpu",
+    "per_gpu_train_batch_size": "training.per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "training.per_device_eval_batch_size",
+    "overwrite_output_dir": "another training.output_dir (the key is gone: a run folder is never overwritten)",
+    "save_safetensors": "nothing (the key is gone: weights are always safetensors)",
+    "logging_dir": "nothing (the key is gone: logs go to <training.output_dir>/runs)",
+    "push_to_hub_model_id": "publish.repo",
 }
 
 
@@ -217,11 +243,11 @@ class Publish(Section):
 
 
 def library_section(section: str, doc: str, **own_fields: Any) -> type[Section]:
-    """A Section with the fields a library's config class has, less those owned elsewhere, and our own."""
+    """A Section with the fields a library's config class has, less those owned elsewhere or renamed, and our own."""
     fields = {
         name: (python_type(field), Field(default=field["default"], description=field["help"]))
         for name, field in load_library_fields()[section].items()
-        if name not in OWNED[section]
+        if name not in OWNED[section] and name not in RENAMED
     }
     return create_model(section.capitalize(), __base__=Section, __doc__=doc, **{**fields, **own_fields})
 
