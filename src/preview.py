@@ -12,6 +12,7 @@ examples.jsonl to <training.output_dir>/preview/.
 """
 
 import json
+import os
 
 from finetuning.errors import UserError, run
 
@@ -24,6 +25,7 @@ def main(arguments: list[str]) -> None:
 
     from finetuning import devices
     from finetuning.cache import cache_folder, prepare
+    from finetuning.compatibility import require_compatible
     from finetuning.data import training_texts
     from finetuning.model import load_tokenizer
     from finetuning.origin import with_pulled_base
@@ -33,11 +35,13 @@ def main(arguments: list[str]) -> None:
     from finetuning.remedies import remedies
     from finetuning.report import examples_in_order, plot_lengths, print_budget, print_example, print_funnel
     from finetuning.run_folder import make_folder, output_folder, write_text
-    from finetuning.strategy import configured
+    from finetuning.strategy import asked, launch_environment
 
     flags, overrides = split_flags(arguments[1:])
     recipe = load_recipe(arguments[0], overrides)
-    strategy = configured(flags.get("--config_file"), flags.get("--num_processes"))
+    os.environ |= launch_environment(flags.get("--config_file"), flags.get("--num_processes"))
+    strategy = asked()
+    require_compatible(recipe, strategy, trains_here=False)
     gpu = devices.named(flags["--gpu"]) if "--gpu" in flags else None
     require_hub(needs_of(recipe))
     recipe = with_pulled_base(recipe)

@@ -14,7 +14,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from conftest import ROOT
 
-from finetuning.strategy import Strategy, asked
+from finetuning.strategy import Strategy, asked, launch_environment
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 ONE_PROCESS = {"cpu", "single_gpu", "t4"}
@@ -139,6 +139,22 @@ def test_accelerate_makes_of_it_what_its_name_says(config, launched):
     assert asked() == STRATEGIES[config.stem]
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in os.environ
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_preview_reads_in_it_what_accelerate_does(config, launched):
+    theirs = environment_of(config)
+    ours = launch_environment(str(config), theirs.get("WORLD_SIZE"))
+    launched(ours)
+    assert asked() == STRATEGIES[config.stem]
+    shared = ours.keys() & theirs.keys()
+    assert {name: ours[name].lower() for name in shared} == {name: theirs[name].lower() for name in shared}
+    read = {
+        "cpu": "ACCELERATE_USE_CPU",
+        "fsdp2": "FSDP_VERSION",
+        "zero3": "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL",
+    }
+    assert config.stem not in read or read[config.stem] in shared
 
 
 def test_fsdp2_is_what_accelerate_s_plugin_makes_of_it(launched):

@@ -20,7 +20,7 @@ from finetuning.data import Prepared
 from finetuning.errors import UserError
 from finetuning.recipe import load_recipe
 from finetuning.report import budget_table
-from finetuning.strategy import Strategy, configured
+from finetuning.strategy import Strategy
 from finetuning.tokenization import Examples
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -191,18 +191,6 @@ def test_a_number_format_that_the_gpu_lacks_is_refused(small):
 )
 def test_a_gpu_is_known_by_its_name(name, peak):
     assert devices.peak_of(name) == peak
-
-
-@pytest.mark.parametrize("config", sorted(ROOT.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem)
-def test_every_accelerate_config_is_a_strategy(config):
-    expected = {"zero3_offload": Strategy("zero3", 8, offload=True), "fsdp2": Strategy("fsdp", 8)}
-    expected |= {name: Strategy(name, 8) for name in ("ddp", "zero1", "zero2", "zero3")}
-    assert configured(str(config), "8") == expected.get(config.stem, Strategy("ddp", 8))
-
-
-def test_a_config_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match=r"^nowhere\.yaml: is no accelerate config"):
-        configured("nowhere.yaml", None)
 
 
 # preview

@@ -14,7 +14,7 @@ from finetuning import compatibility
 from finetuning.compatibility import RULES, require_compatible, table
 from finetuning.errors import UserError
 from finetuning.recipe import load_recipe
-from finetuning.strategy import Strategy, asked
+from finetuning.strategy import Strategy, asked, launch_environment
 
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}
@@ -143,6 +143,37 @@ def test_what_only_the_machine_can_tell_is_refused_before_a_model_is_loaded(
         sft.main([QUICKSTART, f"training.output_dir={tmp_path / 'run'}"])
     assert str(refused.value) == refusal(what)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "config", "overrides"),
+    [
+        ("training.torch_compile", {"distributed_type": "NO"}, ["training.torch_compile=true"]),
+        (
+            "training.auto_find_batch_size with ZeRO or FSDP",
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero3_save_16bit_model": True}},
+            ["training.auto_find_batch_size=true"],
+        ),
+        (
+            "ZeRO-3 that does not gather weights on saving",
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}},
+            [],
+        ),
+        ("FSDP version 1", {"distributed_type": "FSDP", "fsdp_config": {"fsdp_offload_params": False}}, []),
+    ],
+)
+def test_preview_refuses_what_training_would_refuse(what, config, overrides, run_script, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = ["--config_file", tmp_path / "config.json", "--num_processes", "4", "--gpu", "t4"]
+    refused = run_script("preview.py", QUICKSTART, f"training.output_dir={tmp_path / 'run'}", *overrides, *flags)
+    assert_one_line(refused, [refusal(what)])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("config", ["zero3", "zero2", "fsdp2", "ddp", "zero3_offload"])
+def test_preview_takes_every_config_for_gpus_on_a_machine_without(config, launched):
+    launched(launch_environment(str(ROOT / f"accelerate_configs/{config}.yaml"), "4"))
+    require_compatible(load_recipe(QUICKSTART), asked(), trains_here=False)
 
 
 @pytest.mark.parametrize(("overrides", "environment"), WORKS)

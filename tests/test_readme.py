@@ -18,7 +18,7 @@ from finetuning import readers, templates
 from finetuning.address import parse_address
 from finetuning.devices import GPUS
 from finetuning.recipe import Recipe, load_recipe
-from finetuning.strategy import configured
+from finetuning.strategy import launch_environment
 from generate import OVERRIDES
 from preview import split_flags
 
@@ -144,7 +144,7 @@ def check_script(words: list[str], known_folders: set[str]) -> None:
     if script in ("src/sft.py", "src/preview.py"):
         flags, overrides = split_flags(arguments) if script == "src/preview.py" else ({}, arguments)
         load_recipe(ROOT / source, overrides)
-        configured(flags.get("--config_file"), flags.get("--num_processes"))
+        launch_environment(flags.get("--config_file"), flags.get("--num_processes"))
         assert flags.get("--gpu", "t4") in GPUS
         return
     if script == "src/publish.py":

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate import FullyShardedDataParallelPlugin
+from conftest import ROOT
 
 from finetuning.errors import UserError
-from finetuning.strategy import Strategy, asked, launch_of, require_strategy, running
+from finetuning.strategy import Strategy, asked, launch_environment, launch_of, require_strategy, running
 
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}
@@ -68,6 +69,38 @@ def test_a_damaged_file_of_deepspeed_is_named_in_one_line(launched, tmp_path, co
     with pytest.raises(UserError, match="is no DeepSpeed config with zero_optimization") as refused:
         asked()
     assert str(refused.value).startswith(f"{file}: ") and "\n" not in str(refused.value)
+
+
+def test_a_config_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match=r"^nowhere\.yaml: is no accelerate config"):
+        launch_environment("nowhere.yaml", None)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "a: [", "num_processes: 2", "distributed_type: ALL"])
+def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match="is no accelerate config: ") as refused:
+        launch_environment(str(tmp_path / "config.yaml"), None)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_config_that_leaves_open_how_many_needs_the_flag(launched):
+    file = str(ROOT / "accelerate_configs/zero3.yaml")
+    with pytest.raises(UserError, match=r"zero3\.yaml: does not say how many processes; add --num_processes"):
+        launch_environment(file, None)
+    launched(launch_environment(file, "8"))
+    assert asked() == Strategy("zero3", 8)
+
+
+def test_a_file_of_deepspeed_that_a_config_names_is_read(launched, tmp_path):
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    config = {
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {"deepspeed_config_file": str(tmp_path / "zero.json")},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    launched(launch_environment(str(tmp_path / "config.json"), "4"))
+    assert asked() == Strategy("zero1", 4)
 
 
 def test_a_strategy_reads_like_a_sentence():

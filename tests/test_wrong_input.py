@@ -136,6 +136,10 @@ WRONG_VALUES = [
     case("GPU that is not known", "--gpu t5: unknown; allowed are t4, v100", command=f"{PREVIEW} --gpu t5"),
     case("flag that is not known", "unknown flag --graphics; allowed are --gpu", command=f"{PREVIEW} --graphics t4"),
     case("flag without a value", "--gpu has no value", command=f"{PREVIEW} --gpu"),
+    *(
+        case(f"{count} processes", f"--num_processes {count}: expected a", command=f"{PREVIEW} --num_processes={count}")
+        for count in ("0", "-1", "²")
+    ),
     case("processes that are no number", "--num_processes two: expected a", command=f"{PREVIEW} --num_processes=two"),
     case(
         "smaller micro-batches of tokens",

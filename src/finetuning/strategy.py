@@ -48,28 +48,38 @@ def asked() -> Strategy:
     return Strategy("ddp" if processes > 1 else "single", processes)
 
 
-def configured(file: str | None, processes: str | None) -> Strategy:
-    """What `accelerate launch --config_file ... --num_processes ...` would start. Raises UserError if it could not."""
-    if processes is not None and not processes.isdigit():
-        raise UserError(f"--num_processes {processes}: expected a whole number")
+def launch_environment(file: str | None, processes: str | None) -> dict[str, str]:
+    """What `accelerate launch --config_file ... --num_processes ...` would say to its processes, as far as it matters.
+
+    Raises UserError if it could not start them.
+    """
+    if processes is not None and (not processes.isdecimal() or int(processes) < 1):
+        raise UserError(f"--num_processes {processes}: expected a whole number, at least 1")
     if file is None:
-        count = int(processes or 1)
-        return Strategy("ddp" if count > 1 else "single", count)
+        return {"WORLD_SIZE": processes} if processes else {}
     from accelerate.commands.config.config_args import load_config_from_file
+    from yaml import YAMLError
 
     try:
         config = load_config_from_file(file)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError) as error:
         raise UserError(f"{file}: is no accelerate config: {' '.join(str(error).split())}") from None
-    count = int(processes or config.num_processes or 1)
-    kind = config.distributed_type.value
+    count = int(processes or config.num_processes)
+    if count < 1:
+        raise UserError(f"{file}: does not say how many processes; add --num_processes, such as --num_processes 2")
+    kind, said = config.distributed_type.value, {"WORLD_SIZE": count}
     if kind == "DEEPSPEED":
-        zero = config.deepspeed_config
-        offload = any(zero.get(f"offload_{what}_device", "none") != "none" for what in ("optimizer", "param"))
-        return Strategy(f"zero{zero.get('zero_stage', 2)}", count, offload)
-    if kind == "FSDP":
-        return Strategy("fsdp", count, bool(config.fsdp_config.get("fsdp_offload_params")))
-    return Strategy("ddp" if count > 1 else "single", count)
+        said |= {"ACCELERATE_USE_DEEPSPEED": True}
+        said |= {
+            f"ACCELERATE_DEEPSPEED_{name.removeprefix('deepspeed_').upper()}": value
+            for name, value in config.deepspeed_config.items()
+        }
+    elif kind == "FSDP":
+        said |= {"ACCELERATE_USE_FSDP": True}
+        said |= {f"FSDP_{name.removeprefix('fsdp_').upper()}": value for name, value in config.fsdp_config.items()}
+    elif kind == "NO":
+        said |= {"ACCELERATE_USE_CPU": config.use_cpu}
+    return {name: str(value) for name, value in said.items() if value is not None}
 
 
 def is_set(name: str) -> bool:
