@@ -173,6 +173,11 @@ def test_a_number_format_that_the_gpu_lacks_is_refused(small):
         budget_of(small, "training.bf16=true", gpu="t4")
 
 
+def test_an_adapter_that_training_would_refuse_has_no_budget(small):
+    with pytest.raises(UserError, match=r"^lora\.target_modules: .* did you mean c_proj\?"):
+        budget_of(small, "lora={r: 4, target_modules: [c_attn, c_porj]}")
+
+
 # Devices and strategies
 
 

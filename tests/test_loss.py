@@ -85,6 +85,46 @@ def test_an_adapter_on_the_head_is_refused(field):
         require_plain_head(tiny.model_of("llama"), Lora(**{field: ["lm_head"]}))
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "complaint"),
+    [
+        (
+            "gpt2",
+            {"target_modules": ["c_attn", "c_porj"]},
+            "target_modules: no module .* is called c_porj; did .* c_proj?",
+        ),
+        (
+            "gpt2",
+            {"target_modules": ["attn"], "exclude_modules": ["mpl.c_fc"]},
+            "exclude_modules: .* did you mean c_fc?",
+        ),
+        ("llama", {"target_modules": ["proj"]}, "called proj; did you mean [a-z]+_proj?"),
+        ("gpt2", {"trainable_token_indices": [5, 6]}, "trainable_token_indices: the gpt2 model's output layer has"),
+        ("bloom", {"trainable_token_indices": {"word_embeddings": [5]}}, "trainable_token_indices: the bloom model"),
+        ("llama", {"trainable_token_indices": {"lm_head": [5]}}, "lm_head cannot be adapted"),
+    ],
+)
+def test_an_adapter_that_would_not_be_what_was_asked_for_is_refused(kind, fields, complaint):
+    with pytest.raises(UserError, match=f"^lora.*{complaint}"):
+        require_plain_head(tiny.model_of(kind), Lora(**fields))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (
+            "gpt2",
+            {"target_modules": ["c_attn", "mlp.c_proj", "transformer.h.0.mlp.c_fc"], "exclude_modules": ["h.1.attn"]},
+        ),
+        ("llama", {"target_modules": "all-linear"}),
+        ("llama", {"target_modules": r".*\.(q|k)_proj", "trainable_token_indices": [5, 6]}),
+        ("bloom", {}),
+    ],
+)
+def test_modules_are_named_by_the_end_of_their_path_or_by_a_pattern(kind, fields):
+    require_plain_head(tiny.model_of(kind), Lora(**fields))
+
+
 def test_scaled_logits_are_refused():
     model = tiny.model_of("llama")
     model.config.logit_scale = 0.5

@@ -345,7 +345,7 @@ LATE = [
         command=f"{TRAIN} training.bf16=true training.fp16=true",
     ),
     case("negative warmup", "training: ", "warmup_steps", command=f"{TRAIN} training.warmup_steps=-1"),
-    case("adapter on no module", "lora: Target modules ", "nope", command=f"{TRAIN} lora.target_modules=[nope]"),
+    case("adapter on no module", "no module of the gpt2 model", "nope", command=f"{TRAIN} lora.target_modules=[nope]"),
     case(
         "model without config",
         "model.name: TOKENIZER cannot be loaded",

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from finetuning.attention import Packing, isolate, packed_as
 from finetuning.batching import Batch
-from finetuning.loss import ResponseHead, Targets
+from finetuning.loss import ResponseHead, Targets, require_plain_head
 from finetuning.model import fuse_gelu, lora_config
 from finetuning.recipe import Recipe
 from finetuning.stand_ins import LayerNormInFloat32, PaddedPacking, hold_linear_layers
@@ -70,13 +70,14 @@ def footprint(
 
 
 def build(recipe: Recipe, config: "PreTrainedConfig") -> "PreTrainedModel":
-    """The model as make_trainer has it, its weights on the meta device."""
+    """The model as make_trainer has it, its weights on the meta device. Raises UserError where that refuses it."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, recipe.model.dtype))
         return prepare(recipe, model)
 
 
 def prepare(recipe: Recipe, model: "PreTrainedModel") -> "PreTrainedModel":
+    require_plain_head(model, recipe.lora)
     fuse_gelu(model)
     if recipe.data.layout == "packed":
         isolate(model)

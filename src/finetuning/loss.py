@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from finetuning.errors import UserError
+from finetuning.model import require_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,17 +69,27 @@ class ResponseHead:
 
 
 def require_plain_head(model: "PreTrainedModel", lora: Any) -> None:
-    """Raises UserError where the loss is more than the head's product: scaled or capped logits, a LoRA on the head."""
+    """Raises UserError where the loss is more than the head's product: scaled or capped logits, a LoRA on the head.
+
+    And where the adapter would not be what was asked for: see require_modules.
+    """
     config = model.config.get_text_config()
     names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
     scaled = [name for name in names if getattr(config, name, None) not in (None, 1, 1.0)]
-    if scaled or type(model.get_output_embeddings()) is not torch.nn.Linear:
-        what = scaled[0] if scaled else type(model.get_output_embeddings()).__name__
+    head = model.get_output_embeddings()
+    if scaled or type(head) is not torch.nn.Linear:
+        what = scaled[0] if scaled else type(head).__name__
         raise UserError(f"model.name: the output layer of {config.model_type} models ({what}) is not supported")
     given = lora.model_dump(exclude_unset=True) if lora else {}
-    modules = [given.get("target_modules"), given.get("modules_to_save")]
+    modules = [given.get(name) for name in ("target_modules", "modules_to_save", "trainable_token_indices")]
     if any("lm_head" in names for names in modules if names):
         raise UserError("lora: lm_head cannot be adapted: the loss is computed from its weight; leave it out")
+    if given.get("trainable_token_indices") and head.weight is model.get_input_embeddings().weight:
+        raise UserError(
+            f"lora.trainable_token_indices: the {config.model_type} model's output layer has the weight of its "
+            "embeddings, and the loss is computed from it; leave it out"
+        )
+    require_modules(model, given)
 
 
 class ResponseLoss(torch.autograd.Function):

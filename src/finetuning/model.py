@@ -189,6 +189,19 @@ def lora_config(recipe: Recipe) -> "LoraConfig | None":
         raise UserError(f"lora: {str(error).splitlines()[0]}") from None
 
 
+def require_modules(model: "PreTrainedModel", lora: dict[str, Any]) -> None:
+    """Raises UserError for a listed name that no module has: peft leaves it out in silence if it finds another one."""
+    modules = dict(model.named_modules())
+    for field in ("target_modules", "exclude_modules"):
+        listed = lora.get(field)
+        for name in listed if isinstance(listed, list) else ():
+            if not any(f".{module}".endswith(f".{name}") for module in modules):
+                own = {module.rpartition(".")[2] for module, found in modules.items() if hasattr(found, "weight")}
+                near = difflib.get_close_matches(name, sorted(own), n=1, cutoff=0.0)[0]
+                kind = model.config.model_type
+                raise UserError(f"lora.{field}: no module of the {kind} model is called {name}; did you mean {near}?")
+
+
 def precision(recipe: Recipe, device: "torch.device", capability: tuple[int, int] | None) -> dict[str, bool]:
     """{bf16, fp16} for the trainer: what the recipe says, else what the device computes in hardware.
 
