@@ -32,6 +32,16 @@ def test_steps_have_the_same_examples_however_many_processes_share_them(order, p
     assert steps_of(processes, accumulation, **order) == steps_of(1, **order)
 
 
+@pytest.mark.parametrize("settings", [*ORDERS, {"tokens": 600}])
+@pytest.mark.parametrize("is_padded", [True, False])
+def test_slots_are_those_of_all_batches_of_an_epoch(settings, is_padded):
+    settings = {"seed": 3, "batch_size": 4, "processes": 3, **settings}
+    batches = [batch for process in range(3) for batch in BatchSampler(LENGTHS, process=process, **settings)]
+    lengths = [LENGTHS[batch] for batch in batches if batch[0] >= 0]
+    slots = sum(batch.max() * len(batch) if is_padded else batch.sum() for batch in lengths)
+    assert BatchSampler(LENGTHS, **settings).slots(is_padded) == slots
+
+
 @pytest.mark.parametrize("settings", [*ORDERS, {"tokens": 600}, {"tokens": 600, "seed": None}])
 @pytest.mark.parametrize("processes", [1, 3])
 def test_an_epoch_has_every_example_once(settings, processes):

@@ -168,6 +168,39 @@ def test_processes_share_the_memory_of_a_cpu_but_not_of_a_gpu(small):
     assert dataclasses.replace(on_gpu, device=devices.Device("a CPU", 4000, 1e9, None)).available == 1000
 
 
+def varied(lengths: list[int], responses: list[int]) -> Prepared:
+    """Examples of these lengths, of which so many tokens at the end are a response."""
+    labels = np.concatenate([np.arange(length) for length in lengths])
+    labels = np.where(labels < np.repeat(np.subtract(lengths, responses), lengths), -100, 5)
+    ids = np.full(len(labels), 5, np.int32)
+    return Prepared(Examples(ids, labels, np.array(lengths), np.arange(len(lengths))), None, {}, "")
+
+
+def seconds_of(model: Path, lengths: list[int], responses: list[int], *overrides: str) -> float:
+    recipe = load_recipe(
+        ROOT / "recipes/dolly_gpt2.yaml",
+        [f"model.name={model}", "data.eval=null", "training.eval_strategy=no", *overrides],
+    )
+    found = make_budget(recipe, varied(lengths, responses), tiny.byte_level(), SINGLE, devices.named("t4"))
+    return found.seconds[0]
+
+
+def test_padding_takes_its_time(small):
+    lengths, few = [200, *[20] * 7] * 4, [1] * 32
+    packed, padded = (
+        seconds_of(small, lengths, few, f"data.layout={layout}", "data.order=sequential")
+        for layout in ("packed", "padded")
+    )
+    assert padded / packed == pytest.approx(8 * 200 / (200 + 7 * 20), rel=0.03)
+
+
+def test_the_head_s_time_is_that_of_all_responses_and_not_of_the_longest_example(small):
+    short, long, none = (
+        seconds_of(small, [200, *[20] * 31], responses) for responses in ([1] * 32, [199, *[1] * 31], [0] * 32)
+    )
+    assert (long - none) / (short - none) == pytest.approx((199 + 31) / 32)
+
+
 def test_a_number_format_that_the_gpu_lacks_is_refused(small):
     with pytest.raises(UserError, match="only emulates it"):
         budget_of(small, "training.bf16=true", gpu="t4")

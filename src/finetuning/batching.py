@@ -120,6 +120,13 @@ class BatchSampler:
                     largest, found = size, part.tolist()
         return found
 
+    def slots(self, is_padded: bool) -> int:
+        """Tokens that are computed in an epoch, padding too, by all processes."""
+        if not is_padded:
+            return int(self.lengths.sum())
+        parts = (self.lengths[part] for step in self.steps() for dealt in self.deal(step) for part in dealt)
+        return sum(int(lengths.max(initial=0)) * len(lengths) for lengths in parts)
+
     def __len__(self) -> int:
         """Micro-batches of an epoch, the same for every process and epoch."""
         if self.tokens:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from finetuning.batching import BatchSampler, Collator
@@ -14,9 +15,10 @@ from finetuning.devices import Device
 from finetuning.footprint import Footprint, build, footprint, optimizer_bytes
 from finetuning.model import load_config, precision
 from finetuning.recipe import Recipe
-from finetuning.stand_ins import HeldLinear
 from finetuning.step_size import StepSize, step_size
 from finetuning.strategy import Strategy
+from finetuning.throughput import products_of
+from finetuning.tokenization import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -85,9 +87,11 @@ def make_budget(
 
     model = build(recipe, load_config(recipe.model, tokenizer))
     taken = footprint(recipe, model, batch, autocast, device.is_gpu)
-    tokens = round(prepared.train.lengths.sum() * steps / steps_of_epoch)
-    responses = tokens * len(batch["targets"]) / batch["input_ids"].numel()
-    flops = flops_of(model, tokens, responses, bool(recipe.training.activation_checkpointing)) / strategy.processes
+    epochs = steps / steps_of_epoch
+    slots = sampler.slots(is_padded) * epochs
+    responses = np.count_nonzero(prepared.train.labels != IGNORE_INDEX) * epochs
+    forwards = 2 if recipe.training.activation_checkpointing else 1
+    flops = products_of(model).flops(slots, responses, forwards) / strategy.processes
     slow, fast = UTILISATION if device.is_gpu else CPU_UTILISATION
     return Budget(
         device=device,
@@ -96,7 +100,7 @@ def make_budget(
         parts=parts_of(taken, model, strategy),
         longest=(len(examples), batch["input_ids"].numel(), len(batch["targets"])),
         steps=steps,
-        tokens=tokens,
+        tokens=round(prepared.train.lengths.sum() * epochs),
         seconds=(flops / device.flops / fast, flops / device.flops / slow) if device.flops else (0.0, math.inf),
         disk=disk_of(recipe, model, steps, steps_of_epoch),
         free=shutil.disk_usage(existing(Path(recipe.training.output_dir).expanduser())).free,
@@ -156,19 +160,6 @@ def largest_layer(model: "PreTrainedModel") -> int:
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     sizes = [sum(weight.nbytes for weight in layer.parameters()) for layer in layers]
     return max([*sizes, *(weight.nbytes for weight in model.parameters())])
-
-
-def flops_of(model: "PreTrainedModel", tokens: int, responses: float, is_checkpointed: bool) -> float:
-    """Of the products with weights, in all steps: 2 a weight forward, 2 for the activations backward, 2 if trained."""
-    head = model.get_output_embeddings().weight
-    embeddings = model.get_input_embeddings().weight
-    outside = {id(head), id(embeddings)}
-    layers = [weight for weight in model.parameters() if id(weight) not in outside]
-    held = sum(layer.in_features * layer.out_features for layer in model.modules() if isinstance(layer, HeldLinear))
-    numbers = held + sum(weight.numel() for weight in layers if weight.is_floating_point())
-    trained = sum(weight.numel() for weight in layers if weight.requires_grad)
-    per_token = (6 if is_checkpointed else 4) * numbers + 2 * trained
-    return tokens * per_token + responses * (4 + 2 * head.requires_grad) * head.numel()
 
 
 def disk_of(recipe: Recipe, model: "PreTrainedModel", steps: int, steps_of_epoch: int) -> int:

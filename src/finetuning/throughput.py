@@ -1,27 +1,60 @@
 """How much was computed, how fast, and how well: counted on the host or left on the device until it is logged."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from finetuning.devices import peak_of
 from finetuning.loss import Scores
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+
+class Products(NamedTuple):
+    """How many numbers of a model's linear layers every token is multiplied by, and every response token by the head's.
+
+    Embeddings are looked up and not multiplied, tied or not. Attention among the tokens is not counted.
+    """
+
+    layers: int
+    trained: int
+    """of these"""
+    head: int
+    trained_head: int
+
+    def flops(self, tokens: float, responses: float, forwards: int = 1) -> float:
+        """Of training on so many tokens, so many of them responses; two forwards where activations are checkpointed.
+
+        Two FLOPs a number and token forward, two backward for the activations, and two for a trained weight's gradient.
+        """
+        per_token = 2 * ((forwards + 1) * self.layers + self.trained)
+        return per_token * tokens + 2 * (2 * self.head + self.trained_head) * responses
+
+
+def products_of(model: "PreTrainedModel") -> Products:
+    """By the layers' shapes: a weight in 4 bits has half its numbers, and one that ZeRO-3 has shared out none."""
+
+    def size(layer: torch.nn.Module) -> int:
+        return layer.nf * layer.nx if isinstance(layer, Conv1D) else layer.in_features * layer.out_features
+
+    head = model.get_output_embeddings()
+    layers = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    sizes = [(size(layer), layer.weight.requires_grad) for layer in layers if layer is not head]
+    trained = sum(numbers for numbers, requires_grad in sizes if requires_grad)
+    return Products(
+        sum(numbers for numbers, _ in sizes), trained, size(head), size(head) if head.weight.requires_grad else 0
+    )
 
 
 class Throughput:
     """Sums over micro-batches since the last log. No figure leaves the device in between."""
 
-    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
-        # ZeRO-3 leaves empty shells of parameters; their full size is in ds_numel.
-        sizes = [(getattr(p, "ds_numel", None) or p.numel(), p.requires_grad) for p in model.parameters()]
-        total = sum(size for size, _ in sizes)
-        trained = sum(size for size, requires_grad in sizes if requires_grad)
-        # Forward two FLOPs a weight and token, backward as many for the activations, and for each trained weight.
-        self.flops_per_token = 4 * total + 2 * trained
+    def __init__(self, model: "PreTrainedModel", device: torch.device) -> None:
+        self.products = products_of(model)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = peak_of(name)
         self.device = device
@@ -64,7 +97,7 @@ class Throughput:
         self.since = time.perf_counter() - max((state["seconds"] for state in states), default=0.0)
 
     def flops_of(self, inputs: dict[str, Any]) -> int:
-        return self.flops_per_token * sum(inputs["lengths"])
+        return self.products.flops(sum(inputs["lengths"]), len(inputs["targets"]))
 
     def totals(self, accelerator: "Accelerator") -> list[float]:
         """[loss, correct, responses, tokens, slots] over all processes."""
@@ -88,6 +121,6 @@ class Throughput:
             "padding_share": 1 - tokens / max(1.0, slots),
         }
         if self.peak:
-            used = self.flops_per_token * tokens / seconds
+            used = self.products.flops(tokens, responses) / seconds
             figures["model_flops_share"] = used / (self.peak * accelerator.num_processes)
         return figures
