@@ -3,12 +3,21 @@
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 
 from finetuning import attention
 from finetuning.attention import Packing, isolate, packed_as, require_isolation
 from finetuning.errors import UserError
+from finetuning.stand_ins import PaddedPacking
 
 LENGTHS = (7, 1, 12, 5)
+# A window of 8 tokens, in every layer or in some.
+WINDOWED = {
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+    "phi3": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
+}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -50,6 +59,76 @@ def test_changing_one_packed_example_changes_no_other(kind, device):
     assert (before - after)[0, 8:20].abs().max() > 1e-2
 
 
+@pytest.fixture(params=["one by one", "padded rows", "kernel"])
+def way(request, monkeypatch) -> type[Packing]:
+    """Each way to attend, on the CPU: the kernel is one of ours, which does what varlen_attn's manual says."""
+    if request.param == "kernel":
+        monkeypatch.setattr(attention, "has_flash", lambda query: True)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    return PaddedPacking if request.param == "padded rows" else Packing
+
+
+def varlen_attn(q, k, v, borders, _, longest, __, scale, window_size, enable_gqa):
+    left, right = window_size
+    assert right == 0 and longest == borders.diff().max()
+    parts = []
+    for start, end in zip(borders[:-1], borders[1:], strict=True):
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (distance >= 0) & ((distance <= left) | (left == -1))
+        rows = (part[start:end].transpose(0, 1)[None] for part in (q, k, v))
+        output = F.scaled_dot_product_attention(*rows, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+        parts.append(output[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_a_packed_example_longer_than_the_window_sees_the_window(kind, way):
+    model = tiny.model_of(kind, **WINDOWED[kind])
+    lengths = (40, 3, 12, 8)
+    ids, positions = flat(lengths)
+    alone = [model(input_ids=part).logits.detach() for part in ids.split(lengths, dim=1)]
+    isolate(model)
+    with torch.no_grad(), packed_as(way(lengths, model.device)):
+        together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
+    assert require_isolation(model, longest=40) is None  # it raises otherwise
+
+
+@pytest.mark.parametrize("kind", [*WINDOWED, "gpt_oss"])
+def test_padding_on_the_right_changes_no_logit_of_a_model_with_windows_or_sinks(kind):
+    experts = {"sliding_window": 8, "num_local_experts": 4, "head_dim": 8}
+    model = tiny.model_of(kind, **WINDOWED.get(kind, experts))
+    ids, _ = flat((40,))
+    with torch.no_grad():
+        alone = model(input_ids=ids, use_cache=False).logits
+        padded = model(input_ids=F.pad(ids, (0, 20)), use_cache=False).logits[:, :40]
+    torch.testing.assert_close(padded, alone, rtol=0, atol=1e-5)
+
+
+def test_windows_that_the_packed_path_would_drop_are_refused(monkeypatch):
+    model = tiny.model_of("mistral", **WINDOWED["mistral"])
+    isolate(model)
+    one = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *args, window: one(*args))
+    assert require_isolation(model, longest=8) is None  # no example outgrows the window
+    with pytest.raises(UserError, match=r"mistral.*get alone.*data\.layout=padded"):
+        require_isolation(model, longest=40)
+
+
+def test_a_model_that_attends_in_chunks_is_refused_where_an_example_outgrows_them():
+    model = tiny.model_of("llama4_text", attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=64)
+    isolate(model)
+    assert require_isolation(model, longest=8) is None
+    with pytest.raises(UserError, match="get alone"):
+        require_isolation(model, longest=12)
+
+
+def test_a_model_whose_attention_is_more_than_sdpa_is_refused():
+    model = tiny.model_of("gpt_oss", num_local_experts=4, head_dim=8)
+    with pytest.raises(UserError, match=r"^data\.layout: packed, but gpt_oss .*eager.*sinks.*data\.layout=padded$"):
+        isolate(model)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
@@ -89,7 +168,7 @@ def test_the_real_model_is_asked_and_passes(kind):
 
 
 def test_bloom_as_it_is_leaks_and_is_refused():
-    with pytest.raises(UserError, match=r"bloom.*see each other.*data\.layout=padded"):
+    with pytest.raises(UserError, match=r"bloom.*get alone.*data\.layout=padded"):
         require_isolation(tiny.model_of("bloom"))
 
 
@@ -98,11 +177,11 @@ def test_broken_isolation_is_refused(kind, monkeypatch):
     model = tiny.model_of(kind)
     isolate(model)
     one = attention.attend
-    whole = lambda query, key, value, packing, *rest: one(  # noqa: E731
+    whole = lambda query, key, value, packing, *rest, window: one(  # noqa: E731
         query, key, value, Packing((query.shape[2],), packing.device), *rest
     )
     monkeypatch.setattr(attention, "attend", whole)
-    with pytest.raises(UserError, match="see each other"):
+    with pytest.raises(UserError, match="get alone"):
         require_isolation(model)
 
 

@@ -167,11 +167,14 @@ CONFIGS = {
 }
 
 
-def model_of(kind: str, vocab_size: int = 512, seed: int = 0, width: int = 32) -> PreTrainedModel:
-    """A random model of an architecture the recipes use; weights large enough that tokens matter to each other."""
+def model_of(kind: str, vocab_size: int = 512, seed: int = 0, width: int = 32, **more: object) -> PreTrainedModel:
+    """A random model of an architecture the recipes use, or one like Llama that needs `more` settings.
+
+    Its weights are large enough that tokens matter to each other.
+    """
     torch.manual_seed(seed)
     end = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    fields = {**CONFIGS[kind], "n_embd" if kind == "gpt2" else "hidden_size": width}
+    fields = {**CONFIGS.get(kind, CONFIGS["llama"]), "n_embd" if kind == "gpt2" else "hidden_size": width, **more}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=vocab_size, **end, **fields))
     for weight in model.parameters():
         if weight.dim() > 1:

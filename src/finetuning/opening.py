@@ -43,7 +43,8 @@ class Opening(TrainerCallback):
         require_strategy(self.trainer, self.strategy)
         require_same_software(gather_object([(socket.gethostname(), software())]))
         if self.recipe.data.layout == "packed":
-            require_isolation(model)
+            longest = int(self.trainer.train_examples.lengths.max())
+            require_isolation(model, longest, is_half=args.bf16 or args.fp16)
         rehearse(self.trainer, self.recipe)
         folder = self.trainer.run_folder
         # A run that goes on was asked before its first step; the model has learnt since.
