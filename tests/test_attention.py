@@ -1,9 +1,12 @@
 """Packed examples see themselves and nothing else, on every architecture of the recipes."""
 
+from itertools import pairwise
+
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from accelerate.utils import convert_outputs_to_fp32
 
 from finetuning import attention
 from finetuning.attention import Packing, isolate, packed_as, require_isolation
@@ -72,7 +75,7 @@ def varlen_attn(q, k, v, borders, _, longest, __, scale, window_size, enable_gqa
     left, right = window_size
     assert right == 0 and longest == borders.diff().max()
     parts = []
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
+    for start, end in pairwise(borders.tolist()):
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
         seen = (distance >= 0) & ((distance <= left) | (left == -1))
         rows = (part[start:end].transpose(0, 1)[None] for part in (q, k, v))
@@ -167,14 +170,36 @@ def test_the_real_model_is_asked_and_passes(kind):
     assert require_isolation(model) is None  # it raises otherwise
 
 
-def test_bloom_as_it_is_leaks_and_is_refused():
+def computing_in(model, dtype):
+    """The model as accelerate prepares it for bf16 or fp16: float32 weights, autocast and float32 logits."""
+    if dtype is not None:
+        model.forward = convert_outputs_to_fp32(torch.autocast(model.device.type, dtype)(model.forward))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_a_model_that_is_asked_under_autocast_may_round_as_autocast_does(kind, dtype):
+    model = computing_in(tiny.model_of(kind), dtype)
+    isolate(model)
+    assert require_isolation(model, is_half=True) is None  # it raises otherwise
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("std", [0.02, 0.2])  # of fresh weights, and of such that tokens matter to each other
+def test_bloom_as_it_is_leaks_and_is_refused(std, dtype):
+    model = computing_in(tiny.model_of("bloom", width=256, n_layer=8, n_head=8), dtype)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data.normal_(std=std)
     with pytest.raises(UserError, match=r"bloom.*get alone.*data\.layout=padded"):
-        require_isolation(tiny.model_of("bloom"))
+        require_isolation(model, is_half=dtype is not None)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_broken_isolation_is_refused(kind, monkeypatch):
-    model = tiny.model_of(kind)
+def test_broken_isolation_is_refused(kind, dtype, monkeypatch):
+    model = computing_in(tiny.model_of(kind), dtype)
     isolate(model)
     one = attention.attend
     whole = lambda query, key, value, packing, *rest, window: one(  # noqa: E731
@@ -182,7 +207,7 @@ def test_broken_isolation_is_refused(kind, monkeypatch):
     )
     monkeypatch.setattr(attention, "attend", whole)
     with pytest.raises(UserError, match="get alone"):
-        require_isolation(model)
+        require_isolation(model, is_half=dtype is not None)
 
 
 @pytest.mark.parametrize("kind", tiny.CONFIGS)

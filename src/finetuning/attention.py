@@ -106,16 +106,23 @@ def require_isolation(model: "PreTrainedModel", longest: int = 0, is_half: bool 
             together = last_logits(model, tokens, lengths)
     finally:
         model.train(was_training)
-    difference = (apart - together).abs().max().item()
-    # bitsandbytes rounds activations by what else is in the batch, within 1e-2. bfloat16 comes within 1e-2 too; what
-    # leaks is 0.3 and more.
-    is_exact = not is_half and model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
-    allowed = 1e-3 if is_exact else 0.05
-    if not difference <= allowed * max(1.0, apart.abs().max().item()):
+    difference, size = (apart - together).norm(), apart.norm()
+    if not difference <= tolerance(model, is_half) * size:
         raise UserError(
             f"data.layout: packed, but in this {model.config.model_type} model packed examples do not get the logits "
-            f"that they get alone (they differ by {difference:.1g}); use data.layout=padded"
+            f"that they get alone (they differ by {difference / size:.1%}); use data.layout=padded"
         )
+
+
+def tolerance(model: "PreTrainedModel", is_half: bool) -> float:
+    """How far the logits may be apart, as a share of their norm.
+
+    Measured, with up to 24 layers: rounding makes 1e-6, in half precision 0.01, and in 8 bits, where it depends on what
+    else is in the batch, 0.07. A leak makes 0.08 in a BLOOM with random weights, 0.5 and more with larger ones.
+    """
+    if getattr(model, "is_quantized", False):
+        return 0.2
+    return 0.05 if is_half or model.dtype != torch.float32 else 1e-3
 
 
 def last_logits(model: "PreTrainedModel", input_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
