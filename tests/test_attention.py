@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
 
 from finetuning import attention
-from finetuning.attention import Packing, isolate, packed_as, require_isolation
+from finetuning.attention import Packing, attend, isolate, packed_as, require_isolation
 from finetuning.errors import UserError
 from finetuning.stand_ins import PaddedPacking
 
@@ -35,6 +35,13 @@ def logits_of(model, ids, positions, lengths) -> torch.Tensor:
     with torch.no_grad(), packed_as(Packing(tuple(lengths), model.device)):
         ids, positions = ids.to(model.device), positions.to(model.device)
         return model(input_ids=ids, position_ids=positions, use_cache=False).logits.float().cpu()
+
+
+def computing_in(model, dtype):
+    """The model as accelerate prepares it for bf16 or fp16: float32 weights, autocast and float32 logits."""
+    if dtype is not None:
+        model.forward = convert_outputs_to_fp32(torch.autocast(model.device.type, dtype)(model.forward))
+    return model
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -132,13 +139,34 @@ def test_a_model_whose_attention_is_more_than_sdpa_is_refused():
         isolate(model)
 
 
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_what_attends_under_autocast_is_half_precision_as_the_kernel_needs_it(kind, monkeypatch):
+    """As a recipe trains: float32 weights. Rotary positions make float32 of queries and keys."""
+    asked = []
+    monkeypatch.setattr(attention, "has_flash", lambda query: asked.append(query.dtype))
+    model = tiny.model_of(kind).train()
+    isolate(model)
+    ids, positions = flat()
+    with packed_as(Packing(LENGTHS, model.device)), torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, position_ids=positions, use_cache=False)
+    assert asked == ([] if kind == "bloom" else [torch.bfloat16] * 2)  # BLOOM has a bias, which no kernel takes
+
+
+def test_attention_under_autocast_rounds_as_sdpa_does():
+    query, key, value = torch.randn(3, 1, 4, 12, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = attend(query, key, value.bfloat16(), Packing((12,), query.device), scale=None)
+        theirs = F.scaled_dot_product_attention(query, key, value.bfloat16(), is_causal=True)
+    assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_half_precision_on_a_gpu_isolates_too(kind, dtype):
-    model = tiny.model_of(kind).to("cuda", dtype)
+    model = computing_in(tiny.model_of(kind).to("cuda"), dtype)
     isolate(model)
-    require_isolation(model)
+    require_isolation(model, is_half=True)
     ids, positions = flat()
     before = logits_of(model, ids, positions, LENGTHS)
     ids[0, 8:20] = torch.randint(5, 500, (12,))
@@ -148,18 +176,22 @@ def test_half_precision_on_a_gpu_isolates_too(kind, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
 def test_the_flash_kernel_and_padded_rows_give_the_same_gradients(kind, monkeypatch):
-    grads = []
-    for has_flash in (True, False):
-        model = tiny.model_of(kind).to("cuda", torch.bfloat16)
+    grads, taken = [], []
+    flash = attention.attend_flash
+    monkeypatch.setattr(attention, "attend_flash", lambda *args: taken.append(args) or flash(*args))
+    lengths = (40, 3, 12, 8)
+    ids, positions = flat(lengths)
+    for has_flash in (attention.has_flash, lambda query: False):
+        model = computing_in(tiny.model_of(kind, **WINDOWED.get(kind, {})).to("cuda"), torch.bfloat16)
         isolate(model)
-        monkeypatch.setattr(attention, "has_flash", lambda query, answer=has_flash: answer)
-        ids, positions = flat()
-        with packed_as(Packing(LENGTHS, model.device)):
+        monkeypatch.setattr(attention, "has_flash", has_flash)
+        with packed_as(Packing(lengths, model.device)):
             output = model(input_ids=ids.cuda(), position_ids=positions.cuda(), use_cache=False)
             output.logits.float().logsumexp(-1).sum().backward()
         grads.append(torch.cat([weight.grad.float().flatten() for weight in model.parameters()]))
+    assert len(taken) == 2  # layers, of the first model
     assert (grads[0] - grads[1]).norm() / grads[1].norm() < 0.05
 
 
@@ -168,13 +200,6 @@ def test_the_real_model_is_asked_and_passes(kind):
     model = tiny.model_of(kind)
     isolate(model)
     assert require_isolation(model) is None  # it raises otherwise
-
-
-def computing_in(model, dtype):
-    """The model as accelerate prepares it for bf16 or fp16: float32 weights, autocast and float32 logits."""
-    if dtype is not None:
-        model.forward = convert_outputs_to_fp32(torch.autocast(model.device.type, dtype)(model.forward))
-    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -168,6 +168,7 @@ def attend(
     `bias` (H, 1, longest) is added to the scores of an example's first, second, ... key. With `window` a query sees so
     many keys at most, the last of them its own.
     """
+    query, key, value = map(in_autocast, (query, key, value))
     if window and window >= packing.longest:
         window = None
     if bias is None and dropout == 0 and has_flash(query):
@@ -187,6 +188,15 @@ def attend(
     q, k, v = (part[0].transpose(0, 1)[packing.rows].transpose(1, 2) for part in (query, key, value))
     output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
     return output.transpose(1, 2).flatten(0, 1)[packing.back].transpose(0, 1)[None]
+
+
+def in_autocast(part: torch.Tensor) -> torch.Tensor:
+    """In autocast's format, where it is on.
+
+    SDPA makes it so itself, the kernel does not: rotary positions leave float32 queries and keys, beside half values.
+    """
+    device = part.device.type
+    return part.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else part
 
 
 def attend_flash(
