@@ -152,6 +152,24 @@ def test_what_attends_under_autocast_is_half_precision_as_the_kernel_needs_it(ki
     assert asked == ([] if kind == "bloom" else [torch.bfloat16] * 2)  # BLOOM has a bias, which no kernel takes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["bloom", "mistral"])
+def test_all_layers_keep_one_and_the_same_mask_for_backward(kind, dtype):
+    model = tiny.model_of(kind, **WINDOWED.get(kind, {})).train()
+    isolate(model)
+    ids, positions = flat()
+    packing = Packing(LENGTHS, model.device)
+    kept = []
+    keeping = torch.autograd.graph.saved_tensors_hooks(kept.append, lambda kept: kept)
+    with packed_as(packing), keeping, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        model(input_ids=ids, position_ids=positions, use_cache=False)
+    (mask,) = packing.masks.values()
+    assert mask.dtype == dtype and mask.isinf().any()
+    masks = [tensor for tensor in kept if tensor.dim() == 4 and tensor.isinf().any()]
+    assert len(masks) == 2 * 3  # layers, and examples of more than one token: each keeps a part of the one
+    assert {tensor.untyped_storage().data_ptr() for tensor in masks} == {mask.untyped_storage().data_ptr()}
+
+
 def test_attention_under_autocast_rounds_as_sdpa_does():
     query, key, value = torch.randn(3, 1, 4, 12, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -246,12 +264,12 @@ def test_generation_is_what_it_was(kind):
     assert torch.equal(before, model.generate(input_ids=ids, attention_mask=mask, **settings))
 
 
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize("kind", [*tiny.CONFIGS, "mistral"])
 def test_checkpointed_layers_attend_in_isolation_when_they_run_again(kind):
     ids, positions = flat()
     grads = []
     for checkpointing in (False, True):
-        model = tiny.model_of(kind).train()
+        model = tiny.model_of(kind, **WINDOWED.get(kind, {})).train()
         isolate(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

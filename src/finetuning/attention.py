@@ -67,6 +67,11 @@ class Packing:
         places = [number * self.longest + n for number, length in enumerate(self.lengths) for n in range(length)]
         return torch.tensor(places).to(self.device, non_blocking=True)
 
+    @cached_property
+    def masks(self) -> dict[tuple[int | None, torch.dtype], torch.Tensor]:
+        """By window and number format, as `mask_of` makes them: one for all layers, which keep it for backward."""
+        return {}
+
 
 class Current:
     """The packing of the batch that is being computed; None for rows that are each one sequence.
@@ -165,17 +170,15 @@ def attend(
 ) -> torch.Tensor:
     """Causal attention within each example. query (1, H, T, D), key and value (1, H or fewer, T, D) -> (1, H, T, D).
 
-    `bias` (H, 1, longest) is added to the scores of an example's first, second, ... key. With `window` a query sees so
-    many keys at most, the last of them its own.
+    `bias` (H, 1, longest or more), the same in every layer, is added to the scores of an example's first, second, ...
+    key. With `window` a query sees so many keys at most, the last of them its own.
     """
     query, key, value = map(in_autocast, (query, key, value))
     if window and window >= packing.longest:
         window = None
     if bias is None and dropout == 0 and has_flash(query):
         return attend_flash(query, key, value, packing, scale, window)
-    if window and bias is None:
-        bias = query.new_zeros(1, 1, packing.longest)
-    mask = None if bias is None else causal(bias, packing.longest, window)
+    mask = mask_of(packing, query, bias, window)
     gqa = key.shape[1] != query.shape[1]
     settings = {"scale": scale, "dropout_p": dropout, "is_causal": mask is None, "enable_gqa": gqa}
     if packing.one_by_one:
@@ -220,6 +223,19 @@ def has_flash(query: torch.Tensor) -> bool:
     """Whether torch's variable-length FlashAttention takes these: half precision on compute capability 8.0 and up."""
     is_half = query.dtype in (torch.float16, torch.bfloat16)
     return query.is_cuda and is_half and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def mask_of(
+    packing: Packing, query: torch.Tensor, bias: torch.Tensor | None, window: int | None
+) -> torch.Tensor | None:
+    """(1, H or 1, longest, longest) in the query's format; None where it is enough to be causal."""
+    if bias is None and window is None:
+        return None
+    kind = (window, query.dtype)
+    if kind not in packing.masks:
+        bias = query.new_zeros(1, 1, packing.longest) if bias is None else bias.to(query.dtype)
+        packing.masks[kind] = causal(bias, packing.longest, window)
+    return packing.masks[kind]
 
 
 def causal(bias: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
@@ -278,7 +294,6 @@ def attend_bloom(
         return type(self).forward(self, hidden_states, residual, alibi, *args, **kwargs)
     query, key, value = self._reshape(self.query_key_value(hidden_states))
     dropout = self.attention_dropout.p if self.training else 0.0
-    bias = alibi[:, :, : Current.packing.longest].to(query.dtype)
-    context = attend(query, key, value, Current.packing, self.inv_norm_factor, dropout, bias)
+    context = attend(query, key, value, Current.packing, self.inv_norm_factor, dropout, bias=alibi)
     output = self.dense(context.transpose(1, 2).flatten(2))
     return F.dropout(output, self.hidden_dropout, self.training) + residual, None
