@@ -123,7 +123,9 @@ def load_model(
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.name: {model.name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     keep_gradients(loaded)
-    rows = loaded.get_input_embeddings().num_embeddings  # its weight is an empty shell under ZeRO-3
+    embeddings = loaded.get_input_embeddings()
+    embeddings.padding_idx = None  # it would keep the gradient from the end mark where that is the pad token too
+    rows = embeddings.num_embeddings  # its weight is an empty shell under ZeRO-3
     if len(tokenizer) > rows:
         raise UserError(f"model.name: {model.name} embeds {rows} tokens, its tokenizer has {len(tokenizer)}")
     return loaded
@@ -147,7 +149,8 @@ def scratch_config(settings: FromScratch, tokenizer: "PreTrainedTokenizerFast") 
 
     fields = dict(settings.config)
     end = tokenizer.eos_token_id
-    special = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    # No pad token: a Llama would hold its embedding, that of the end mark, at zero. Generation names its own.
+    special = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
     place = "model.from_scratch.config"
     try:
         known = AutoConfig.for_model(kind := fields.pop("model_type"))
