@@ -140,6 +140,23 @@ def test_losses_and_weights_are_those_of_a_loop_over_single_examples(
         torch.testing.assert_close(found[name].detach(), weight, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_batch_is_copied_without_waiting_and_without_its_labels(base, rows, tmp_path, monkeypatch, layout):
+    recipe = recipe_of(base, rows, tmp_path / "run", f"data.layout={layout}")
+    tokenizer = load_tokenizer(recipe.model, [])
+    trainer = make_trainer(recipe, tokenizer, prepare(recipe.data, tokenizer))
+    batch = next(iter(trainer.get_train_dataloader()))
+    copies, copy = [], torch.Tensor.to
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "to", lambda *args, **given: copies.append((args, given)) or copy(*args, **given))
+        inputs = trainer._prepare_inputs(batch)
+    assert inputs.keys() == batch.keys() - {"labels"} and inputs["lengths"] == batch["lengths"]
+    tensors = [name for name in inputs if name != "lengths"]
+    assert [args[1:] for args, _ in copies] == [(trainer.args.device,)] * len(tensors)
+    assert all(given == {"non_blocking": True} for _, given in copies)
+    assert all(torch.equal(inputs[name], batch[name]) for name in tensors)
+
+
 def test_evaluation_counts_every_response_token_once(base, rows, tmp_path):
     recipe = recipe_of(base, rows, tmp_path / "run", "training.max_steps=1", "training.per_device_eval_batch_size=3")
     trainer = trained(recipe)

@@ -133,6 +133,16 @@ class ResponseTrainer(DurableTrainer):
             logs |= self.throughput.since_last_log(self.accelerator)
         super().log(logs, start_time)
 
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """On the device, without the labels: they are counted by now, and the loss takes its targets."""
+        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "labels"})
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Without waiting: transformers' copies one tensor after another to its end, pinned or not."""
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def packing(self, inputs: Batch) -> Packing | None:
         return Packing(tuple(inputs["lengths"]), self.args.device) if "position_ids" in inputs else None
 
