@@ -3,7 +3,7 @@
 accelerate launch src/sft.py recipes/dolly_gpt2.yaml
 accelerate launch src/sft.py recipes/dolly_gpt2.yaml training.max_steps=10 training.output_dir=outputs/try
 accelerate launch --config_file accelerate_configs/cpu.yaml src/sft.py recipes/quickstart.yaml
-accelerate launch --config_file accelerate_configs/zero3.yaml src/sft.py recipes/dolly_gpt2.yaml
+accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 8 src/sft.py recipes/dolly_gpt2.yaml
 python src/sft.py --check recipes/dolly_gpt2.yaml
 
 Arguments after the recipe are overrides, section.key=value. The run folder (training.output_dir) then holds weights or

@@ -32,10 +32,9 @@ def test_the_end_mark_of_a_model_from_scratch_is_an_input_that_learns():
 
 
 def test_the_end_mark_learns_where_it_is_the_pad_token_of_the_base_model_too(tmp_path: Path):
-    """trl names the pad token in what it trains, so that a run folder is such a base."""
+    """A run folder is such a base."""
     model, end = from_scratch()
     row = model.get_input_embeddings().weight[end].clone()
-    model.config.pad_token_id = end
     model.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).pad_token_id == end
     tokenizer = tiny.byte_level()
@@ -51,6 +50,6 @@ def test_the_config_of_a_model_from_scratch_can_be_saved_and_loaded(kind, tmp_pa
     model = load_model(settings, tokenizer, seed=0)
     model.save_pretrained(tmp_path)
     again = load_model(Model(name=str(tmp_path)), tokenizer, seed=0)
-    assert (again.config.eos_token_id, again.config.pad_token_id) == (tokenizer.eos_token_id, None)
+    assert (again.config.eos_token_id, again.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name]), name

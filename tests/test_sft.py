@@ -20,6 +20,7 @@ import preview
 import sft
 from finetuning.errors import Stopped, UserError
 from finetuning.recipe import load_recipe
+from finetuning.run_folder import read_samples
 from finetuning.stop import SIGNALS
 from finetuning.trainer import ResponseTrainer
 
@@ -103,6 +104,13 @@ def test_a_run_folder_explains_itself(tmp_path):
     samples = (folder / "samples.md").read_text(encoding="utf-8")
     assert "## 日本の首都はどこですか？" in samples and samples.count("After:") == 3
     assert (folder / "model.safetensors").exists() and (folder / "tokenizer.json").exists()
+
+
+def test_a_mixture_of_experts_is_trained_and_asked(tmp_path):
+    sizes = "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4"
+    experts = "num_key_value_heads: 2, num_local_experts: 4, max_position_embeddings: 128"
+    config = f"model.from_scratch.config={{model_type: mixtral, {sizes}, {experts}}}"
+    assert read_samples(run_folder(tmp_path, config))[0].after is not None
 
 
 def test_the_folder_alone_answers_as_training_did(tmp_path, capsys):

@@ -33,6 +33,8 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
         "max_length": None,
         "packing": False,
         "padding_free": False,
+        # The balance of a mixture's experts is no part of our loss; asking for it breaks the answers before training.
+        "router_aux_loss_coef": 0.0,
     }
     # Two gloo processes find each other only with this flag, and with ACCELERATE_USE_CPU alone Trainer would put the
     # model of one process on the GPU.

@@ -109,9 +109,11 @@ def load_model(
         set_seed(seed)
         try:
             # Not from_config: under ZeRO-3 that fills each process's part with random numbers of its own.
-            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(dtype)
+            made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(dtype)
         except (ValueError, TypeError) as error:
             raise UserError(f"model.from_scratch.config: {' '.join(str(error).split())}") from None
+        made.config.pad_token_id = made.generation_config.pad_token_id = tokenizer.pad_token_id
+        return made
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             location(model),
@@ -149,7 +151,7 @@ def scratch_config(settings: FromScratch, tokenizer: "PreTrainedTokenizerFast") 
 
     fields = dict(settings.config)
     end = tokenizer.eos_token_id
-    # No pad token: a Llama would hold its embedding, that of the end mark, at zero. Generation names its own.
+    # No pad token yet: a Llama would make its embedding, that of the end mark, zero and keep it there.
     special = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
     place = "model.from_scratch.config"
     try:
