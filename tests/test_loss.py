@@ -4,6 +4,8 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetuning import loss
 from finetuning.errors import UserError
@@ -123,6 +125,14 @@ def test_an_adapter_that_would_not_be_what_was_asked_for_is_refused(kind, fields
 )
 def test_modules_are_named_by_the_end_of_their_path_or_by_a_pattern(kind, fields):
     require_plain_head(tiny.model_of(kind), Lora(**fields))
+
+
+def test_the_old_names_of_a_mixture_s_experts_are_left_to_peft():
+    config = AutoConfig.for_model("mixtral", num_local_experts=4, vocab_size=300, **tiny.CONFIGS["llama"])
+    model, names = AutoModelForCausalLM.from_config(config), ["q_proj", "w1", "w2", "w3"]
+    require_plain_head(model, Lora(target_modules=names))
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=names))
+    assert any("experts" in name for name, weight in adapted.named_parameters() if weight.requires_grad)
 
 
 def test_scaled_logits_are_refused():

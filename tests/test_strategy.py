@@ -92,6 +92,19 @@ def test_a_config_that_leaves_open_how_many_needs_the_flag(launched):
     assert asked() == Strategy("zero3", 8)
 
 
+def test_a_config_whose_number_is_null_needs_the_flag_too(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("distributed_type: MULTI_GPU\nnum_processes: null\n")
+    with pytest.raises(UserError, match="does not say how many processes"):
+        launch_environment(str(file), None)
+
+
+def test_a_config_that_hides_the_gpus_hides_them_from_preview_too():
+    hidden = launch_environment(str(ROOT / "accelerate_configs/cpu_ddp.yaml"), None)["CUDA_VISIBLE_DEVICES"]
+    assert hidden.split(",")[0] == "-1"
+    assert "CUDA_VISIBLE_DEVICES" not in launch_environment(str(ROOT / "accelerate_configs/ddp.yaml"), "2")
+
+
 def test_a_file_of_deepspeed_that_a_config_names_is_read(launched, tmp_path):
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     config = {

@@ -5,6 +5,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetuning.loss import ResponseHead, Targets
 from finetuning.model import load_model
@@ -47,6 +48,16 @@ def test_they_are_those_of_a_step(kind, method):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     # Not quite a whole forward more: torch ends it at the last tensor of a layer that backward needs.
     assert products.flops(TOKENS, RESPONSES) < multiplied(model) <= products.flops(TOKENS, RESPONSES, forwards=2)
+
+
+def test_of_a_mixture_the_experts_that_a_token_takes_are_counted():
+    settings = {**tiny.CONFIGS["llama"], "vocab_size": 300, "num_hidden_layers": 1}
+    plain, mixed = (
+        products_of(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings, **more)))
+        for kind, more in (("mistral", {}), ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}))
+    )
+    expert = 3 * settings["hidden_size"] * settings["intermediate_size"]
+    assert 0 <= mixed.layers - (plain.layers + expert) <= 4 * settings["hidden_size"]  # the router
 
 
 @pytest.mark.parametrize("bits", [4, 8])

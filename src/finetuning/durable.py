@@ -146,7 +146,7 @@ class DurableTrainer(SFTTrainer):
         rank, world_size = self.args.process_index, self.args.world_size
         is_as_before = len(counted) == world_size
         if not is_as_before and self.is_world_process_zero():
-            print(f"the checkpoint is of {len(counted)} process(es); random numbers begin anew", file=sys.stderr)
+            print(f"the checkpoint is of {len(counted)} process(es): random numbers are others", file=sys.stderr)
         # A logged loss is the mean of the processes' losses, throughput the sum of what each has counted.
         losses = [each["loss"] for each in counted]
         self._tr_loss += losses[rank] if is_as_before else fmean(losses)

@@ -195,7 +195,12 @@ def lora_config(recipe: Recipe) -> "LoraConfig | None":
 
 
 def require_modules(model: "PreTrainedModel", lora: dict[str, Any]) -> None:
-    """Raises UserError for a listed name that no module has: peft leaves it out in silence if it finds another one."""
+    """Raises UserError for a listed name that no module has: peft leaves it out in silence if it finds another one.
+
+    Not for a mixture of experts: peft still takes the names that they had before they became one parameter.
+    """
+    if any(len(shape_of(weight)) == 3 for weight in model.parameters()):
+        return
     modules = dict(model.named_modules())
     for field in ("target_modules", "exclude_modules"):
         listed = lora.get(field)
@@ -205,6 +210,11 @@ def require_modules(model: "PreTrainedModel", lora: dict[str, Any]) -> None:
                 near = difflib.get_close_matches(name, sorted(own), n=1, cutoff=0.0)[0]
                 kind = model.config.model_type
                 raise UserError(f"lora.{field}: no module of the {kind} model is called {name}; did you mean {near}?")
+
+
+def shape_of(weight: "torch.Tensor") -> tuple[int, ...]:
+    """(out, in), or (experts, out, in) for a mixture; of what ZeRO-3 has shared out, too, whose shell is empty."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def precision(recipe: Recipe, device: "torch.device", capability: tuple[int, int] | None) -> dict[str, bool]:

@@ -64,10 +64,12 @@ def launch_environment(file: str | None, processes: str | None) -> dict[str, str
         config = load_config_from_file(file)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError) as error:
         raise UserError(f"{file}: is no accelerate config: {' '.join(str(error).split())}") from None
-    count = int(processes or config.num_processes)
+    count = int(processes or config.num_processes or 0)
     if count < 1:
         raise UserError(f"{file}: does not say how many processes; add --num_processes, such as --num_processes 2")
     kind, said = config.distributed_type.value, {"WORLD_SIZE": count}
+    if config.gpu_ids not in (None, "all"):
+        said |= {"CUDA_VISIBLE_DEVICES": config.gpu_ids}
     if kind == "DEEPSPEED":
         said |= {"ACCELERATE_USE_DEEPSPEED": True}
         said |= {

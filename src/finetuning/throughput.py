@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finetuning.devices import peak_of
 from finetuning.loss import Scores
+from finetuning.model import shape_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,6 +45,9 @@ def products_of(model: "PreTrainedModel") -> Products:
     head = model.get_output_embeddings()
     layers = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
     sizes = [(size(layer), layer.weight.requires_grad) for layer in layers if layer is not head]
+    taken = getattr(model.config.get_text_config(), "num_experts_per_tok", 1)  # of a mixture, by each token
+    shapes = [(shape_of(weight), weight.requires_grad) for weight in model.parameters()]
+    sizes += [(taken * shape[1] * shape[2], requires_grad) for shape, requires_grad in shapes if len(shape) == 3]
     trained = sum(numbers for numbers, requires_grad in sizes if requires_grad)
     return Products(
         sum(numbers for numbers, _ in sizes), trained, size(head), size(head) if head.weight.requires_grad else 0
