@@ -12,12 +12,13 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).paren
 from test_trainer import losses_of, trained  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
+from finetuning.errors import run  # noqa: E402
 from finetuning.recipe import load_recipe  # noqa: E402
 from finetuning.strategy import running  # noqa: E402
 
 
-def main() -> None:
-    cases, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+def main(arguments: list[str]) -> None:
+    cases, results = json.loads(Path(arguments[0]).read_text()), Path(arguments[1])
     for name, (recipe, overrides) in cases.items():
         trainer = trained(load_recipe(recipe, overrides))
         trainer.save_trained()
@@ -51,4 +52,4 @@ def local_part(tensor):
 
 
 if __name__ == "__main__":
-    main()
+    run(main, __doc__)

@@ -108,7 +108,7 @@ sys.path.insert(0, "src")
 from finetuning.errors import Stopped, UserError, run
 
 def main(arguments):
-    exec(arguments[0])
+    exec(arguments[0], globals())
 
 run(main, "the manual", when_interrupted="; the same command goes on")
 """
@@ -118,8 +118,8 @@ run(main, "the manual", when_interrupted="; the same command goes on")
 def ending(tmp_path):
     """A function that runs a script with this main: (exit code, stderr, [code, reason] that it left in EXIT_CODES)."""
 
-    def end(main: str, rank: str = "0", stop_after: float | None = None, folder: Path = tmp_path):
-        environment = {**os.environ, "EXIT_CODES": str(folder), "RANK": rank}
+    def end(main: str, rank: str = "0", stop_after: float | None = None, folder: Path = tmp_path, **more: str):
+        environment = {**os.environ, "EXIT_CODES": str(folder), "RANK": rank, **more}
         command = [sys.executable, "-c", SCRIPT, main]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
@@ -193,6 +193,31 @@ def test_a_mistake_is_left_to_the_first_process_until_the_launcher_ends_the_othe
         "from finetuning.stop import Stop; Stop().listen(); print('now', flush=True); raise UserError('data.path: a')"
     )
     assert ending(mistake, rank="1", stop_after=1) == (-SIGTERM, "", ["2", "error: data.path: a"])
+
+
+ABORTS_LATE = """
+import atexit, os, threading, time
+class Aborts:
+    def __del__(self, abort=os.abort):
+        abort()
+aborts = Aborts()  # when Python takes the module apart
+atexit.register(lambda: print("of a library", file=sys.stderr))
+threading.Thread(target=lambda: [time.sleep(0.3), print("of a thread", file=sys.stderr)]).start()
+{}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "last"),
+    [("", 0, ""), ("raise Stopped(signal.SIGINT, 'stopped')", 130, "stopped"), ("{}[1]", 1, "KeyError: 1")],
+    ids=["done", "stopped", "fault"],
+)
+def test_one_of_several_processes_ends_before_what_gloo_may_abort(ending, end, code, last):
+    alone, said, _ = ending(ABORTS_LATE.format(end))
+    assert alone == -signal.SIGABRT
+    among_others, said_there, left = ending(ABORTS_LATE.format(end), WORLD_SIZE="2")
+    assert (among_others, left[0]) == (code, str(code))
+    assert said_there == said and said.endswith(f"{last}\nof a thread\nof a library\n".lstrip())
 
 
 LOADING = """

@@ -1,5 +1,6 @@
 """What the user got wrong, told in one line; how a script ends."""
 
+import atexit
 import math
 import os
 import signal
@@ -40,37 +41,61 @@ class Stopped(BaseException):
 def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = "") -> None:
     """Calls main(arguments), or prints the manual; what the user can mend becomes one line on stderr, no traceback.
 
-    Exit code 2 after a UserError or without arguments, 1 where disk or memory is full or the Hub does not answer, 130
-    after Ctrl-C, 75 where a signal asked for a stop and the same command will go on. A batch job reads it in the folder
-    EXIT_CODES; see note_end.
+    Exits with 0, 2 after a UserError or without arguments, 1 where disk or memory is full or the Hub does not answer,
+    130 after Ctrl-C, 75 where a signal asked for a stop and the same command will go on. A batch job reads it in the
+    folder EXIT_CODES; see note_end.
     """
+    code = 1  # of an exception that nobody foresaw
+    # Registered before any library is imported, so called after all that they have registered.
+    atexit.register(lambda: end_at_once(code))
+    code = outcome(main, manual, when_interrupted)
+    sys.exit(code)
+
+
+def outcome(main: Callable[[list[str]], None], manual: str, when_interrupted: str) -> int:
+    """The exit code, after everything that is to be said has been said; see run."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(manual.strip(), file=sys.stdout if arguments else sys.stderr)
-        sys.exit(0 if arguments else 2)
+        return 0 if arguments else 2
     note_end(1, "a process was killed", at=math.inf)  # what stands there if it is
     try:
         main(arguments)
         note_end(0)
+        return 0
     except UserError as error:
-        leave(f"error: {one_line(error)}", error.exit_code)
+        return leave(f"error: {one_line(error)}", error.exit_code)
     except KeyboardInterrupt:
-        leave(f"interrupted{when_interrupted}", 130)
+        return leave(f"interrupted{when_interrupted}", 130)
     except Stopped as stopped:
-        leave(str(stopped) if is_first() else "", stopped.code)
+        return leave(str(stopped) if is_first() else "", stopped.code)
     except BrokenPipeError:  # `... | head`: the reader left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         note_end(0)
+        return 0
     except PermissionError as error:
-        leave(f"error: {error.filename}: {error.strerror}; it has to be readable, and a folder writable", 2)
+        return leave(f"error: {error.filename}: {error.strerror}; it has to be readable, and a folder writable", 2)
     except Exception as error:
         if is_out_of_memory(error):
             first = str(error).strip().partition("\n")[0]
-            leave(f"error: out of memory: {first}; src/preview.py says what a recipe needs", 1)
+            return leave(f"error: out of memory: {first}; src/preview.py says what a recipe needs", 1)
         if not any(words in str(error) for words in DISK_FULL):
             note_end(1, f"{type(error).__name__}: {one_line(error)}")
             raise
-        leave(f"error: the disk is full: {one_line(error)}; make room, and give the same command again", 1)
+        return leave(f"error: the disk is full: {one_line(error)}; make room, and give the same command again", 1)
+
+
+def end_at_once(code: int) -> None:
+    """Ends a process of several, when Python is done with it and before Python takes itself apart.
+
+    A thread of gloo lets go of the last tensors in its own time; if it needs the interpreter for that and only half of
+    it is left, the process aborts (pytorch/pytorch#190489), which 2 in 5 do that end right after a collective.
+    destroy_process_group waits for such threads only if nothing else has the group; DDP and DeepSpeed do.
+    """
+    if "WORLD_SIZE" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -85,8 +110,8 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def leave(line: str, code: int) -> None:
-    """Says the line, if there is one, and exits."""
+def leave(line: str, code: int) -> int:
+    """Says the line, if there is one, and returns the code to exit with."""
     is_noted = note_end(code, line)
     if is_first() or not line:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that dies of the same Ctrl-C is no other reason
@@ -98,7 +123,7 @@ def leave(line: str, code: int) -> None:
         print(line, file=sys.stderr, flush=True)
     silence_launcher()
     # Launchers report anything but 0 as a failure, a page for each node; a job that is only queued again has none.
-    sys.exit(0 if is_noted and code == REQUEUE else code)
+    return 0 if is_noted and code == REQUEUE else code
 
 
 def note_end(code: int, reason: str = "", at: float | None = None) -> bool:

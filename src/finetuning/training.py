@@ -63,3 +63,5 @@ def train(
         print_answers(console, samples)
     console.print(losses)
     console.print(f"run folder: {trainer.run_folder}")
+    # Torch asks for it, lest a process leaves while another still has something to receive from it by NCCL.
+    trainer.accelerator.end_training()
