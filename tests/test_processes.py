@@ -200,5 +200,5 @@ def test_a_process_that_waits_for_another_says_where(pair):
     while "has waited" not in log.read_text():
         assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.2)
-    (line,) = [line for line in log.read_text().splitlines() if "has waited" in line]
-    assert re.search(r"rank 0 on \S+ has waited 5 s, after step \d+, in \w+ \(\w+\.py:\d+\) <- ", line)
+    said = r"rank 0 on \S+ has waited 5 s, after step \d+, in \w+ \(\w+\.py:\d+\) <- "
+    assert re.search(said, log.read_text())

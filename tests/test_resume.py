@@ -136,6 +136,18 @@ def kill(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=30)
 
 
+def kill_while_it_writes(run: Run, process: psutil.Popen) -> None:
+    """Some saves are over before all processes stand still: those are let go, until the next one."""
+    while True:
+        processes = run.until(process, run.is_writing)
+        for each in processes:
+            each.suspend()
+        if run.is_writing():
+            return kill(processes)
+        for each in processes:
+            each.resume()
+
+
 def require_equal(run: Run, whole: Run) -> None:
     assert run.losses == whole.losses and run.losses[-1][0] == STEPS
     ours, theirs = (load_file(each.folder / "model.safetensors") for each in (run, whole))
@@ -161,14 +173,13 @@ def whole(recipe, tmp_path_factory) -> Callable[..., Run]:
 @pytest.mark.parametrize("how", [SINGLE, DDP, ZERO2, ZERO3], ids=lambda how: how[0])
 def test_killed_at_five_instants_it_ends_as_if_it_had_not_been(whole, recipe, tmp_path, how):
     run = Run(recipe, tmp_path / "run", *how)
-    instants = sorted(random.Random(str(how)).sample(range(2, STEPS - 5), 4))
+    instants = sorted(random.Random(str(how)).sample(range(2, STEPS - 15), 4))
     for number, instant in enumerate(instants):
         process = run.start()
         kill(run.until(process, lambda instant=instant: run.step >= instant))
         assert not (run.folder / "model.safetensors").exists()
         if number == 1:
-            process = run.start()
-            kill(run.until(process, run.is_writing))
+            kill_while_it_writes(run, run.start())
             assert (run.folder / ".unfinished").exists()
     run.finish()
     require_equal(run, whole(*how))
