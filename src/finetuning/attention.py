@@ -58,14 +58,16 @@ class Packing:
     @cached_property
     def rows(self) -> torch.Tensor:
         """(examples, longest): flat position of every token of an example; behind its end, of its last one."""
-        rows = [[min(start + n, end - 1) for n in range(self.longest)] for start, end in self.bounds]
-        return torch.tensor(rows).to(self.device, non_blocking=True)
+        lengths = torch.tensor(self.lengths)[:, None]
+        ends = lengths.cumsum(0)
+        rows = torch.minimum(ends - lengths + torch.arange(self.longest), ends - 1)
+        return rows.to(self.device, non_blocking=True)
 
     @cached_property
     def back(self) -> torch.Tensor:
         """(T,): position of every token in the flattened `rows`."""
-        places = [number * self.longest + n for number, length in enumerate(self.lengths) for n in range(length)]
-        return torch.tensor(places).to(self.device, non_blocking=True)
+        is_token = torch.arange(self.longest) < torch.tensor(self.lengths)[:, None]
+        return is_token.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)
 
     @cached_property
     def masks(self) -> dict[tuple[int | None, torch.dtype], torch.Tensor]:
