@@ -181,6 +181,13 @@ def test_a_recipe_with_every_section_is_the_same_after_saving_and_loading(load):
     assert again.data.sources == recipe.data.sources
 
 
+def test_a_long_text_with_tabs_is_the_same_after_saving_and_loading(load):
+    text = "東京東京worda\t\tword\t東京東京東京word東京aaword\ta\tword\t東京東京\t\t\t東京  a\t\t東京東京\t \t\ta 東京a"
+    recipe = load(MIXED, f"generation.prompts={json.dumps([text])}")
+    assert recipe.generation.prompts == [text]
+    assert load(recipe.as_yaml()) == recipe
+
+
 def test_saved_text_keeps_its_letters_and_its_order(load):
     saved = load(MIXED).as_yaml()
     assert "首都は？" in saved

@@ -97,6 +97,7 @@ class Recipe(Section):
         stream = io.StringIO()
         writer = YAML(typ="safe", pure=True)
         writer.default_flow_style, writer.allow_unicode, writer.sort_base_mapping_type_on_output = False, True, False
+        writer.width = 2**31  # ruamel breaks a text with tabs at a space, and reads it back with one more
         writer.dump(self.resolved(), stream)
         return stream.getvalue()
 
