@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from finetuning.run_folder import (
     append_metrics,
     is_finished,
     lock,
+    make_folder,
     open_run_folder,
     read_environment,
     read_samples,
@@ -256,6 +258,12 @@ def test_a_run_that_goes_on_keeps_what_was_written_first(recipe_of):
     second = read_environment(folder)
     assert {**second, "launches": second["launches"][:1]} == first and len(second["launches"]) == 2
     assert load_recipe(folder / "recipe.yaml").resolved() == recipe.resolved()
+
+
+def test_two_at_once_find_that_a_folder_can_be_written(tmp_path):
+    """Nodes, say, whose processes have the same number."""
+    with ThreadPoolExecutor(2) as pool:
+        assert set(pool.map(make_folder, [tmp_path] * 2000)) == {tmp_path}
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -7,10 +7,10 @@ model.safetensors or adapter_model.safetensors, tokenizer.json, ...   checkpoint
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
@@ -123,9 +123,7 @@ def make_folder(folder: Path) -> Path:
     """The folder, which exists and can be written. Raises UserError if not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"training.output_dir: {folder} cannot be written: {error.strerror}") from None
     return folder
