@@ -175,8 +175,15 @@ def test_one_that_was_killed_has_said_so_before(ending):
     assert ending("import os; os.kill(os.getpid(), 9)") == (-9, "", ["1", "a process was killed"])
 
 
-def test_a_reader_that_left_is_no_error(ending):
-    assert ending("raise BrokenPipeError") == (0, "", ["0", ""])
+def test_a_reader_that_left_ends_it_without_a_word(ending):
+    leaves = "import os; read, write = os.pipe(); os.close(read); os.dup2(write, 1); print('a' * 9999)"
+    assert ending(leaves) == (1, "", ["1", ""])
+
+
+def test_another_broken_pipe_is_a_fault(ending):
+    code, stderr, left = ending("raise BrokenPipeError(32, 'Broken pipe')")
+    assert (code, left) == (1, ["1", "BrokenPipeError: [Errno 32] Broken pipe"])
+    assert "Traceback" in stderr
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])

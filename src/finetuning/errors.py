@@ -3,6 +3,7 @@
 import atexit
 import math
 import os
+import select
 import signal
 import sys
 import time
@@ -69,13 +70,11 @@ def outcome(main: Callable[[list[str]], None], manual: str, when_interrupted: st
         return leave(f"interrupted{when_interrupted}", 130)
     except Stopped as stopped:
         return leave(str(stopped) if is_first() else "", stopped.code)
-    except BrokenPipeError:  # `... | head`: the reader left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        note_end(0)
-        return 0
     except PermissionError as error:
         return leave(f"error: {error.filename}: {error.strerror}; it has to be readable, and a folder writable", 2)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_left():
+            return leave("", 1)  # as Python's manual and rich have it
         if is_out_of_memory(error):
             first = str(error).strip().partition("\n")[0]
             return leave(f"error: out of memory: {first}; src/preview.py says what a recipe needs", 1)
@@ -96,6 +95,16 @@ def end_at_once(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def reader_left() -> bool:
+    """Whether nobody reads what is printed any more, as after `... | head`; what is left unprinted is dropped."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    has_left = any(event & select.POLLERR for _, event in output.poll(0))
+    if has_left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return has_left
 
 
 def is_out_of_memory(error: Exception) -> bool:
