@@ -135,6 +135,23 @@ def test_the_old_names_of_a_mixture_s_experts_are_left_to_peft():
     assert any("experts" in name for name, weight in adapted.named_parameters() if weight.requires_grad)
 
 
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_the_head_has_the_last_word(kind):
+    model = tiny.model_of(kind)
+    ResponseHead(model).require_last_word(model)  # it raises otherwise
+
+
+def test_a_model_that_changes_what_its_head_returns_is_refused():
+    """Gradients would be those of a capped loss: zero where it is large."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    config = AutoConfig.for_model("recurrent_gemma", vocab_size=300, lru_width=32, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match="logits_soft_cap"):
+        require_plain_head(model, None)
+    with pytest.raises(UserError, match="recurrent_gemma models scale, cap or cut their logits"):
+        ResponseHead(model).require_last_word(model)
+
+
 def test_scaled_logits_are_refused():
     model = tiny.model_of("llama")
     model.config.logit_scale = 0.5

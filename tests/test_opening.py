@@ -22,7 +22,8 @@ def test_isolation_is_asked_in_the_runs_precision_and_for_its_longest_example(bf
     monkeypatch.setattr(opening, "require_same_software", lambda *args: None)
     monkeypatch.setattr(opening, "gather_object", lambda facts: facts)
     monkeypatch.setattr(opening, "require_isolation", ask)
-    trainer = SimpleNamespace(train_examples=SimpleNamespace(lengths=np.array([4, 9, 2])))
+    head = SimpleNamespace(require_last_word=lambda model: None)
+    trainer = SimpleNamespace(train_examples=SimpleNamespace(lengths=np.array([4, 9, 2])), head=head)
     recipe = SimpleNamespace(data=SimpleNamespace(layout="packed"))
     question = opening.Opening(trainer, recipe, None, "", list, None)
     with pytest.raises(Asked):

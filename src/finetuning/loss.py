@@ -58,6 +58,24 @@ class ResponseHead:
         finally:
             self.targets = None
 
+    @torch.no_grad()
+    def require_last_word(self, model: "PreTrainedModel") -> None:
+        """Raises UserError where the model does something else with what its head returns, which is then no loss.
+
+        It would train all the same, with other gradients than those of the loss that is logged.
+        """
+        tokens = torch.arange(5, 13, device=model.device)
+        was_training = model.training
+        model.eval()
+        try:
+            with self.scoring(Targets(torch.arange(7, device=model.device), tokens[1:])):
+                returned = model(input_ids=tokens[None], use_cache=False).logits
+        finally:
+            model.train(was_training)
+        if not torch.equal(returned.float(), self.scores.loss.float()):
+            kind = model.config.model_type
+            raise UserError(f"model.name: {kind} models scale, cap or cut their logits, which is not supported")
+
     def forward(self, head: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.targets is None:
             return F.linear(hidden_states, head.weight, head.bias)
@@ -74,7 +92,8 @@ def require_plain_head(model: "PreTrainedModel", lora: Any) -> None:
     And where the adapter would not be what was asked for: see require_modules.
     """
     config = model.config.get_text_config()
-    names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    names = (*caps, "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
     scaled = [name for name in names if getattr(config, name, None) not in (None, 1, 1.0)]
     head = model.get_output_embeddings()
     if scaled or type(head) is not torch.nn.Linear:

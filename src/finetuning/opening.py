@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class Opening(TrainerCallback):
-    """Does the run do what was asked for, is the software the same everywhere, do packed examples see each other, does
-    the longest batch fit, how does the untrained model answer?
+    """Does the run do what was asked for, is the software the same everywhere, is what the head scores the loss, do
+    packed examples see each other, does the longest batch fit, how does the untrained model answer?
 
     On the prepared model, because under ZeRO-3 and FSDP no process can ask one of its parts alone. Then the run folder
     is begun: one that is refused here leaves nothing behind.
@@ -42,6 +42,7 @@ class Opening(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         require_strategy(self.trainer, self.strategy)
         require_same_software(gather_object([(socket.gethostname(), software())]))
+        self.trainer.head.require_last_word(model)
         if self.recipe.data.layout == "packed":
             longest = int(self.trainer.train_examples.lengths.max())
             require_isolation(model, longest, is_half=args.bf16 or args.fp16)
