@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.address import PREFIX, parse_address
-from finetuning.errors import UserError
+from finetuning.errors import UserError, is_out_of_memory, one_line
 from finetuning.quantization import NATIVE_BF16, keep_gradients, quantized
 from finetuning.recipe import Recipe
 from finetuning.sections import FromScratch, Model
@@ -44,12 +44,14 @@ def location(model: Model) -> str:
 
 def read_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokenizerFast":
     """The tokenizer of a local folder or Hub id."""
-    # AutoTokenizer would import torch (3 s) to find the same class.
+    # AutoTokenizer imports torch (3 s) to find a class that knows what the files do not say.
     from transformers import PreTrainedTokenizerFast
 
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
     except (OSError, ValueError, TypeError):
+        tokenizer = convert_tokenizer(name, revision)
+    if tokenizer.eos_token is None:  # as in openai-community/gpt2, whose files name no special token
         tokenizer = convert_tokenizer(name, revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -57,13 +59,15 @@ def read_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
 
 
 def convert_tokenizer(name: str, revision: str | None) -> "PreTrainedTokenizerFast":
-    """A tokenizer published without tokenizer.json (a SentencePiece model, say), as the Auto class converts it."""
+    """A tokenizer as the Auto class makes it: without tokenizer.json (of a SentencePiece model, say), or of a class
+    with special tokens of its own.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"model.name: {name} has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"model.name: {name} has no tokenizer that can be read: {one_line(error)}") from None
     # Of a folder without any vocabulary it makes a tokenizer that knows no text.
     known = tokenizer("a", add_special_tokens=False).input_ids
     if not known or tokenizer.unk_token_id in known:
@@ -101,6 +105,7 @@ def load_model(
     Raises UserError where it cannot be had.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, set_seed
 
     dtype = getattr(torch, model.dtype)
@@ -111,19 +116,27 @@ def load_model(
             # Not from_config: under ZeRO-3 that fills each process's part with random numbers of its own.
             made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(dtype)
         except (ValueError, TypeError) as error:
-            raise UserError(f"model.from_scratch.config: {' '.join(str(error).split())}") from None
+            raise UserError(f"model.from_scratch.config: {one_line(error)}") from None
         made.config.pad_token_id = made.generation_config.pad_token_id = tokenizer.pad_token_id
         return made
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded, found = AutoModelForCausalLM.from_pretrained(
             location(model),
             revision=model.revision,
             dtype=dtype,
             trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in what is found
             **quantized(model, device),
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.name: {model.name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"model.name: {model.name} cannot be loaded: {one_line(error)}") from None
+    # transformers fills them with random numbers.
+    if bad := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
+        what = f"{len(bad)} of its weights, such as {bad[0]}"
+        raise UserError(f"model.name: {model.name} lacks {what}, or has them in a shape that is not in its config")
     keep_gradients(loaded)
     embeddings = loaded.get_input_embeddings()
     embeddings.padding_idx = None  # it would keep the gradient from the end mark where that is the pad token too
@@ -142,7 +155,7 @@ def load_config(model: Model, tokenizer: "PreTrainedTokenizerFast") -> Any:
     try:
         return AutoConfig.from_pretrained(location(model), revision=model.revision)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.name: {model.name} has no config: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"model.name: {model.name} has no config: {one_line(error)}") from None
 
 
 def scratch_config(settings: FromScratch, tokenizer: "PreTrainedTokenizerFast") -> Any:
@@ -167,7 +180,7 @@ def scratch_config(settings: FromScratch, tokenizer: "PreTrainedTokenizerFast") 
     except UserError:
         raise
     except Exception as error:  # of many kinds, huggingface_hub's strict dataclasses among them
-        raise UserError(f"{place}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{place}: {one_line(error)}") from None
 
 
 def fuse_gelu(model: "PreTrainedModel") -> None:
@@ -191,7 +204,7 @@ def lora_config(recipe: Recipe) -> "LoraConfig | None":
     try:
         return LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump(exclude_unset=True))
     except (TypeError, ValueError) as error:
-        raise UserError(f"lora: {str(error).splitlines()[0]}") from None
+        raise UserError(f"lora: {one_line(error)}") from None
 
 
 def require_modules(model: "PreTrainedModel", lora: dict[str, Any]) -> None:
