@@ -131,10 +131,32 @@ def test_a_folder_whose_files_name_no_split_is_all_of_it_train(tmp_path):
     assert names_in(path) == ["a.json", "b.jsonl", "more/c.jsonl"]
 
 
+@pytest.mark.parametrize("name", ["latest.jsonl", "retrieval.jsonl", "devices.json", "invalid/a.json", "strain.json"])
+def test_a_word_that_holds_the_name_of_a_split_names_none(tmp_path, name):
+    assert names_in(folder_of(tmp_path, name)) == [name]
+
+
+def test_hidden_files_and_those_about_the_data_are_no_data(tmp_path):
+    hidden = [".ipynb_checkpoints/rows-checkpoint.jsonl", "more/.cache/a.jsonl", ".train.jsonl"]
+    about = ["dataset_infos.json", "more/dataset_info.json", "state.json", "dataset_dict.json"]
+    path = folder_of(tmp_path / ".mine", "rows.jsonl", *hidden, *about)
+    write(tmp_path / ".mine" / "data" / "._rows.jsonl", b"\x00\x05\x16\x07\xff")
+    assert names_in(path) == ["rows.jsonl"]
+
+
+def test_a_folder_of_hidden_files_alone_has_no_data(tmp_path):
+    with pytest.raises(UserError, match="no data file in this folder"):
+        names_in(folder_of(tmp_path, ".rows.jsonl", "state.json"))
+
+
 @pytest.mark.parametrize(
     ("names", "split"),
     [
         (["a.jsonl", "b.jsonl"], "test"),
+        (["val.jsonl", "other.jsonl"], "train"),
+        (["my_validation-0.jsonl", "other.jsonl"], "train"),
+        (["evaluation/a.jsonl", "other.jsonl"], "train"),
+        (["testset.jsonl", "other.jsonl"], "train"),
         (["test.jsonl", "other.jsonl"], "train"),
         (["test/a.jsonl", "other/a.jsonl"], "train"),
         (["train.jsonl", "test.jsonl"], "validation"),

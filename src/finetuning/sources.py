@@ -21,6 +21,11 @@ from finetuning.errors import UserError
 from finetuning.readers import FILE_READERS, BadRow, Row
 from finetuning.sections import Source
 
+# A split's name as a word of a path in lower case: `latest` and `devices` are none, `validation` is one.
+SPLIT_NAME = re.compile(r"(?<![a-z])(?:(?:train|test|dev|val)(?:ing|set)?|valid[a-z]*|eval[a-z]*)(?![a-z])")
+# What `datasets` writes beside the data.
+ABOUT_DATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -92,18 +97,26 @@ def files_of_split(path: Path, split: str) -> list[Path]:
         if split != "train":
             raise UserError(f"data.path: {path}: no split {split!r} in a file, all of it is train; name a folder")
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and suffix_of(file) in PARSERS)
+    files = sorted(file for file in path.rglob("*") if file.is_file() and is_data(file.relative_to(path)))
     if not files:
         raise UserError(f"data.path: {path}: no data file in this folder; expected {', '.join(PARSERS)}, also with .gz")
     names = [file.relative_to(path).as_posix().lower() for file in files]
     word = re.compile(rf"(?<![a-z]){re.escape(split.lower())}(?![a-z])")
     named = [file for file, name in zip(files, names, strict=True) if word.search(name)]
-    known = ("train", "test", "valid", "dev", "eval")
-    if named or (split == "train" and not any(other in name for name in names for other in known)):
+    if named or (split == "train" and not any(map(SPLIT_NAME.search, names))):
         return named or files
     raise UserError(
         f"data.path: {path}: no file of split {split!r}; found {', '.join(file.name for file in files[:5])}"
     )
+
+
+def is_data(path: Path) -> bool:
+    """Whether a file of a folder, by its path in there, is one of data that a person put there.
+
+    Hidden files are copies of others: Jupyter's `.ipynb_checkpoints/`, the `._rows.jsonl` of macOS.
+    """
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    return suffix_of(path) in PARSERS and not is_hidden and path.name not in ABOUT_DATA
 
 
 def suffix_of(path: Path) -> str:
