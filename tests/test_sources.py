@@ -6,6 +6,7 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from finetuning.errors import UserError
 from finetuning.sections import Source
@@ -178,6 +179,35 @@ def test_a_file_has_no_other_split_than_train(tmp_path):
     source = write(tmp_path / "rows.jsonl", LINES)
     with pytest.raises(UserError, match="no split 'test' in a file"):
         load_rows(source.model_copy(update={"split": "test"}))
+
+
+# The Hub
+
+
+def raised_from(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Dataset scripts are no longer supported,\nbut found a.py"), "supported, but found a.py"),
+        (DatasetNotFoundError("Dataset 'owner/name' doesn't exist"), "Dataset 'owner/name' doesn't exist"),
+        (ValueError('Unknown split "dev".'), 'Unknown split "dev".'),
+        (OSError(), "OSError"),
+        (raised_from(DatasetGenerationError("An error occurred"), TypeError("no\ncast")), "name: no cast"),
+        (raised_from(DatasetNotFoundError("not there"), OSError("404 Client Error")), "name: not there"),
+    ],
+)
+def test_what_the_hub_s_data_lacks_is_told_in_one_line(monkeypatch, error, reason):
+    def load_dataset(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"^data\.path: owner/name: .+$") as caught:
+        load_rows(Source(path="owner/name"))
+    assert str(caught.value).endswith(reason) and "\n" not in str(caught.value)
 
 
 # Places and fingerprints

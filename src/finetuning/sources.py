@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.errors import UserError
+from finetuning.errors import UserError, one_line
 from finetuning.readers import FILE_READERS, BadRow, Row
 from finetuning.sections import Source
 
@@ -208,11 +208,13 @@ PARSERS: dict[str, Callable[[bytes], Iterable[Row]]] = {
 
 
 def load_hub(source: Source) -> Any:
-    """The split as a datasets.Dataset."""
+    """The split as a datasets.Dataset. Raises UserError where `datasets` cannot load it, with its reason."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     try:
         return load_dataset(source.path, source.config, split=source.split, revision=source.revision)
-    except (DatasetNotFoundError, ValueError, OSError) as error:
-        raise UserError(f"data.path: {source.path}: {str(error).splitlines()[0]}") from None
+    except (DatasetsError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: a data set that is a script
+        # "An error occurred while generating the dataset" says nothing; what it was raised from does.
+        reason = error.__cause__ if type(error) is DatasetGenerationError and error.__cause__ else error
+        raise UserError(f"data.path: {source.path}: {one_line(reason) or type(reason).__name__}") from None
