@@ -16,7 +16,9 @@ from tiny import TOKENIZERS, byte_level
 from finetuning.cache import cache_key, prepare, write_cache
 from finetuning.data import training_texts
 from finetuning.errors import UserError
-from finetuning.sections import Data
+from finetuning.model import load_tokenizer
+from finetuning.sections import Data, Model
+from finetuning.templates import TEMPLATES
 from finetuning.tokenization import IGNORE_INDEX
 from finetuning.trainer import as_dataset
 
@@ -346,6 +348,29 @@ def test_texts_to_train_a_tokenizer_on_leave_a_held_out_split_alone(tmp_path):
     settings = {"reader": "prompt_response", "template": "question_answer", "eval": {"split": "test"}}
     texts = list(training_texts(Data(path=str(tmp_path), **settings)))
     assert "".join(texts) == "### Question: a\n### Answer: b"
+
+
+def test_texts_to_train_a_tokenizer_on_are_those_of_rows_held_out_by_number_too(data_of):
+    texts = "".join(training_texts(data_of(pairs(9), eval={"every": 3})))
+    assert all(f"id{number} " in texts for number in range(9))
+
+
+@pytest.fixture
+def without_system(data_of, monkeypatch):
+    """A data section of two rows, one of them with a system turn, for which its template has no place."""
+    monkeypatch.setitem(TEMPLATES, "plain_chat", replace(TEMPLATES["plain_chat"], system=None))
+    rows = [chat("Hi", "Hello!"), chat(("system", "Be kind."), ("user", "a"), ("assistant", "b"))]
+    return data_of(rows, template="plain_chat")
+
+
+def test_texts_to_train_a_tokenizer_on_are_without_rows_that_are_dropped(without_system):
+    texts = training_texts(without_system.model_copy(update={"invalid_rows": "drop"}))
+    assert "".join(texts) == "User: Hi\nAssistant: Hello!"
+
+
+def test_a_row_that_does_not_fit_the_template_is_an_error_when_a_tokenizer_is_trained_too(without_system):
+    with pytest.raises(UserError, match=r"rows\.jsonl: row 1: turn 0: the template has no place for the role system"):
+        load_tokenizer(Model(from_scratch={"vocab_size": 300, "config": {}}), training_texts(without_system))
 
 
 # The cache

@@ -35,7 +35,7 @@ class Prepared:
     """rows: {loaded, where, kept, train, eval}, dropped: {reason: rows}, cut: rows, tokens: {prompt, response, total,
     max} of the kept rows, end_mark_share of them (0..1), places: of the first few dropped rows"""
     fingerprint: str
-    """digest of the examples: changes with any token or label"""
+    """digest of the examples: changes with any token, label or row number"""
 
 
 def load_template(data: Data, tokenizer: "PreTrainedTokenizerFast") -> MarkerTemplate | ChatTemplate:
@@ -57,11 +57,15 @@ def load_template(data: Data, tokenizer: "PreTrainedTokenizerFast") -> MarkerTem
 
 
 def training_texts(data: Data) -> Iterator[str]:
-    """Every text of the training rows with the markers around it, to train a tokenizer on."""
+    """Every text of the rows with the markers around it, to train a tokenizer on.
+
+    Of rows held out those of eval.split are left out; eval.every and eval.fraction count rows that fit max_length, and
+    only a tokenizer can tell which. Raises UserError where a row does not fit the template, unless such are dropped.
+    """
     template = MarkerTemplate(TEMPLATES[data.template], eos="", newline=data.newline)
-    for conversation in read_conversations(data, Tally(data)):
+    for conversation, segments in zip(*render_all(data, template, Tally(data)), strict=True):
         if not conversation.is_eval:
-            yield from (segment.text for segment in template.render(conversation.messages) if not segment.is_special)
+            yield from (segment.text for segment in segments if not segment.is_special)
 
 
 class Conversation(NamedTuple):
