@@ -95,7 +95,7 @@ class MarkerTemplate:
 
     def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
         """The conversation up to where the next response starts."""
-        return [*self.render([*messages, {"role": "assistant", "content": ""}])[:-2]]
+        return self.render([*messages, {"role": "assistant", "content": ""}])[:-2]
 
     def answer(self, text: str) -> str:
         """The assistant's words in a generated response."""
