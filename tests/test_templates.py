@@ -386,5 +386,32 @@ def test_white_space_behind_the_end_of_a_prompt_belongs_to_the_response():
     assert written(template.render(QUESTION)) == "⟨<|user|>\n⟩Hi⟨<|end|>⟩⟨<|assistant|>⟩«\nHello!⟨<|end|>⟩»"
 
 
+DATES = {
+    # Llama 3.2's way, gpt-oss's, and those of Granite and others.
+    "{% if strftime_now is defined %}{% set d = strftime_now('%d %b %Y') %}{% endif %}{{ d }}": "26 Jul 2024",
+    "{% macro head() %}{{ 'Now: ' + strftime_now('%Y-%m-%d') }}{% endmacro %}{{ head() }}": "Now: 2024-07-26",
+    "{% for _ in [1, 2] %}{{ strftime_now('%A, %B %-d; %-m/%y') }}|{% endfor %}": "Friday, July 26; 7/24|" * 2,
+    # Line feeds and spaces of a template's beginning stay, or go, as without a macro before them.
+    "\n  {% set d = strftime_now('%F') %}\n  {{ d }}\n": "\n  2024-07-26\n",
+    "  {% set d = strftime_now('%F') %}{{ d }}": "2024-07-26",
+}
+
+
+@pytest.mark.parametrize("asking", DATES)
+def test_a_chat_template_that_asks_for_the_date_gets_the_same_one_every_day(asking):
+    template = own_template(asking + "." + CHAT_TEMPLATES["chatml"], "<|im_start|>", "<|im_end|>")
+    whole, prompt = template.render(QUESTION), template.render_prompt(QUESTION[:1])
+    assert written(whole).startswith(f"{DATES[asking]}.⟨<|im_start|>⟩user")
+    assert prompt == whole[: len(prompt)]
+
+
+def test_the_date_is_another_in_our_rendering_alone():
+    template = own_template("{{ strftime_now('%Y') }}" + CHAT_TEMPLATES["chatml"], "<|im_start|>", "<|im_end|>")
+    original = template.tokenizer.chat_template
+    theirs = template.tokenizer.apply_chat_template(QUESTION, tokenize=False)
+    assert "".join(segment.text for segment in template.render(QUESTION)) == "2024" + theirs[4:]
+    assert template.tokenizer.chat_template == original
+
+
 def test_the_answer_of_a_chat_template_is_the_text_itself():
     assert chat_template("chatml").answer(" Hello!\n") == " Hello!\n"

@@ -10,6 +10,7 @@ plain markers, add one entry to TEMPLATES. `chat` is the tokenizer's own chat te
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,11 @@ from finetuning.readers import BadRow, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+# What a chat template that asks for the date is told, in training and in answering: with the date of the day the same
+# rows had other ids tomorrow. Llama 3's templates write this one where the date cannot be asked for.
+TODAY = datetime(2024, 7, 26)
+DATE_PARTS = [f"%{letter}" for letter in ("-d", "-m", *"aAbBdeFHIjmMpSTyY")]
 
 
 class Segment(NamedTuple):
@@ -122,6 +128,7 @@ class ChatTemplate:
     Every conversation is rendered by the template itself, once with its words and once with placeholders in their
     place: the second shows where the words stand, so that special tokens come from the template alone. The rendering up
     to a message plus the generation prompt is the prompt; what the message adds, through the end mark, the response.
+    The tokenizer keeps its template as it is; only here it is always TODAY.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
@@ -136,6 +143,17 @@ class ChatTemplate:
             for token in tokens
         ]
         return re.compile("(" + "|".join(texts) + ")" if texts else r"(?!)")
+
+    @cached_property
+    def template(self) -> str:
+        """The tokenizer's chat template; one that asks for the date has strftime_now as a macro, of TODAY."""
+        template = self.tokenizer.get_chat_template()
+        if "strftime_now" not in template:
+            return template
+        # A macro shadows the function that transformers offers; an argument to apply_chat_template must be plain data.
+        written = "".join(f".replace({part!r}, {TODAY.strftime(part)!r})" for part in DATE_PARTS)
+        # The line feed goes with the block's end, so that the template begins where a line begins, as before.
+        return f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}\n{template}"
 
     @cached_property
     def end_marks(self) -> list[str]:
@@ -168,7 +186,10 @@ class ChatTemplate:
             raise BadRow("the tokenizer's chat template needs a message before the first response")
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                list(messages),
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except (TemplateError, TypeError, KeyError) as error:
             raise BadRow(f"the tokenizer's chat template refuses the conversation: {error}") from None
