@@ -1,5 +1,7 @@
 """Which examples meet in a step, and how they lie in memory."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -149,6 +151,26 @@ def test_padded_examples_lie_in_rows_of_one_length():
     assert batch["labels"].tolist() == [[-100, 2, 3], [-100, 5, -100]]
     assert batch["positions"].tolist() == [0, 1, 3] and batch["targets"].tolist() == [2, 3, 5]
     assert "position_ids" not in batch
+
+
+def test_an_example_is_found_by_its_number_without_a_copy():
+    examples = ExampleSet(EXAMPLES)
+    assert len(examples) == 2
+    for found, expected in zip(examples, EXAMPLES, strict=True):
+        assert {name: array.tolist() for name, array in found.items()} == {
+            name: array.tolist() for name, array in expected.items()
+        }
+        assert all(np.shares_memory(found[name], getattr(EXAMPLES, name)) for name in found)
+
+
+def test_a_set_of_examples_takes_no_memory_for_each_of_them():
+    count = 100_000
+    examples = examples_of(*[([1], [-100])] * count)
+    tracemalloc.start()
+    examples = ExampleSet(examples)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 10 * count and len(examples) == count  # 8 bytes, where it ends
 
 
 def test_an_example_of_negative_number_trains_nothing():

@@ -68,16 +68,20 @@ class ExampleSet(torch.utils.data.Dataset):
     """
 
     def __init__(self, examples: Examples) -> None:
-        self.examples = list(examples)
+        self.examples = examples
+        self.ends = examples.ends  # added up once; a list of all examples instead is 0.4 s and 84 MiB for 200,000
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, number: int) -> Example:
-        if number >= 0:
-            return self.examples[number]
-        example = self.examples[~number]
-        return {"input_ids": example["input_ids"], "labels": np.full_like(example["labels"], IGNORE_INDEX)}
+        at = ~number if number < 0 else number
+        tokens = slice(self.ends[at] - self.examples.lengths[at], self.ends[at])
+        labels = self.examples.labels[tokens]
+        return {
+            "input_ids": self.examples.input_ids[tokens],
+            "labels": np.full_like(labels, IGNORE_INDEX) if number < 0 else labels,
+        }
 
 
 @dataclass
