@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CHAT_TOKENS, TOKENIZERS, chat_tokenizer
+from tiny import CHAT_TOKENS, TOKENIZERS, byte_level, chat_tokenizer
 from tokenizers import pre_tokenizers
 
+from finetuning import tokenization
 from finetuning.batching import Collator
 from finetuning.templates import TEMPLATES, ChatTemplate, MarkerTemplate, Segment
-from finetuning.tokenization import IGNORE_INDEX, encode_prompts, tokenize
+from finetuning.tokenization import IGNORE_INDEX, Encoder, encode_prompts, tokenize
 
 
 class Case(NamedTuple):
@@ -319,6 +320,24 @@ def test_a_space_is_put_in_front_of_the_first_text_only(tokenizer, first):
     end = tokenizer.eos_token
     [example] = tokenize([[Segment("a"), Segment("b", True), Segment(end, True, True), Segment("a")]], tokenizer)
     assert "".join(tokenizer.convert_ids_to_tokens(example["input_ids"])) == f"{first}b{end}a"
+
+
+def test_an_encoder_is_made_once_for_all_prompts_until_the_tokenizer_is_another(monkeypatch):
+    made = []
+    monkeypatch.setattr(tokenization, "Encoder", lambda tokenizer: made.append(tokenizer) or Encoder(tokenizer))
+    first, second = byte_level(), byte_level()
+    for tokenizer in (first, first, second, second):
+        assert encode_prompts([[Segment("Hello")]], tokenizer) == [first("Hello").input_ids]
+    assert made == [first, second]
+
+
+def test_a_token_that_is_added_is_known_to_the_next_prompt():
+    tokenizer = byte_level()
+    assert len(encode_prompts([[Segment("<NL>")]], tokenizer)[0]) > 1
+    tokenizer.add_tokens(["<NL>"])
+    assert encode_prompts([[Segment("<NL>")]], tokenizer) == [[tokenizer.convert_tokens_to_ids("<NL>")]]
+    tokenizer.add_tokens(["<NL>"], special_tokens=True)
+    assert len(encode_prompts([[Segment("<NL>")]], tokenizer)[0]) > 1
 
 
 def test_nothing_to_tokenize_gives_no_examples():
