@@ -13,7 +13,7 @@ from tiny import chat_tokenizer
 import generate
 import publish
 from finetuning.address import Address
-from finetuning.card import asking, loading, repository_card
+from finetuning.card import asking, loading, repository_card, training_table
 from finetuning.errors import UserError
 from finetuning.manifest import parse_manifest
 from finetuning.model import read_tokenizer
@@ -88,6 +88,24 @@ def test_it_says_what_was_trained_on_what_under_which_licences(hub, runs, call, 
     assert hub.read(REPO, f"{S}/loss.png").startswith(b"\x89PNG")
     whole = metadata_of(hub.read(REPO, "README.md").decode())
     assert whole["base_model"] == ["elith/tiny-base"] and whole["datasets"] == ["databricks/dolly"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "override", "expected"),
+    [
+        (4, "training.global_batch_size=64", ("examples of a micro-batch", 16, 1)),
+        (4, "training.global_batch_size=128", ("examples of a micro-batch", 16, 2)),
+        (None, "training.global_batch_size=64", ("examples of a micro-batch", 16, 4)),
+        (2, "training.gradient_accumulation_steps=3", ("examples of a micro-batch", 16, 3)),
+        (4, "data.batch_tokens=512", ("tokens of a micro-batch at most", 512, 1)),
+    ],
+)
+def test_it_says_how_large_the_steps_were_that_the_processes_took(processes, override, expected):
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [override])
+    what, size, accumulation = expected
+    rows = training_table({"processes": processes, "losses": None}, recipe)
+    assert rows[1:3] == [(what, size), ("micro-batches of a step", accumulation)]
+    assert dict(rows).get("processes") == processes
 
 
 def test_a_base_model_that_cannot_be_seen_has_no_licence_stated_and_takes_no_adapter(hub, runs, call, tmp_path):

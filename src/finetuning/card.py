@@ -14,6 +14,7 @@ from finetuning.hub import TIMEOUT, patiently
 from finetuning.manifest import Manifest
 from finetuning.model import read_tokenizer
 from finetuning.recipe import Recipe
+from finetuning.step_size import step_size
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 BEGIN, END = "<!-- checkpoints: src/publish.py writes what follows -->", "<!-- end of checkpoints -->"
@@ -141,12 +142,13 @@ def asking(recipe: Recipe, folder: Path, question: str) -> str:
 
 
 def training_table(manifest: Manifest, recipe: Recipe) -> list[tuple[str, Any]]:
-    training, losses = recipe.training, manifest["losses"]
+    training, tokens, losses = recipe.training, recipe.data.batch_tokens, manifest["losses"]
     steps = training.max_steps or -1
+    step = step_size(recipe, manifest["processes"] or 1)
     rows = [
         ("length", f"{steps} steps" if steps > 0 else f"{training.num_train_epochs} epochs"),
-        ("examples of a micro-batch", training.per_device_train_batch_size),
-        ("micro-batches of a step", training.gradient_accumulation_steps),
+        ("tokens of a micro-batch at most", tokens) if tokens else ("examples of a micro-batch", step.micro_batch),
+        ("micro-batches of a step", step.accumulation),
         ("processes", manifest["processes"]),
         ("learning rate", f"{training.learning_rate}, {training.lr_scheduler_type or 'linear'}"),
         ("tokens of an example at most", recipe.data.max_length),
