@@ -88,8 +88,8 @@ def main() -> None:
     commands = {
         "trl": [str(work / "stock.py"), options.data, str(work / "model"), str(work / "out")],
         "ours": ["src/sft.py", "recipes/dolly_gpt2.yaml", f"model.name={work / 'model'}", f"data.path={options.data}",
-                 "training.max_steps=1", "training.save_strategy=no", "training.eval_on_start=false", "data.eval=null",
-                 "training.eval_strategy=no", "generation.prompts=[]"],
+                 "training.max_steps=1", "training.save_strategy=no", "data.eval=null", "training.eval_strategy=no",
+                 "generation.prompts=[]"],
     }  # fmt: skip
     print("| command to the end of the run of one step | cold s | warm s |")
     print("|---|---|---|")

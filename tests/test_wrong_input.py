@@ -97,6 +97,7 @@ RENAMED = [
 OWNED_ELSEWHERE = [
     override("training.max_length", "training.max_length=64", "belongs to data.max_length"),
     override("training.packing", "training.packing=true", "belongs to data.layout"),
+    override("training.eval_on_start", "training.eval_on_start=false", "belongs to data.eval: "),
     override("training.average_tokens", "training.average_tokens_across_devices=false", "belongs to the loss: "),
     override("training.push_to_hub", "training.push_to_hub=true", "belongs to the publish section"),
     override("training.deepspeed", "training.deepspeed=zero3.json", "belongs to accelerate_configs/"),

@@ -46,8 +46,8 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     # Trainer's default replaces a loss that is not a number by the average of those before, and asks the device for
     # it in every micro-batch.
     settings.setdefault("logging_nan_inf_filter", False)
+    settings["eval_on_start"] = has_eval  # the loss before training: the summary and the card compare with it
     if has_eval:
-        settings.setdefault("eval_on_start", True)  # the loss before training, to compare with
         settings.setdefault("per_device_eval_batch_size", step.micro_batch)
     try:
         args = SFTConfig(**settings)
