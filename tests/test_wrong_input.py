@@ -102,6 +102,10 @@ OWNED_ELSEWHERE = [
     override("training.push_to_hub", "training.push_to_hub=true", "belongs to the publish section"),
     override("training.deepspeed", "training.deepspeed=zero3.json", "belongs to accelerate_configs/"),
     override("lora.task_type", "lora.task_type=CAUSAL_LM", "lora.task_type belongs to"),
+    override("generation.num_return_sequences", "generation.num_return_sequences=2", "belongs to src/generate.py: "),
+    override("generation.return_dict", "generation.return_dict_in_generate=true", "belongs to src/generate.py: "),
+    override("generation.is_assistant", "generation.is_assistant=true", "belongs to src/generate.py: "),
+    override("generation.stop_strings", "generation.stop_strings=[a]", "belongs to data.template: "),
     override("generation.max_length", "generation.max_length=64", "belongs to generation.max_new_tokens"),
 ]
 

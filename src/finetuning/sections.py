@@ -52,7 +52,12 @@ OWNED = {
         **dict.fromkeys(("task_type", "peft_type", "peft_version", "inference_mode", "auto_mapping"), "src/sft.py"),
         "runtime_config": "src/sft.py",
     },
-    "generation": {"max_length": "generation.max_new_tokens"},
+    "generation": {
+        "max_length": "generation.max_new_tokens",
+        **dict.fromkeys(("num_return_sequences", "return_dict_in_generate"), "src/generate.py: an answer a question"),
+        "is_assistant": "src/generate.py: the model answers by itself",
+        **dict.fromkeys(("stop_strings", "token_healing"), "data.template: answers end where its responses end"),
+    },
 }
 
 # Keys that the libraries renamed or dropped, or that live here under another name, with what to write instead.
