@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from finetuning.errors import UserError
 from finetuning.recipe import load_recipe
+from finetuning.remedies import remedies
 from finetuning.sections import Training
 from finetuning.step_size import StepSize, step_size
 
@@ -95,6 +96,22 @@ def test_what_does_not_divide_is_refused_with_what_does(processes, training, sai
     with pytest.raises(UserError) as refused:
         shared_out(processes, **training)
     assert said in str(refused.value)
+
+
+@given(
+    processes=st.integers(1, 8),
+    micro_batch=st.integers(2, 64),
+    accumulation=st.integers(1, 8),
+    is_global=st.booleans(),
+)
+def test_a_remedy_is_a_smaller_micro_batch_of_the_same_step(processes, micro_batch, accumulation, is_global):
+    total = processes * micro_batch * accumulation
+    given = {"global_batch_size": total} if is_global else {"gradient_accumulation_steps": accumulation}
+    training = Training(output_dir="run", per_device_train_batch_size=micro_batch, **given)
+    recipe = RECIPE.model_copy(update={"training": training})
+    advice = re.findall(r"training\.(\w+)=(\d+)", remedies(recipe, micro_batch, accumulation)[0])
+    taken = shared_out(processes, **{**given, **{name: int(number) for name, number in advice}})
+    assert taken.total == total and taken.micro_batch <= micro_batch / 2
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from finetuning.batching import Batch, ExampleSet
 from finetuning.errors import UserError, is_out_of_memory
 from finetuning.recipe import Recipe
 from finetuning.remedies import remedies
+from finetuning.step_size import smaller
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -98,9 +99,7 @@ def take_smaller(trainer: "SFTTrainer") -> None:
     """Halves the micro-batch (an odd one is divided by more) and makes up for it by accumulation."""
     args = trainer.args
     size = args.per_device_train_batch_size
-    factor = next(number for number in range(2, size + 1) if size % number == 0)
-    args.per_device_train_batch_size = size // factor
-    args.gradient_accumulation_steps *= factor
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = smaller(size, args.gradient_accumulation_steps)
     trainer._train_batch_size = args.train_batch_size
     # What train() wrapped, it wraps again.
     trainer.model = trainer.model_wrapped = trainer.accelerator.unwrap_model(

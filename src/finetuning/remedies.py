@@ -1,6 +1,7 @@
 """Which settings need less memory."""
 
 from finetuning.recipe import Recipe
+from finetuning.step_size import smaller
 
 
 def remedies(recipe: Recipe, micro_batch: int, accumulation: int) -> list[str]:
@@ -9,9 +10,10 @@ def remedies(recipe: Recipe, micro_batch: int, accumulation: int) -> list[str]:
     if recipe.data.batch_tokens:
         found.append(f"a data.batch_tokens below {recipe.data.batch_tokens}")
     elif micro_batch > 1:
-        found.append(f"training.per_device_train_batch_size={micro_batch // 2}")
-        if not recipe.training.global_batch_size:
-            found[-1] += f" training.gradient_accumulation_steps={accumulation * 2}"
+        micro_batch, accumulation = smaller(micro_batch, accumulation)
+        found.append(f"training.per_device_train_batch_size={micro_batch}")
+        if not recipe.training.global_batch_size:  # accumulation follows from it
+            found[-1] += f" training.gradient_accumulation_steps={accumulation}"
     if not recipe.training.activation_checkpointing:
         found.append("training.activation_checkpointing=true")
     if recipe.lora and recipe.model.quantization != "4bit" and not recipe.model.from_scratch:

@@ -46,3 +46,12 @@ def step_size(recipe: Recipe, processes: int) -> StepSize:
             f"each of {processes} processes has (training.global_batch_size {total}); leave it out, or use a divisor"
         )
     return StepSize(micro_batch, share // micro_batch, processes)
+
+
+def smaller(micro_batch: int, accumulation: int) -> tuple[int, int]:
+    """(micro-batch, accumulation) of the same step with micro-batches of half the size; an odd one is divided by more.
+
+    The micro-batch has more than one example.
+    """
+    factor = next(number for number in range(2, micro_batch + 1) if micro_batch % number == 0)
+    return micro_batch // factor, accumulation * factor
