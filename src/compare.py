@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> None:
     from finetuning.comparison import common_folder, find_runs, print_runs, write_comparison
 
     runs = find_runs(arguments)
-    console, folder = Console(), common_folder(runs)
+    console, folder = Console(markup=False, emoji=False), common_folder(runs)
     print_runs(console, runs)
     write_comparison(runs, folder)
     console.print(f"written to {folder}: comparison.csv, comparison.png", soft_wrap=True)

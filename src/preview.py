@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     folder = make_folder(output_folder(recipe) / "preview")
     examples = examples_in_order(prepared.train, prepared.eval)
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     print_funnel(console, prepared.report)
     console.rule("examples: prompt grey, response green")
     for _, _, example in examples[:SHOWN]:

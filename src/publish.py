@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     flags, (name, *overrides) = read_arguments(arguments)
     folder = find_run_folder(name)
     recipe = load_recipe(folder / "recipe.yaml", overrides)
-    address, console = address_of(recipe), Console(highlight=False, soft_wrap=True)
+    address, console = address_of(recipe), Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     require_publishable(folder, recipe, unfinished="--unfinished" in flags)
     require_access(address.repo, write="--dry-run" not in flags)
     with lock(folder), merged_if_wanted(folder, recipe) as weights:

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
     prepared = prepare(recipe.data, tokenizer, cache_folder())
     folder = open_run_folder(recipe, prepared.fingerprint, None if is_check else strategy)
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    console = Console(quiet=os.environ.get("RANK", "0") != "0", markup=False, emoji=False)
     if finished := is_finished(folder):
         if not (is_check or console.quiet):
             take_publish(folder, recipe)

@@ -12,7 +12,7 @@ from finetuning.errors import UserError
 RECIPE = """\
 model: {{name: gpt2}}
 data: {{path: rows.jsonl, reader: prompt_response, template: question_answer}}
-training: {{output_dir: {folder}, learning_rate: {rate}, max_steps: 20}}
+training: {{output_dir: '{folder}', learning_rate: {rate}, max_steps: 20}}
 """
 
 
@@ -61,6 +61,15 @@ def test_the_table_has_what_differs_and_what_came_of_it(sweep, capsys):
     printed = capsys.readouterr().out
     assert "learning_rate" in printed and "2e-05" in printed and "max_steps" not in printed
     assert (sweep / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_brackets_and_colons_are_letters_like_others(sweep, capsys):
+    for name, newline in (("a[red]", "[/nl]"), ("b:x:", "[nl]")):
+        recipe = make_run(sweep / "more" / name, "1e-5", [0.5]) / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("question_answer", f'question_answer, newline: "{newline}"'))
+    compare.main([str(sweep / "more")])
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("a[red]", "b:x:", "[/nl]", "[nl]"))
 
 
 def test_runs_can_be_named_one_by_one(sweep):

@@ -166,11 +166,12 @@ def test_the_subfolder_is_replaced_as_a_whole_and_its_neighbours_stay(hub, runs,
 
 def test_a_dry_run_shows_what_would_change_and_changes_nothing(hub, runs, call, tmp_path):
     run = copied(runs["full"], tmp_path / "run")
+    (run / "a[old].txt").touch()
     head = hub.head(REPO)
     done = published(call, run, "--dry-run")
     size = f"{(run / 'model.safetensors').stat().st_size:,} bytes"
     assert re.search(rf"new.*{S}/model.safetensors.*{size}", done.out)
-    assert "stays here: checkpoint-30, environment.json, samples.json" in done.out
+    assert "stays here: a[old].txt, checkpoint-30, environment.json, samples.json" in done.out
     published(call, run)
     (run / "samples.md").write_text("# Other\n")
     hub.put(REPO, {f"{S}/stray.txt": b"x"})

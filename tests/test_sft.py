@@ -168,6 +168,13 @@ def test_an_adapter_on_a_base_from_scratch_finds_its_base_again(tmp_path, capsys
     assert capsys.readouterr().out.splitlines()[0].strip() == after.strip()
 
 
+@pytest.mark.parametrize("command", [sft.main, preview.main], ids=["sft", "preview"])
+def test_a_folder_with_brackets_in_its_name_is_named_whole(tmp_path, capsys, command):
+    check = ["--check"] if command is sft.main else []
+    command([*check, "recipes/quickstart.yaml", f"training.output_dir={tmp_path / 'gpt2[lora]'}"])
+    assert "gpt2[lora]" in capsys.readouterr().out.replace("\n", "")
+
+
 def test_the_same_command_goes_on_from_the_last_checkpoint(tmp_path):
     """Stopped in the middle of the second epoch and started again, a run ends with the same weights, bit for bit."""
     steps = [

@@ -1,4 +1,7 @@
-"""What a person sees: the funnel of rows, coloured masks, answers before and after, the histogram of lengths."""
+"""What a person sees: the funnel of rows, coloured masks, answers before and after, the histogram of lengths.
+
+The console takes no markup: a folder may be called gpt2[lora].
+"""
 
 import io
 from pathlib import Path
@@ -31,7 +34,7 @@ def print_funnel(console: Console, report: dict[str, Any]) -> None:
     if lost:
         console.print("lost     " + ", ".join(f"{number:,} {reason}" for reason, number in lost.items()))
         for place in report["places"]:
-            console.print(f"         {place}", style=PROMPT, markup=False, highlight=False, soft_wrap=True)
+            console.print(f"         {place}", style=PROMPT, highlight=False, soft_wrap=True)
     share = tokens["response"] / max(1, tokens["total"])
     console.print(
         f"tokens   {tokens['total']:,}: {tokens['prompt']:,} prompt, {tokens['response']:,} response ({share:.1%}); "
@@ -65,7 +68,7 @@ def print_answers(console: Console, samples: list[tuple[str, str, str]]) -> None
         return
     table = Table("question", "before", "after", show_lines=True)
     for sample in samples:
-        table.add_row(*(Text(cell) for cell in sample))
+        table.add_row(*sample)
     console.print(table)
 
 
