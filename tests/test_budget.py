@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from finetuning.budget import make_budget
 from finetuning.data import Prepared
 from finetuning.errors import UserError
 from finetuning.recipe import load_recipe
-from finetuning.report import budget_table
+from finetuning.report import budget_table, print_budget
 from finetuning.strategy import Strategy
 from finetuning.tokenization import Examples
 
@@ -166,6 +167,20 @@ def test_processes_share_the_memory_of_a_cpu_but_not_of_a_gpu(small):
     on_gpu = budget_of(small, strategy=Strategy("ddp", 4))
     assert on_gpu.available == devices.GPUS["t4"].memory
     assert dataclasses.replace(on_gpu, device=devices.Device("a CPU", 4000, 1e9, None)).available == 1000
+
+
+def test_the_time_on_a_gpu_whose_speed_is_not_known_is_said_to_be_so(small, capsys):
+    recipe = load_recipe(
+        ROOT / "recipes/dolly_gpt2.yaml", [f"model.name={small}", "data.eval=null", "training.eval_strategy=no"]
+    )
+    times = []
+    for peak in (0.0, 1e12):
+        device = devices.Device("NVIDIA L40S", 44 * devices.GIB, peak, (8, 9))
+        budget = make_budget(recipe, prepared(40, 128), tiny.byte_level(), SINGLE, device)
+        print_budget(Console(width=200), budget, [])
+        times += [line for line in capsys.readouterr().out.splitlines() if line.startswith("time ")]
+    assert times[0] == "time     not known for this GPU"
+    assert re.fullmatch(r"time     [\d.]+ \w+ to [\d.]+ \w+ of computing, .*", times[1])
 
 
 def varied(lengths: list[int], responses: list[int]) -> Prepared:

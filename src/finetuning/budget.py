@@ -45,8 +45,8 @@ class Budget:
     steps: int
     tokens: int
     """that are trained on in all steps, repeated ones too; without padding"""
-    seconds: tuple[float, float]
-    """at least and at most, without start and evaluation"""
+    seconds: tuple[float, float] | None
+    """at least and at most, without start and evaluation; None for a GPU whose peak is not known"""
     disk: int
     """checkpoints that are kept, one that is being written, and the final weights"""
     free: int
@@ -101,7 +101,7 @@ def make_budget(
         longest=(len(examples), batch["input_ids"].numel(), len(batch["targets"])),
         steps=steps,
         tokens=round(prepared.train.lengths.sum() * epochs),
-        seconds=(flops / device.flops / fast, flops / device.flops / slow) if device.flops else (0.0, math.inf),
+        seconds=(flops / device.flops / fast, flops / device.flops / slow) if device.flops else None,
         disk=disk_of(recipe, model, steps, steps_of_epoch),
         free=shutil.disk_usage(existing(Path(recipe.training.output_dir).expanduser())).free,
     )

@@ -113,11 +113,10 @@ def print_budget(console: Console, budget: "Budget", advice: list[str]) -> None:
     """Memory of a process part by part, steps, time, disk, and whether it fits."""
     console.print(budget_table(budget))
     examples, slots, responses = budget.longest
-    shortest, longest = map(duration, budget.seconds)
     lines = {
         "longest": f"{examples} examples, {slots:,} tokens computed, {responses:,} of them response",
         "steps": f"{budget.steps:,} of {budget.step} examples ({budget.strategy}), {budget.tokens:,} tokens in all",
-        "time": f"{shortest} to {longest} of computing, without start, evaluation and answers",
+        "time": computing(budget),
         "disk": f"{mib(budget.disk)} MiB for checkpoints and weights, {mib(budget.free)} are free",
     }
     for name, text in lines.items():
@@ -129,6 +128,13 @@ def print_budget(console: Console, budget: "Budget", advice: list[str]) -> None:
         console.print(
             "         too little room on the disk: lower training.save_total_limit, or make room", style="red"
         )
+
+
+def computing(budget: "Budget") -> str:
+    if budget.seconds is None:
+        return "not known for this GPU"
+    shortest, longest = map(duration, budget.seconds)
+    return f"{shortest} to {longest} of computing, without start, evaluation and answers"
 
 
 def mib(size: int) -> str:
