@@ -1,7 +1,6 @@
 """Run folders side by side: a table of what was set and what came of it, and a plot of the losses."""
 
 import csv
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from rich.table import Column, Table
 
 from finetuning.errors import UserError
 from finetuning.recipe import load_recipe
-from finetuning.run_folder import read_environment
+from finetuning.report import japanese_pyplot
+from finetuning.run_folder import read_environment, read_metrics
 
 NOT_COMPARED = ("training.output_dir",)
 # Column and the figure of metrics.jsonl whose last value stands there.
@@ -39,10 +39,7 @@ class Run:
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; one that is just being written does not count."""
-        file = self.folder / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}\n")]
+        return read_metrics(self.folder)
 
     @property
     def state(self) -> str:
@@ -140,7 +137,7 @@ def write_comparison(runs: list[Run], folder: Path) -> None:
     """comparison.csv and comparison.png. Raises UserError where they cannot be written."""
     try:
         write_csv(runs, folder / "comparison.csv")
-        plot_losses(runs, folder / "comparison.png")
+        plot_runs(runs, folder / "comparison.png")
     except OSError as error:
         raise UserError(f"{folder}: the comparison cannot be written: {error.strerror}") from None
 
@@ -151,15 +148,9 @@ def write_csv(runs: list[Run], file: Path) -> None:
         csv.writer(stream).writerows([columns, *rows])
 
 
-def plot_losses(runs: list[Run], file: Path) -> None:
+def plot_runs(runs: list[Run], file: Path) -> None:
     """Loss over steps, in training and on the held-out examples, a line for each run; with Japanese labels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import matplotlib_fontja
-
-    matplotlib_fontja.japanize()  # matplotlib's own fonts have no kana and kanji
+    plt = japanese_pyplot()
     colours = plt.get_cmap("viridis")
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5 + 0.12 * len(runs)), layout="constrained")
     for panel, name, label in zip(panels, ("loss", "eval_loss"), ("学習の損失", "評価の損失"), strict=True):
