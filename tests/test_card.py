@@ -155,3 +155,9 @@ def test_a_readme_that_cannot_be_read_is_not_written_over(text, crowded):
     hub, _ = crowded
     with pytest.raises(UserError, match=r"README\.md cannot be read"):
         repository_card(REPO, text, {S: manifest_of(hub)})
+
+
+def test_a_readme_that_cannot_be_read_is_told_with_the_line(crowded):
+    hub, _ = crowded
+    with pytest.raises(UserError, match=r"cannot be read: while parsing .*, line \d+, .*; mend it there$"):
+        repository_card(REPO, b"---\na: [\nb: 1\n---\n", {S: manifest_of(hub)})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetuning.data import load_template
-from finetuning.errors import UserError
+from finetuning.errors import UserError, one_line
 from finetuning.model import load_model, read_tokenizer
 from finetuning.origin import with_pulled_base
 from finetuning.recipe import Recipe
@@ -99,7 +99,7 @@ def respond(
             generation_config=GenerationConfig(**{**tokens, "use_cache": True, **settings}),
         )
     except ValueError as error:  # what transformers finds wrong with the settings
-        raise UserError(f"generation: {' '.join(str(error).split())}") from None
+        raise UserError(f"generation: {one_line(error)}") from None
     responses = [cut_at_end(ids, ends) for ids in output[:, longest:].tolist()]
     return [template.answer(text) for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
 

@@ -8,7 +8,7 @@ import torch
 from trl import SFTConfig
 
 from finetuning.devices import uses_gpu
-from finetuning.errors import UserError
+from finetuning.errors import UserError, one_line
 from finetuning.model import precision
 from finetuning.recipe import Recipe
 from finetuning.step_size import step_size
@@ -52,6 +52,6 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     try:
         args = SFTConfig(**settings)
     except (TypeError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"training: {' '.join(str(error).split())}") from None
+        raise UserError(f"training: {one_line(error)}") from None
     args._n_gpu = min(args.n_gpu, 1)  # a process has one GPU; of more that it sees Trainer would make a DataParallel
     return args

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from finetuning.address import Address
 from finetuning.data import load_template
-from finetuning.errors import TryAgain, UserError
+from finetuning.errors import TryAgain, UserError, one_line
 from finetuning.hub import TIMEOUT, patiently
 from finetuning.manifest import Manifest
 from finetuning.model import read_tokenizer
@@ -178,7 +178,7 @@ def repository_card(repo: str, before: bytes | None, manifests: dict[str, Manife
     try:
         card = ModelCard(before.decode() if before else f"---\npipeline_tag: text-generation\n---\n\n# {repo}\n")
     except Exception as error:  # yaml's and huggingface_hub's own
-        problem = str(error).splitlines()[0]
+        problem = one_line(error)
         raise UserError(f"{repo}: the metadata of its README.md cannot be read: {problem}; mend it there") from None
     bases = [(manifest["base"] or {}).get("name") for manifest in manifests.values()]
     paths = [path for manifest in manifests.values() for path in manifest["data"]["datasets"]]

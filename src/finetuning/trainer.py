@@ -12,7 +12,7 @@ from finetuning.attention import Packing, isolate, packed_as
 from finetuning.batching import Batch, BatchSampler, Collator, ExampleSet
 from finetuning.data import Prepared
 from finetuning.durable import DurableTrainer
-from finetuning.errors import UserError
+from finetuning.errors import UserError, one_line
 from finetuning.loss import ResponseHead, Targets, require_plain_head
 from finetuning.model import fuse_gelu, load_model, lora_config
 from finetuning.quantization import keep_adapter_whole
@@ -190,7 +190,7 @@ def make_trainer(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", prepared:
         )
     except ValueError as error:  # what trl and peft find wrong with the settings
         section = "lora" if recipe.lora else "training"
-        raise UserError(f"{section}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{section}: {one_line(error)}") from error
 
 
 def as_dataset(examples: Examples) -> "Dataset":
