@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
     from finetuning.contents import staying
     from finetuning.hub import patiently, require_access
     from finetuning.merging import merged_if_wanted
-    from finetuning.publication import address_of, prepare, require_publishable
+    from finetuning.publication import address_of, gather_publication, require_publishable
     from finetuning.recipe import load_recipe
     from finetuning.report import print_changes
     from finetuning.run_folder import find_run_folder, lock
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
     require_publishable(folder, recipe, unfinished="--unfinished" in flags)
     require_access(address.repo, write="--dry-run" not in flags)
     with lock(folder), merged_if_wanted(folder, recipe) as weights:
-        publication = prepare(folder, recipe, weights)
+        publication = gather_publication(folder, recipe, weights)
         if "--dry-run" in flags:
             todo = patiently(lambda: plan(publication, "--replace" in flags), address.repo)
             return print_changes(console, todo.changes, staying(folder))

@@ -355,12 +355,12 @@ def test_a_base_from_the_hub_is_not_called_otherwise(hub, runs, call, tmp_path):
 
 def test_two_subfolders_published_at_once_both_stand(hub, runs, tmp_path):
     from finetuning.commit import publish as commit
-    from finetuning.publication import prepare
+    from finetuning.publication import gather_publication
 
     prepared = []
     for name, kind in (("chapter05/first", "full"), ("chapter06/second", "sharded")):
         run = retrained(copied(runs[kind], tmp_path / kind), publish__subfolder=name)
-        prepared.append(prepare(run, load_recipe(run / "recipe.yaml"), None))
+        prepared.append(gather_publication(run, load_recipe(run / "recipe.yaml"), None))
     barrier = threading.Barrier(2)
     hub.fault("/commit/", times=2, call=lambda: barrier.wait(10))  # both have read the same head by then
     results = []

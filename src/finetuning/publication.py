@@ -100,7 +100,7 @@ def portable_path(source: Any) -> str:
     return source.path if not is_local(source) or (is_inside and looks_local(source.path)) else f"./{path.name}"
 
 
-def prepare(folder: Path, recipe: Recipe, merged: Path | None) -> Publication:
+def gather_publication(folder: Path, recipe: Recipe, merged: Path | None) -> Publication:
     """What a run folder publishes; `merged` holds its merged weights, if these are wanted."""
     address, shown = address_of(recipe), portable(recipe, folder)
     manifest = describe(folder, shown, "merged" if merged else "adapter" if recipe.lora else "full")
