@@ -35,10 +35,14 @@ def python_type(field: Field) -> Any:
 def read_library_fields() -> dict[str, dict[str, Field]]:
     """The same table, asked of the installed libraries: slow, for writing and for testing the written one."""
     from peft import LoraConfig
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from trl import SFTConfig
 
+    training = read_dataclass(SFTConfig)
+    training["report_to"]["types"].remove("string")
+    training["report_to"]["choices"] = ["none", *sorted(INTEGRATION_TO_CALLBACK)]
     return {
-        "training": read_dataclass(SFTConfig),
+        "training": training,
         "lora": read_dataclass(LoraConfig),
         "generation": read_generation_config(),
     }

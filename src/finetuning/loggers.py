@@ -8,13 +8,9 @@ import sys
 from pathlib import Path
 
 from finetuning.errors import UserError
+from finetuning.library_fields import load_library_fields
 from finetuning.recipe import Recipe
 from finetuning.run_folder import Sample
-
-KNOWN = (
-    *("none", "tensorboard", "wandb", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte"),
-    *("mlflow", "neptune", "swanlab", "trackio"),
-)
 
 
 def loggers_of(recipe: Recipe) -> list[str]:
@@ -25,11 +21,12 @@ def loggers_of(recipe: Recipe) -> list[str]:
 
 def require_loggers(recipe: Recipe, folder: Path) -> None:
     """Raises UserError for a logger that is not installed or not logged in; has wandb write below the run folder."""
+    known = load_library_fields()["training"]["report_to"]["choices"]
     for name in loggers_of(recipe):
-        if name not in KNOWN:
-            near = difflib.get_close_matches(name, KNOWN, n=1)
+        if name not in known:  # in a list: one that stands alone is refused with the recipe
+            near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"training.report_to: unknown logger {name}; allowed are {', '.join(KNOWN)}{hint}")
+            raise UserError(f"training.report_to: unknown logger {name}; allowed are {', '.join(known)}{hint}")
         if name in ("tensorboard", "wandb") and importlib.util.find_spec(name) is None:
             raise UserError(f"training.report_to: {name} is not installed: pip install {name}")
     if "wandb" in loggers_of(recipe):
