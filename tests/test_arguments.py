@@ -6,7 +6,7 @@ from conftest import ROOT
 
 from finetuning.arguments import make_arguments
 from finetuning.devices import present
-from finetuning.recipe import load_recipe
+from finetuning.recipe import load_recipe, recipe_schema
 
 
 @pytest.fixture
@@ -53,6 +53,24 @@ def test_without_a_gpu_the_cpu_is_used_and_said_to_be(tmp_path, launched):
 
 def test_the_budget_is_that_of_the_cpu_where_the_recipe_stays_on_it(two_t4):
     assert not present(load_recipe(ROOT / "recipes/quickstart.yaml", ["training.use_cpu=true"])).is_gpu
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], (16, False)),
+        (["per_device_train_batch_size=4"], (4, False)),
+        (["per_device_eval_batch_size=null"], (16, False)),
+        (["per_device_eval_batch_size=3", "logging_nan_inf_filter=true"], (3, True)),
+    ],
+)
+def test_what_the_schema_tells_an_editor_is_what_a_run_has(tmp_path, launched, overrides, expected):
+    launched({})
+    args = arguments_of(tmp_path, *[f"training.{override}" for override in overrides])
+    assert (args.per_device_eval_batch_size, args.logging_nan_inf_filter) == expected
+    schema = recipe_schema()["$defs"]["Training"]["properties"]
+    assert schema["per_device_eval_batch_size"]["default"] is None  # as in training
+    assert schema["logging_nan_inf_filter"]["default"] is False
 
 
 @pytest.mark.parametrize(("overrides", "expected"), [([], False), (["null"], False), (["true"], True)])

@@ -43,12 +43,9 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     settings.setdefault("ddp_find_unused_parameters", False)  # every parameter is used; looking costs a walk a step
     # trl's default of recomputing every activation costs a third of the speed; a recipe asks for it where it must.
     settings["activation_checkpointing"] = bool(settings.get("activation_checkpointing"))
-    # Trainer's default replaces a loss that is not a number by the average of those before, and asks the device for
-    # it in every micro-batch.
-    settings.setdefault("logging_nan_inf_filter", False)
+    settings["logging_nan_inf_filter"] = recipe.training.logging_nan_inf_filter
     settings["eval_on_start"] = has_eval  # the loss before training: the summary and the card compare with it
-    if has_eval:
-        settings.setdefault("per_device_eval_batch_size", step.micro_batch)
+    settings["per_device_eval_batch_size"] = recipe.training.per_device_eval_batch_size or step.micro_batch
     try:
         args = SFTConfig(**settings)
     except (TypeError, ValueError, ImportError, KeyError) as error:

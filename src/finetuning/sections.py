@@ -264,6 +264,10 @@ Training = library_section(
     output_dir=(str, Field(min_length=1, description="the run folder")),
     # The library's own fields, with bounds that it does not check.
     per_device_train_batch_size=(int, Field(default=8, ge=1, description="examples of a micro-batch on each device")),
+    per_device_eval_batch_size=(
+        int | None,
+        Field(default=None, ge=1, description="examples evaluated at once; as in training if not given"),
+    ),
     gradient_accumulation_steps=(int, Field(default=1, ge=1, description="micro-batches of a step")),
     global_batch_size=(
         int | None,
@@ -273,6 +277,11 @@ Training = library_section(
     auto_find_batch_size=(
         bool,
         Field(default=False, description="out of memory before the first step: half the micro-batch, twice as many"),
+    ),
+    # The library's default asks the device, in every micro-batch, for a loss that it replaces by an average.
+    logging_nan_inf_filter=(
+        bool,
+        Field(default=False, description="log the average of those before for a loss that is not a number"),
     ),
     learning_rate=(float, Field(default=2e-5, ge=0, description="at its highest")),
     dataloader_num_workers=(int, Field(default=0, ge=0, description="processes that collate batches")),
