@@ -71,7 +71,7 @@ def require_agreement(console: "Console", answers: list[Answer], is_exact: bool)
     """Says how many answers are the same. Raises UserError if not all, where the weights are the very same bytes."""
     other = [answer for answer in answers if not answer.is_same]
     for question, ours, theirs in other:
-        console.print(f"{question}\n  run folder: {ours}\n  published:  {theirs}", markup=False)
+        console.print(f"{question}\n  run folder: {ours}\n  published:  {theirs}")
     if other and is_exact:
         raise UserError(f"published, but {len(other)} of {len(answers)} answers are not the run folder's; see {RECORD}")
     why = " (merged weights are rounded once more)" if other else ""

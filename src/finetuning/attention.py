@@ -66,8 +66,11 @@ class Packing:
     @cached_property
     def back(self) -> torch.Tensor:
         """(T,): position of every token in the flattened `rows`."""
-        is_token = torch.arange(self.longest) < torch.tensor(self.lengths)[:, None]
-        return is_token.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)
+        lengths = torch.tensor(self.lengths)
+        total = sum(self.lengths)
+        padding = torch.arange(len(lengths)) * self.longest - (lengths.cumsum(0) - lengths)  # in front of each example
+        before = padding.repeat_interleave(lengths, output_size=total)
+        return (torch.arange(total) + before).to(self.device, non_blocking=True)
 
     @cached_property
     def masks(self) -> dict[tuple[int | None, torch.dtype], torch.Tensor]:

@@ -25,6 +25,7 @@ class Rule:
     """the nearest thing that works"""
     is_met: Callable[[Recipe, Strategy], bool]
     depends_on_machine: bool = False
+    """asked only where it is trained, not by --check and preview, which may run elsewhere"""
 
 
 def has_gpu() -> bool:

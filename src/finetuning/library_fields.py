@@ -1,8 +1,8 @@
 """The settings of trl, peft and transformers that a recipe may use: names, types, defaults.
 
 Importing those libraries takes ten seconds, and a misspelt key should be refused at once: so their fields are written
-down in library_fields.json, from which `recipe` builds its sections. After an upgrade write the table (and the JSON
-schema that editors use) again:
+down in library_fields.json, from which `sections` builds those of a recipe. After an upgrade write the table (and the
+JSON schema that editors use) again:
 
     PYTHONPATH=src python -m finetuning.library_fields
 """
