@@ -25,7 +25,7 @@ $(VENV)/.deepspeed: $(VENV)/.dev
 
 quickstart: $(VENV)/.base  ## train the embedded default on the CPU (a minute) and ask it
 	@# One thread: the model is too small to share, and threads that wait for each other crawl on a busy machine.
-	@test -f outputs/quickstart/samples.md || OMP_NUM_THREADS=1 \
+	@test -f outputs/quickstart/model.safetensors || OMP_NUM_THREADS=1 \
 	  $(RUN)/accelerate launch --config_file accelerate_configs/cpu.yaml src/sft.py recipes/quickstart.yaml
 	$(RUN)/python src/generate.py outputs/quickstart 'What is the capital of Japan?'
 

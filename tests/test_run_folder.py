@@ -260,6 +260,17 @@ def test_a_run_that_goes_on_keeps_what_was_written_first(recipe_of):
     assert load_recipe(folder / "recipe.yaml").resolved() == recipe.resolved()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors", "checkpoint-3"])
+def test_a_folder_with_weights_of_somebody_else_is_not_trained_into(recipe_of, name):
+    """A base model's, say."""
+    recipe = recipe_of()
+    folder = Path(recipe.training.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(b"")
+    with pytest.raises(UserError, match="and would be overwritten; choose another"):
+        open_run_folder(recipe, "data", None)
+
+
 def test_two_at_once_find_that_a_folder_can_be_written(tmp_path):
     """Nodes, say, whose processes have the same number."""
     with ThreadPoolExecutor(2) as pool:

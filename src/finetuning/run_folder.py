@@ -50,6 +50,9 @@ def open_run_folder(recipe: Recipe, fingerprint: str, strategy: Strategy | None)
     """
     folder = make_folder(output_folder(recipe))
     if not (folder / "recipe.yaml").exists():
+        if foreign := next((name for name in (*WEIGHTS, "checkpoint-*") if any(folder.glob(name))), None):
+            what = f"holds {foreign} without a recipe.yaml, so it is no run folder"
+            raise UserError(f"training.output_dir: {folder} {what}, and would be overwritten; choose another")
         return folder
     before, environment = load_recipe(folder / "recipe.yaml"), read_environment(folder)
     remedy = "; delete the folder, or choose another with training.output_dir=..."
