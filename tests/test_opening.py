@@ -22,9 +22,11 @@ def test_isolation_is_asked_in_the_runs_precision_and_for_its_longest_example(bf
     monkeypatch.setattr(opening, "require_same_software", lambda *args: None)
     monkeypatch.setattr(opening, "gather_object", lambda facts: facts)
     monkeypatch.setattr(opening, "require_isolation", ask)
-    head = SimpleNamespace(require_last_word=lambda model: None)
+    asked = []
+    head = SimpleNamespace(require_last_word=asked.append)
     trainer = SimpleNamespace(train_examples=SimpleNamespace(lengths=np.array([4, 9, 2])), head=head)
     recipe = SimpleNamespace(data=SimpleNamespace(layout="packed"))
     question = opening.Opening(trainer, recipe, None, "", list, None)
     with pytest.raises(Asked):
         question.on_train_begin(SimpleNamespace(bf16=bf16, fp16=fp16), None, None, model="the model")
+    assert asked == ["the model"]

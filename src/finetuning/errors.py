@@ -65,23 +65,23 @@ def outcome(main: Callable[[list[str]], None], manual: str, when_interrupted: st
         note_end(0)
         return 0
     except UserError as error:
-        return leave(f"error: {one_line(error)}", error.exit_code)
+        return tell(f"error: {one_line(error)}", error.exit_code)
     except KeyboardInterrupt:
-        return leave(f"interrupted{when_interrupted}", 130)
+        return tell(f"interrupted{when_interrupted}", 130)
     except Stopped as stopped:
-        return leave(str(stopped) if is_first() else "", stopped.code)
+        return tell(str(stopped) if is_first() else "", stopped.code)
     except PermissionError as error:
-        return leave(f"error: {error.filename}: {error.strerror}; it has to be readable, and a folder writable", 2)
+        return tell(f"error: {error.filename}: {error.strerror}; it has to be readable, and a folder writable", 2)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and reader_left():
-            return leave("", 1)  # as Python's manual and rich have it
+            return tell("", 1)  # as Python's manual and rich have it
         if is_out_of_memory(error):
             first = str(error).strip().partition("\n")[0]
-            return leave(f"error: out of memory: {first}; src/preview.py says what a recipe needs", 1)
+            return tell(f"error: out of memory: {first}; src/preview.py says what a recipe needs", 1)
         if not any(words in str(error) for words in DISK_FULL):
             note_end(1, f"{type(error).__name__}: {one_line(error)}")
             raise
-        return leave(f"error: the disk is full: {one_line(error)}; make room, and give the same command again", 1)
+        return tell(f"error: the disk is full: {one_line(error)}; make room, and give the same command again", 1)
 
 
 def end_at_once(code: int) -> None:
@@ -119,7 +119,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def leave(line: str, code: int) -> int:
+def tell(line: str, code: int) -> int:
     """Says the line, if there is one, and returns the code to exit with."""
     is_noted = note_end(code, line)
     if is_first() or not line:

@@ -104,26 +104,45 @@ def load_model(
 
     Raises UserError where it cannot be had.
     """
+    if model.from_scratch:
+        return make_model(model, tokenizer, seed)
+    loaded = read_model(model, device)
+    keep_gradients(loaded)
+    embeddings = loaded.get_input_embeddings()
+    embeddings.padding_idx = None  # it would keep the gradient from the end mark where that is the pad token too
+    rows = embeddings.num_embeddings  # its weight is an empty shell under ZeRO-3
+    if len(tokenizer) > rows:
+        raise UserError(f"model.name: {model.name} embeds {rows} tokens, its tokenizer has {len(tokenizer)}")
+    return loaded
+
+
+def make_model(model: Model, tokenizer: "PreTrainedTokenizerFast", seed: int) -> "PreTrainedModel":
+    """A model of model.from_scratch, its weights random. Raises UserError where its config makes none."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, set_seed
+
+    config = load_config(model, tokenizer)
+    set_seed(seed)
+    try:
+        # Not from_config: under ZeRO-3 that fills each process's part with random numbers of its own.
+        made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(getattr(torch, model.dtype))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.from_scratch.config: {one_line(error)}") from None
+    made.config.pad_token_id = made.generation_config.pad_token_id = tokenizer.pad_token_id
+    return made
+
+
+def read_model(model: Model, device: "torch.device | str") -> "PreTrainedModel":
+    """The model of model.name with all its weights. Raises UserError where it cannot be read, or lacks some."""
     import torch
     from safetensors import SafetensorError
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, set_seed
+    from transformers import AutoModelForCausalLM
 
-    dtype = getattr(torch, model.dtype)
-    if model.from_scratch:
-        config = load_config(model, tokenizer)
-        set_seed(seed)
-        try:
-            # Not from_config: under ZeRO-3 that fills each process's part with random numbers of its own.
-            made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(dtype)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"model.from_scratch.config: {one_line(error)}") from None
-        made.config.pad_token_id = made.generation_config.pad_token_id = tokenizer.pad_token_id
-        return made
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(
             location(model),
             revision=model.revision,
-            dtype=dtype,
+            dtype=getattr(torch, model.dtype),
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in what is found
@@ -137,12 +156,6 @@ def load_model(
     if bad := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
         what = f"{len(bad)} of its weights, such as {bad[0]}"
         raise UserError(f"model.name: {model.name} lacks {what}, or has them in a shape that is not in its config")
-    keep_gradients(loaded)
-    embeddings = loaded.get_input_embeddings()
-    embeddings.padding_idx = None  # it would keep the gradient from the end mark where that is the pad token too
-    rows = embeddings.num_embeddings  # its weight is an empty shell under ZeRO-3
-    if len(tokenizer) > rows:
-        raise UserError(f"model.name: {model.name} embeds {rows} tokens, its tokenizer has {len(tokenizer)}")
     return loaded
 
 
