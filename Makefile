@@ -61,8 +61,8 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 	$(RUN)/ruff format .
 
 schema: $(VENV)/.base  ## write recipes/recipe.schema.json again, after an upgrade or a new setting
-	PYTHONPATH=src $(RUN)/python -m finetuning.library_fields
-	PYTHONPATH=src $(RUN)/python -m finetuning.recipe
+	PYTHONPATH=src $(RUN)/python -m finetuning.recipe.library_fields
+	PYTHONPATH=src $(RUN)/python -m finetuning.recipe.recipe
 
 clean:  ## remove .venv and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -20,26 +20,38 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import numpy as np
 
-from finetuning.batching import pack_lengths
-from finetuning.cache import prepare
-from finetuning.model import read_tokenizer
-from finetuning.readers import read_dolly
-from finetuning.sections import Data, Source
-from finetuning.sources import load_rows
-from finetuning.templates import TEMPLATES, MarkerTemplate
+from finetuning.data.bin_packing import pack_lengths
+from finetuning.data.cache import prepare
+from finetuning.data.readers import read_dolly
+from finetuning.data.section import Data, Source
+from finetuning.data.sources import load_rows
+from finetuning.data.templates import TEMPLATES, MarkerTemplate
+from finetuning.model.tokenizer import read_tokenizer
 
 MAX_LENGTH = 512
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="databricks/databricks-dolly-15k", help="dolly: Hub id or local file")
-    parser.add_argument("--tokenizer", default="openai-community/gpt2", help="GPT-2's: Hub id or local folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", default="databricks/databricks-dolly-15k", help="dolly: Hub id or local file"
+    )
+    parser.add_argument(
+        "--tokenizer", default="openai-community/gpt2", help="GPT-2's: Hub id or local folder"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     tokenizer = read_tokenizer(options.tokenizer)
     texts = [prompt + response for prompt, response in rendered(options.data, tokenizer.eos_token)]
-    data = Data(path=options.data, reader="dolly", template="question_answer", max_length=MAX_LENGTH, overflow="cut")
+    data = Data(
+        path=options.data,
+        reader="dolly",
+        template="question_answer",
+        max_length=MAX_LENGTH,
+        overflow="cut",
+    )
 
     floor, _ = best(options.repeats, lambda: tokenizer.backend_tokenizer.encode_batch_fast(texts))
     ours, prepared = best(options.repeats, lambda: prepare(data, tokenizer))
@@ -48,11 +60,17 @@ def main() -> None:
         prepare(data, tokenizer, Path(folder))
         cached = min(wall(lambda: prepare(data, tokenizer, Path(folder))) for _ in range(3))
 
-    print("| preparation of", len(texts), "rows | CPU s | rows/s | of one batch encoding | of trl's path |")
+    print(
+        "| preparation of",
+        len(texts),
+        "rows | CPU s | rows/s | of one batch encoding | of trl's path |",
+    )
     print("|---|---|---|---|---|")
     for name, seconds in (("trl", theirs), ("ours", ours), ("one batch encoding (floor)", floor)):
         rate, faster = len(texts) / seconds, theirs / seconds
-        print(f"| {name} | {seconds:.2f} | {rate:.0f} | {seconds / floor:.2f} times | {faster:.1f} times faster |")
+        print(
+            f"| {name} | {seconds:.2f} | {rate:.0f} | {seconds / floor:.2f} times | {faster:.1f} times faster |"
+        )
     print(f"\nours again, from the cache: {cached:.3f} s (wall)")
     print(f"ids and labels equal to trl's: {same(prepared.train, dataset)}\n")
     packing(prepared.train.lengths)
@@ -93,12 +111,23 @@ def trl_dataset(path: str, tokenizer):
 
     datasets.disable_caching()
     pairs = rendered(path, tokenizer.eos_token)
-    columns = {"prompt": [prompt for prompt, _ in pairs], "completion": [response for _, response in pairs]}
+    columns = {
+        "prompt": [prompt for prompt, _ in pairs],
+        "completion": [response for _, response in pairs],
+    }
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1))
-    settings = {"max_length": MAX_LENGTH, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
+    settings = {
+        "max_length": MAX_LENGTH,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
     args = SFTConfig(output_dir=tempfile.mkdtemp(), **settings)
     dataset = datasets.Dataset.from_dict(columns)
-    return SFTTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=dataset).train_dataset
+    return SFTTrainer(
+        model=model, args=args, processing_class=tokenizer, train_dataset=dataset
+    ).train_dataset
 
 
 def same(examples, dataset) -> bool:
@@ -113,7 +142,9 @@ def packing(lengths: np.ndarray) -> None:
     print("| packing into bins of 2,048 | CPU s | bins | real tokens in the slots |")
     print("|---|---|---|---|")
     for count in (len(lengths), 1_000_000, 10_000_000):
-        drawn = lengths if count == len(lengths) else np.random.default_rng(0).choice(lengths, count)
+        drawn = (
+            lengths if count == len(lengths) else np.random.default_rng(0).choice(lengths, count)
+        )
         seconds, bins = best(2, lambda drawn=drawn: pack_lengths(drawn, 2048))
         share = drawn.sum() / (2048 * (bins.max() + 1))
         print(f"| {count:,} lengths | {seconds:.3f} | {bins.max() + 1:,} | {share:.2%} |")

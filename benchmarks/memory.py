@@ -29,7 +29,13 @@ MODELS = {
         "num_key_value_heads": 4,
         "vocab_size": 20000,
     },
-    "bloom": {"model_type": "bloom", "hidden_size": 384, "n_layer": 4, "n_head": 8, "vocab_size": 80000},
+    "bloom": {
+        "model_type": "bloom",
+        "hidden_size": 384,
+        "n_layer": 4,
+        "n_head": 8,
+        "vocab_size": 80000,
+    },
 }
 SMALL = {
     "gpt2": {"n_layer": 1, "n_embd": 64},
@@ -39,7 +45,9 @@ SMALL = {
 TARGETS = {"gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"], "bloom": ["query_key_value"]}
 METHODS = ("full", "lora", "lora8bit")
 LENGTHS = (64, 256)
-CASES = [f"{model}-{method}-{length}" for model in MODELS for method in METHODS for length in LENGTHS]
+CASES = [
+    f"{model}-{method}-{length}" for model in MODELS for method in METHODS for length in LENGTHS
+]
 BATCH, EXAMPLES = 8, 16
 # glibc raises its threshold to the largest piece that was freed and keeps all pieces below it: up to half as much again
 # stays resident, of which nothing is in use. Held fixed, what is freed is given back.
@@ -61,7 +69,9 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", nargs="*", choices=CASES, default=CASES)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", help="write the figures here too")
@@ -72,10 +82,26 @@ def parse() -> argparse.Namespace:
 
 def run_worker(case: str, device: str) -> dict[str, float]:
     hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--worker", case, "--folder", folder, "--device", device]
-        done = subprocess.run(command, capture_output=True, text=True, env={**environment, **MALLOC, **hidden})
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            case,
+            "--folder",
+            folder,
+            "--device",
+            device,
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**environment, **MALLOC, **hidden}
+        )
     if done.returncode:
         sys.exit(f"{case} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -88,7 +114,9 @@ def table(found: dict[str, dict[str, float]]) -> str:
     ]
     for case, figures in found.items():
         budget, measured = figures["budget"], figures["measured"]
-        lines.append(f"| {case.replace('-', ', ')} | {budget:.0f} | {measured:.0f} | {budget / measured:.2f} |")
+        lines.append(
+            f"| {case.replace('-', ', ')} | {budget:.0f} | {measured:.0f} | {budget / measured:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -96,12 +124,14 @@ def measure(kind: str, method: str, length: str, folder: Path) -> dict[str, floa
     """One case, in this process: {budget, measured} in MiB."""
     import torch
 
-    from finetuning.footprint import build, footprint
+    from finetuning.budget.step_memory import build, footprint
 
     fields = {**MODELS[kind], **SMALL[kind], "vocab_size": 300}
     small = recipe_of(kind, method, 32, write_model(folder / "small", fields), folder)
     train(small, torch)
-    recipe = recipe_of(kind, method, int(length), write_model(folder / "model", MODELS[kind]), folder)
+    recipe = recipe_of(
+        kind, method, int(length), write_model(folder / "model", MODELS[kind]), folder
+    )
     measured, trainer = train(recipe, torch)
     from transformers import AutoConfig
 
@@ -119,16 +149,25 @@ def write_model(folder: Path, fields: dict) -> Path:
         "M.from_config(AutoConfig.for_model(**json.loads(sys.argv[1]))).save_pretrained(sys.argv[2])"
     )
     fields = {**fields, "bos_token_id": 0, "eos_token_id": 0}
-    subprocess.run([sys.executable, "-c", code, json.dumps(fields), str(folder)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code, json.dumps(fields), str(folder)],
+        check=True,
+        capture_output=True,
+    )
     return folder
 
 
 def recipe_of(kind: str, method: str, length: int, model: Path, folder: Path):
-    from finetuning.recipe import load_recipe
+    from finetuning.recipe.recipe import load_recipe
 
     settings = {
         "model": {"name": str(model), "quantization": "8bit" if method == "lora8bit" else None},
-        "data": {"path": "none", "reader": "dolly", "template": "question_answer", "max_length": length},
+        "data": {
+            "path": "none",
+            "reader": "dolly",
+            "template": "question_answer",
+            "max_length": length,
+        },
         "training": {
             "output_dir": str(folder / "run"),
             "max_steps": 2,
@@ -147,24 +186,32 @@ def train(recipe, torch):
     """(bytes at the peak of training above those before the model was there, the trainer)"""
     import numpy as np
 
-    from finetuning.data import Prepared
-    from finetuning.tokenization import Examples
-    from finetuning.trainer import make_trainer
+    from finetuning.data.prepare import Prepared
+    from finetuning.data.tokenization import Examples
+    from finetuning.training.trainer import make_trainer
 
     length = recipe.data.max_length
     ids = np.random.default_rng(0).integers(5, 250, (EXAMPLES, length))
     labels = np.where(np.arange(length) < length // 2, -100, ids)  # the first half is prompt
     examples = Examples(ids.ravel(), labels.ravel(), np.full(EXAMPLES, length), np.arange(EXAMPLES))
     before = resident("VmRSS")
-    trainer = make_trainer(recipe, tokenizer(), Prepared(examples, None, {"tokens": {"max": length}}, ""))
+    trainer = make_trainer(
+        recipe, tokenizer(), Prepared(examples, None, {"tokens": {"max": length}}, "")
+    )
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        for weight in trainer.model.parameters():  # or the pages of the file that were read to quantise would count
+        for weight in (
+            trainer.model.parameters()
+        ):  # or the pages of the file that were read to quantise would count
             weight.data = weight.data.clone()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     trainer.train()
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM") - before
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else resident("VmHWM") - before
+    )
     return peak, trainer
 
 

@@ -22,11 +22,16 @@ def main(paths: list[str]) -> None:
         runs = json.loads(Path(path).read_text())
         names = list(MODES.values())
         colours = [COLOURS.get(mode, "#b0b0b0") for mode in MODES]
-        for row, (figure_name, label) in enumerate((("seconds", "CPU seconds"), ("peak_mib", "peak MiB"))):
+        for row, (figure_name, label) in enumerate(
+            (("seconds", "CPU seconds"), ("peak_mib", "peak MiB"))
+        ):
             panel = axes[row][column]
             values = [runs[mode][figure_name] if mode in runs else 0 for mode in MODES]
             bars = panel.barh(names, values, color=colours)
-            text = [f"{value:,.{1 if figure_name == 'seconds' else 0}f}" if value else "not run" for value in values]
+            text = [
+                f"{value:,.{1 if figure_name == 'seconds' else 0}f}" if value else "not run"
+                for value in values
+            ]
             panel.bar_label(bars, text, padding=2, fontsize=8)
             panel.invert_yaxis()
             panel.margins(x=0.2)

@@ -56,18 +56,18 @@ def part(name):
     print(f"PART {name}: {time.process_time() - start:.2f}", flush=True)
     start = time.process_time()
 
-from finetuning.recipe import load_recipe
+from finetuning.recipe.recipe import load_recipe
 recipe = load_recipe(sys.argv[1], sys.argv[2:])
 part("recipe checked")
-from finetuning.cache import cache_folder, prepare
-from finetuning.model import load_tokenizer
+from finetuning.data.cache import cache_folder, prepare
+from finetuning.model.tokenizer import load_tokenizer
 tokenizer = load_tokenizer(recipe.model, [])
 prepared = prepare(recipe.data, tokenizer, cache_folder())
 part("tokenizer and data, from the cache")
 import torch
 part("import torch")
 sys.modules["wandb"] = sys.modules["bitsandbytes"] = None
-from finetuning.trainer import make_trainer
+from finetuning.training.trainer import make_trainer
 part("import transformers, trl, peft")
 trainer = make_trainer(recipe, tokenizer, prepared)
 part("model and trainer")
@@ -77,9 +77,15 @@ part("first step")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="databricks/databricks-dolly-15k", help="dolly: Hub id or local file")
-    parser.add_argument("--tokenizer", default="openai-community/gpt2", help="GPT-2's: Hub id or local folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", default="databricks/databricks-dolly-15k", help="dolly: Hub id or local file"
+    )
+    parser.add_argument(
+        "--tokenizer", default="openai-community/gpt2", help="GPT-2's: Hub id or local folder"
+    )
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp())

@@ -26,7 +26,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 MODELS = {
     "gpt2": {"model_type": "gpt2"},
     "small": {"model_type": "gpt2", "n_layer": 4, "n_embd": 256, "n_head": 4},
-    "bloom": {"model_type": "bloom", "hidden_size": 512, "n_layer": 4, "n_head": 8, "vocab_size": 250880},
+    "bloom": {
+        "model_type": "bloom",
+        "hidden_size": 512,
+        "n_layer": 4,
+        "n_head": 8,
+        "vocab_size": 250880,
+    },
 }
 DROPOUT = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
@@ -56,7 +62,11 @@ def main() -> None:
     for repeat in range(options.repeats):
         for mode in modes:
             runs[mode].append(run_worker(mode))
-            print(f"# {repeat + 1}/{options.repeats} {mode}: {runs[mode][-1]}", file=sys.stderr, flush=True)
+            print(
+                f"# {repeat + 1}/{options.repeats} {mode}: {runs[mode][-1]}",
+                file=sys.stderr,
+                flush=True,
+            )
     best = {mode: min(found, key=lambda run: run["seconds"]) for mode, found in runs.items()}
     print(table(best, options))
     if options.json:
@@ -64,9 +74,15 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="databricks/databricks-dolly-15k", help="dolly: Hub id or local file")
-    parser.add_argument("--tokenizer", default="openai-community/gpt2", help="GPT-2's: Hub id or local folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", default="databricks/databricks-dolly-15k", help="dolly: Hub id or local file"
+    )
+    parser.add_argument(
+        "--tokenizer", default="openai-community/gpt2", help="GPT-2's: Hub id or local folder"
+    )
     parser.add_argument("--model", choices=MODELS, default="gpt2")
     parser.add_argument("--method", choices=("full", "lora"), default="full")
     parser.add_argument("--modes", nargs="*", choices=MODES)
@@ -127,7 +143,9 @@ def measure(options: argparse.Namespace) -> dict:
     kind = settings.pop("model_type")
     torch.manual_seed(0)
     # Without recurrent randomness all modes do the same sums.
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings, **DROPOUT[kind]))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **settings, **DROPOUT[kind])
+    )
     clock = Clock(options.warmup, options.device)
 
     class Steps(TrainerCallback):
@@ -190,25 +208,38 @@ def sample(options: argparse.Namespace):
     """Rows of dolly, in batches whose padding and response share are those of the whole."""
     import numpy as np
 
-    from finetuning.cache import cache_folder, prepare
-    from finetuning.model import read_tokenizer
-    from finetuning.sections import Data
+    from finetuning.data.cache import cache_folder, prepare
+    from finetuning.data.section import Data
+    from finetuning.model.tokenizer import read_tokenizer
 
     length = options.max_length if options.model != "bloom" else min(256, options.max_length)
     # Longer rows are cut, as trl does.
-    data = Data(path=options.data, reader="dolly", template="question_answer", max_length=length, overflow="cut")
+    data = Data(
+        path=options.data,
+        reader="dolly",
+        template="question_answer",
+        max_length=length,
+        overflow="cut",
+    )
     examples = prepare(data, read_tokenizer(options.tokenizer), cache_folder()).train
     responses = np.add.reduceat(examples.labels != -100, examples.ends - examples.lengths)
 
     def character(numbers: np.ndarray) -> np.ndarray:
         lengths = examples.lengths[numbers]
         padded = lengths.reshape(-1, BATCH).max(1).sum() * BATCH
-        return np.array([padded / lengths.sum(), responses[numbers].sum() / lengths.sum(), lengths.mean() / 100])
+        return np.array(
+            [padded / lengths.sum(), responses[numbers].sum() / lengths.sum(), lengths.mean() / 100]
+        )
 
     everything = np.random.default_rng(0).permutation(len(examples))
     whole = character(everything[: len(everything) // BATCH * BATCH])
-    draws = (np.random.default_rng(seed).permutation(len(examples))[: options.rows] for seed in range(3000))
-    return examples.select(min(draws, key=lambda numbers: np.abs(character(numbers) / whole - 1).max()))
+    draws = (
+        np.random.default_rng(seed).permutation(len(examples))[: options.rows]
+        for seed in range(3000)
+    )
+    return examples.select(
+        min(draws, key=lambda numbers: np.abs(character(numbers) / whole - 1).max())
+    )
 
 
 def make_trainer(options: argparse.Namespace, model, examples, callbacks):
@@ -216,10 +247,10 @@ def make_trainer(options: argparse.Namespace, model, examples, callbacks):
     from transformers import Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
-    from finetuning.attention import isolate
-    from finetuning.batching import Collator
-    from finetuning.model import fuse_gelu
-    from finetuning.trainer import ResponseTrainer, as_dataset
+    from finetuning.data.batching import Collator
+    from finetuning.model.attention import isolate
+    from finetuning.model.loading import fuse_gelu
+    from finetuning.training.trainer import ResponseTrainer, as_dataset
 
     common = {
         "output_dir": tempfile.mkdtemp(),
@@ -245,13 +276,19 @@ def make_trainer(options: argparse.Namespace, model, examples, callbacks):
         if lora:
             model = get_peft_model(model, lora)
         arguments = TrainingArguments(**common)
-        return Trainer(model, arguments, data_collator=plain_collator, train_dataset=dataset, callbacks=callbacks)
+        return Trainer(
+            model,
+            arguments,
+            data_collator=plain_collator,
+            train_dataset=dataset,
+            callbacks=callbacks,
+        )
     own = mode.startswith("ours")
     special = {
         "trl_padding_free": {"padding_free": True, "max_length": None},
         "trl_packing": {"packing": True, "max_length": 512, "per_device_train_batch_size": 3},
     }.get(mode, {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None})
-    from finetuning.model import read_tokenizer
+    from finetuning.model.tokenizer import read_tokenizer
 
     shared = {
         "model": model,
@@ -267,7 +304,9 @@ def make_trainer(options: argparse.Namespace, model, examples, callbacks):
     fuse_gelu(model)
     if layout == "packed":
         isolate(model)
-    return ResponseTrainer(**shared, data_collator=Collator(layout, 0), train_examples=examples, order="sequential")
+    return ResponseTrainer(
+        **shared, data_collator=Collator(layout, 0), train_examples=examples, order="sequential"
+    )
 
 
 def plain_collator(examples):
@@ -275,7 +314,10 @@ def plain_collator(examples):
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    ids, labels = ([torch.as_tensor(example[name]).long() for example in examples] for name in ("input_ids", "labels"))
+    ids, labels = (
+        [torch.as_tensor(example[name]).long() for example in examples]
+        for name in ("input_ids", "labels")
+    )
     return {
         "input_ids": pad_sequence(ids, batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=-100),

@@ -8,13 +8,13 @@ comparison.csv and comparison.png to the folder that holds them all. Runs that a
 they are.
 """
 
-from finetuning.errors import run
+from finetuning.script import run
 
 
 def main(arguments: list[str]) -> None:
     from rich.console import Console
 
-    from finetuning.comparison import common_folder, find_runs, print_runs, write_comparison
+    from finetuning.runs.comparison import common_folder, find_runs, print_runs, write_comparison
 
     runs = find_runs(arguments)
     console, folder = Console(markup=False, emoji=False), common_folder(runs)

@@ -18,32 +18,38 @@ import re
 import sys
 from collections.abc import Callable
 
-from finetuning.errors import UserError, run
+from finetuning.errors import UserError
+from finetuning.script import run
 
 OVERRIDES = ("generation.", "model.quantization=")  # what may differ from training
 
 
 def main(arguments: list[str]) -> None:
-    from finetuning.origin import find_checkpoint
-    from finetuning.quantization import hide_bitsandbytes
-    from finetuning.reach import base_needs, require_hub
-    from finetuning.recipe import load_recipe
+    from finetuning.hub.access import require_hub
+    from finetuning.inference.resolve import find_checkpoint
+    from finetuning.launch.hub_needs import base_needs
+    from finetuning.model.quantization import hide_bitsandbytes
+    from finetuning.recipe.recipe import load_recipe
 
     overrides = [argument for argument in arguments[1:] if re.match(r"[a-z_]+(\.\w+)+=", argument)]
     questions = [argument for argument in arguments[1:] if argument not in overrides]
     if other := [override for override in overrides if not override.startswith(OVERRIDES)]:
-        raise UserError(f"override {other[0]!r}: after training only generation.* and model.quantization may change")
+        raise UserError(
+            f"override {other[0]!r}: after training only generation.* and model.quantization may change"
+        )
     folder, recipe_file = find_checkpoint(arguments[0])
     recipe = load_recipe(recipe_file, overrides)
     require_hub(base_needs(recipe, folder))
     if not questions and not sys.stdin.isatty():
-        raise UserError("no question; give one, or - to read questions from standard input, one a line")
+        raise UserError(
+            "no question; give one, or - to read questions from standard input, one a line"
+        )
     if questions == ["-"]:
         questions = [line.rstrip("\n") for line in sys.stdin if line.strip()]
 
     hide_bitsandbytes(recipe)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see sft.py
-    from finetuning.answers import load_asker
+    from finetuning.inference.answers import load_asker
 
     asker = load_asker(folder, recipe)
     if questions:

@@ -14,7 +14,8 @@ examples.jsonl to <training.output_dir>/preview/.
 import json
 import os
 
-from finetuning.errors import UserError, run
+from finetuning.errors import UserError
+from finetuning.script import run
 
 SHOWN = 3  # examples printed
 FLAGS = ("--gpu", "--config_file", "--num_processes")
@@ -23,28 +24,35 @@ FLAGS = ("--gpu", "--config_file", "--num_processes")
 def main(arguments: list[str]) -> None:
     from rich.console import Console
 
-    from finetuning import devices
-    from finetuning.cache import cache_folder, prepare
-    from finetuning.compatibility import require_compatible
-    from finetuning.data import training_texts
-    from finetuning.model import load_tokenizer
-    from finetuning.origin import with_pulled_base
-    from finetuning.quantization import hide_bitsandbytes
-    from finetuning.reach import needs_of, require_hub
-    from finetuning.recipe import load_recipe
-    from finetuning.remedies import remedies
-    from finetuning.report import examples_in_order, plot_lengths, print_budget, print_example, print_funnel
-    from finetuning.run_folder import make_folder, output_folder, write_text
-    from finetuning.strategy import asked, launch_environment
+    from finetuning.budget.savings import remedies
+    from finetuning.data.cache import cache_folder, prepare
+    from finetuning.data.prepare import training_texts
+    from finetuning.hub.access import require_hub
+    from finetuning.inference.resolve import pin_base_model
+    from finetuning.launch import devices
+    from finetuning.launch.compatibility import require_compatible
+    from finetuning.launch.hub_needs import needs_of
+    from finetuning.launch.strategy import launch_environment, requested_strategy
+    from finetuning.model.quantization import hide_bitsandbytes
+    from finetuning.model.tokenizer import load_tokenizer
+    from finetuning.recipe.recipe import load_recipe
+    from finetuning.runs.folder import make_folder, output_folder, write_text
+    from finetuning.runs.plots import plot_lengths
+    from finetuning.runs.terminal import (
+        examples_in_order,
+        print_budget,
+        print_example,
+        print_funnel,
+    )
 
     flags, overrides = split_flags(arguments[1:])
     recipe = load_recipe(arguments[0], overrides)
     os.environ |= launch_environment(flags.get("--config_file"), flags.get("--num_processes"))
-    strategy = asked()
+    strategy = requested_strategy()
     require_compatible(recipe, strategy, trains_here=False)
-    gpu = devices.named(flags["--gpu"]) if "--gpu" in flags else None
+    gpu = devices.gpu_by_name(flags["--gpu"]) if "--gpu" in flags else None
     require_hub(needs_of(recipe))
-    recipe = with_pulled_base(recipe)
+    recipe = pin_base_model(recipe)
     tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
     prepared = prepare(recipe.data, tokenizer, cache_folder())
     folder = make_folder(output_folder(recipe) / "preview")
@@ -56,8 +64,12 @@ def main(arguments: list[str]) -> None:
     for _, _, example in examples[:SHOWN]:
         print_example(console, example, tokenizer)
 
-    write_text(folder / "report.json", json.dumps(prepared.report, indent=2, ensure_ascii=False) + "\n")
-    plot_lengths([len(example["input_ids"]) for _, _, example in examples], recipe.data.max_length, folder)
+    write_text(
+        folder / "report.json", json.dumps(prepared.report, indent=2, ensure_ascii=False) + "\n"
+    )
+    plot_lengths(
+        [len(example["input_ids"]) for _, _, example in examples], recipe.data.max_length, folder
+    )
     with (folder / "examples.jsonl").open("w", encoding="utf-8") as stream:
         for split, row, example in examples:
             tokens = {name: values.tolist() for name, values in example.items()}
@@ -67,15 +79,19 @@ def main(arguments: list[str]) -> None:
     console.rule("budget")
     hide_bitsandbytes(recipe)
     # Torch and the model's class take seconds to import: only now, when the rows are on the screen.
-    from finetuning.budget import make_budget
+    from finetuning.budget.budget import make_budget
 
     try:
-        budget = make_budget(recipe, prepared, tokenizer, strategy, gpu or devices.present(recipe))
+        budget = make_budget(
+            recipe, prepared, tokenizer, strategy, gpu or devices.local_device(recipe)
+        )
     except UserError as error:  # a tokenizer's folder is enough to look at the rows
         if flags:
             raise
         return console.print(f"no budget: {error}", soft_wrap=True)
-    print_budget(console, budget, remedies(recipe, budget.step.micro_batch, budget.step.accumulation))
+    print_budget(
+        console, budget, remedies(recipe, budget.step.micro_batch, budget.step.accumulation)
+    )
 
 
 def split_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

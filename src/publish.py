@@ -16,7 +16,8 @@ questions; published.json in the run folder keeps the result. publish.merged=tru
 A token with write access is needed: `hf auth login`, or HF_TOKEN. Publishing again changes only what is different.
 """
 
-from finetuning.errors import UserError, run
+from finetuning.errors import UserError
+from finetuning.script import run
 
 FLAGS = ("--dry-run", "--replace", "--unfinished", "--unasked")
 
@@ -24,30 +25,35 @@ FLAGS = ("--dry-run", "--replace", "--unfinished", "--unasked")
 def main(arguments: list[str]) -> None:
     from rich.console import Console
 
-    from finetuning.commit import plan, publish
-    from finetuning.contents import staying
-    from finetuning.hub import patiently, require_access
-    from finetuning.merging import merged_if_wanted
-    from finetuning.publication import address_of, gather_publication, require_publishable
-    from finetuning.recipe import load_recipe
-    from finetuning.report import print_changes
-    from finetuning.run_folder import find_run_folder, lock
+    from finetuning.hub.allowed_files import unpublished_files
+    from finetuning.hub.client import patiently, require_access
+    from finetuning.publishing.bundle import address_of, gather_publication, require_publishable
+    from finetuning.publishing.commit import plan, publish
+    from finetuning.publishing.merging import merged_if_wanted
+    from finetuning.recipe.recipe import load_recipe
+    from finetuning.runs.folder import find_run_folder, lock
+    from finetuning.runs.terminal import print_changes
 
     flags, (name, *overrides) = read_arguments(arguments)
     folder = find_run_folder(name)
     recipe = load_recipe(folder / "recipe.yaml", overrides)
-    address, console = address_of(recipe), Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    address, console = (
+        address_of(recipe),
+        Console(highlight=False, soft_wrap=True, markup=False, emoji=False),
+    )
     require_publishable(folder, recipe, unfinished="--unfinished" in flags)
     require_access(address.repo, write="--dry-run" not in flags)
     with lock(folder), merged_if_wanted(folder, recipe) as weights:
         publication = gather_publication(folder, recipe, weights)
         if "--dry-run" in flags:
             todo = patiently(lambda: plan(publication, "--replace" in flags), address.repo)
-            return print_changes(console, todo.changes, staying(folder))
+            return print_changes(console, todo.changes, unpublished_files(folder))
         published = publish(publication, "--replace" in flags)
-    console.print(f"{'published' if published.is_new else 'unchanged'}: {published.address}, tag {published.tag}")
+    console.print(
+        f"{'published' if published.is_new else 'unchanged'}: {published.address}, tag {published.tag}"
+    )
 
-    from finetuning.agreement import compare, require_agreement, write_record
+    from finetuning.publishing.verification import compare, require_agreement, write_record
 
     answers = [] if "--unasked" in flags else compare(folder, recipe, published)
     write_record(folder, published, answers)
@@ -61,9 +67,13 @@ def read_arguments(arguments: list[str]) -> tuple[set[str], list[str]]:
     if unknown := sorted(flags - set(FLAGS)):
         raise UserError(f"unknown flag {unknown[0]}; allowed are {', '.join(FLAGS)}")
     if not others:
-        raise UserError("which run folder? For example: src/publish.py outputs/dolly_gpt2 --dry-run")
+        raise UserError(
+            "which run folder? For example: src/publish.py outputs/dolly_gpt2 --dry-run"
+        )
     if other := [override for override in others[1:] if not override.startswith("publish.")]:
-        raise UserError(f"{other[0]} comes too late, the run is trained; only publish.* can be overridden here")
+        raise UserError(
+            f"{other[0]} comes too late, the run is trained; only publish.* can be overridden here"
+        )
     return flags, others
 
 

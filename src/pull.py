@@ -12,19 +12,24 @@ it, src/sft.py trains its recipe.yaml again. HF_HUB_OFFLINE=1 takes what an earl
 import re
 from pathlib import Path
 
-from finetuning.errors import UserError, run
+from finetuning.errors import UserError
+from finetuning.script import run
 
 
 def main(arguments: list[str]) -> None:
-    from finetuning.address import REPO, shortened
-    from finetuning.origin import read_address
-    from finetuning.snapshot import copy, describe, pull
+    from finetuning.hub.address import REPO, shortened
+    from finetuning.hub.download import copy, describe, pull
+    from finetuning.inference.resolve import read_address
 
     if not 2 <= len(arguments) <= 3:
-        raise UserError(f"expected repository and subfolder, and perhaps a folder; found {len(arguments)} arguments")
+        raise UserError(
+            f"expected repository and subfolder, and perhaps a folder; found {len(arguments)} arguments"
+        )
     repo, subfolder, *target = arguments
     if not re.fullmatch(REPO, repo):
-        raise UserError(f"{shortened(repo)} is no repository; expected owner/name, such as elith/llm-book-models")
+        raise UserError(
+            f"{shortened(repo)} is no repository; expected owner/name, such as elith/llm-book-models"
+        )
     snapshot = pull(read_address(f"{repo}/{subfolder}"))
     folder = copy(snapshot, Path(target[0]).expanduser()) if target else snapshot.folder
     print(*describe(snapshot), f"folder: {folder}", sep="\n")

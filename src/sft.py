@@ -16,41 +16,52 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-from finetuning.errors import UserError, run
+from finetuning.errors import UserError
+from finetuning.script import run
 
 
 def main(arguments: list[str]) -> None:
     from rich.console import Console
 
-    from finetuning.cache import cache_folder, prepare
-    from finetuning.compatibility import require_compatible
-    from finetuning.data import load_template, training_texts
-    from finetuning.loggers import hide_wandb, require_loggers
-    from finetuning.manifest import unlike_published
-    from finetuning.model import load_tokenizer
-    from finetuning.origin import with_pulled_base
-    from finetuning.quantization import hide_bitsandbytes
-    from finetuning.reach import needs_of, require_hub
-    from finetuning.recipe import load_recipe
-    from finetuning.report import print_funnel
-    from finetuning.run_folder import is_finished, lock, open_run_folder, output_folder, take_publish, versions
-    from finetuning.step_size import step_size
-    from finetuning.stop import Stop
-    from finetuning.strategy import asked
+    from finetuning.data.cache import cache_folder, prepare
+    from finetuning.data.prepare import load_template, training_texts
+    from finetuning.hub.access import require_hub
+    from finetuning.inference.resolve import pin_base_model
+    from finetuning.launch.compatibility import require_compatible
+    from finetuning.launch.hub_needs import needs_of
+    from finetuning.launch.software import versions
+    from finetuning.launch.step_size import step_size
+    from finetuning.launch.strategy import requested_strategy
+    from finetuning.model.quantization import hide_bitsandbytes
+    from finetuning.model.tokenizer import load_tokenizer
+    from finetuning.publishing.provenance import unlike_published
+    from finetuning.recipe.recipe import load_recipe
+    from finetuning.runs.folder import (
+        is_finished,
+        lock,
+        open_run_folder,
+        output_folder,
+        take_publish,
+    )
+    from finetuning.runs.terminal import print_funnel
+    from finetuning.training.loggers import hide_wandb, require_loggers
+    from finetuning.training.signals import Stop
 
     stop = Stop()
     stop.listen()
     is_check = arguments[0] == "--check"
     if not arguments[is_check:]:
-        raise UserError("--check takes a recipe, and overrides, such as: --check recipes/quickstart.yaml")
+        raise UserError(
+            "--check takes a recipe, and overrides, such as: --check recipes/quickstart.yaml"
+        )
     path, *overrides = arguments[is_check:]
     recipe = load_recipe(path, overrides)
-    strategy = asked()
+    strategy = requested_strategy()
     require_compatible(recipe, strategy, trains_here=not is_check)
     step_size(recipe, strategy.processes)
     require_loggers(recipe, output_folder(recipe))
     require_hub(needs_of(recipe))
-    recipe = with_pulled_base(recipe)
+    recipe = pin_base_model(recipe)
     tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
     prepared = prepare(recipe.data, tokenizer, cache_folder())
     folder = open_run_folder(recipe, prepared.fingerprint, None if is_check else strategy)
@@ -58,7 +69,9 @@ def main(arguments: list[str]) -> None:
     if finished := is_finished(folder):
         if not (is_check or console.quiet):
             take_publish(folder, recipe)
-        console.print(f"{folder} is finished ({finished}); to train anew, delete it or choose another")
+        console.print(
+            f"{folder} is finished ({finished}); to train anew, delete it or choose another"
+        )
         return
     with nullcontext() if console.quiet else lock(folder):
         print_funnel(console, prepared.report)
@@ -72,7 +85,7 @@ def main(arguments: list[str]) -> None:
         # On a CPU that others use too, threads that spin while they wait for each other cost eight times the seconds.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # Torch and trl take ten seconds to import: only now, when recipe and data are known to be right.
-        from finetuning.training import train
+        from finetuning.training.train import train
 
         template = load_template(recipe.data, tokenizer)
         train(recipe, tokenizer, template, prepared, strategy, stop, console)

@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 HOME = tempfile.mkdtemp(prefix="finetuning-tests-")
 # Before any Hugging Face library is imported: they read these once.
-os.environ.update(HF_HOME=HOME, HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="offline")
+os.environ.update(
+    HF_HOME=HOME, HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="offline"
+)
 os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", NO_COLOR="1", COLUMNS="200")
 for name in ("HF_TOKEN", "WANDB_API_KEY", "RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
@@ -28,7 +30,9 @@ def run_script():
     Returns what subprocess.run returns: returncode, stdout, stderr.
     """
 
-    def run(script: str, *arguments: object, stdin: str = "", timeout: float = 120, **environment: str):
+    def run(
+        script: str, *arguments: object, stdin: str = "", timeout: float = 120, **environment: str
+    ):
         return subprocess.run(
             [sys.executable, f"src/{script}", *map(str, arguments)],
             cwd=ROOT,
@@ -45,7 +49,10 @@ def run_script():
 @pytest.fixture(autouse=True)
 def signals():
     """Whoever listens to signals in a test does not listen after it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -106,7 +113,7 @@ def crowded(crowd, hub, tmp_path):
 @pytest.fixture
 def call(monkeypatch, capfd):
     """A function that runs a script in this process: script module, arguments -> its exit code, output and errors."""
-    from finetuning.errors import run
+    from finetuning.script import run
 
     def call(script, *arguments: object):
         monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])

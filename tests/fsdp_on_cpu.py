@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 
 sys.path[0] = str(Path(__file__).parents[1] / "src")
 
-from finetuning import compatibility  # noqa: E402
+from finetuning.launch import compatibility  # noqa: E402
 
 begin = AcceleratorState.__init__
 

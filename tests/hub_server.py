@@ -34,9 +34,28 @@ from urllib.parse import unquote
 import pytest
 import yaml  # a dependency of huggingface_hub
 
-REPO, OWNER = "elith/llm-book-models", "hf_" + "OwnersSecret" * 3  # in the tests; a token that looks like one
-TOKENS = {OWNER: "ada+elith", "hf_reader": "bob:read", "hf_other": "mallory"}  # namespaces; :read only reads
-LFS_SUFFIXES = ("bin", "ckpt", "model", "npz", "parquet", "pkl", "png", "pt", "pth", "safetensors", "zip")
+REPO, OWNER = (
+    "elith/llm-book-models",
+    "hf_" + "OwnersSecret" * 3,
+)  # in the tests; a token that looks like one
+TOKENS = {
+    OWNER: "ada+elith",
+    "hf_reader": "bob:read",
+    "hf_other": "mallory",
+}  # namespaces; :read only reads
+LFS_SUFFIXES = (
+    "bin",
+    "ckpt",
+    "model",
+    "npz",
+    "parquet",
+    "pkl",
+    "png",
+    "pt",
+    "pth",
+    "safetensors",
+    "zip",
+)
 LFS_MIN_SIZE = 10_000_000  # bytes: larger files are LFS whatever their name
 CHUNK = 1 << 16
 NAME = r"[A-Za-z0-9_](?:(?!--|\.\.)[\w.-])*"
@@ -64,7 +83,9 @@ def speak_to(server: "HubServer", home: Path, monkeypatch: pytest.MonkeyPatch) -
     # The libraries have read their variables long ago.
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        server.url + "/{repo_id}/resolve/{revision}/{filename}",
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -72,7 +93,11 @@ def speak_to(server: "HubServer", home: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(hf_api.api, "endpoint", server.url)
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
     impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
-    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "finetuning.hub"):
+    for module in (
+        "huggingface_hub.utils._http",
+        "huggingface_hub.file_download",
+        "finetuning.hub.client",
+    ):
         monkeypatch.setattr(f"{module}.time", impatient)
 
 
@@ -86,11 +111,19 @@ class HubError(Exception):
 class HubServer(ThreadingHTTPServer):
     request_queue_size = 64
 
-    def __init__(self, root: Path, address: str = "127.0.0.1", other_name: str = "localhost") -> None:
+    def __init__(
+        self, root: Path, address: str = "127.0.0.1", other_name: str = "localhost"
+    ) -> None:
         super().__init__((address, 0), Handler)
         self.blobs, self.models = root / "blobs", root / "models"
-        self.tokens, self.cards = dict(TOKENS), {}  # cards: metadata of models and data sets that are only asked about
-        self.requests, self.faults = [], []  # a request: method, path, status ("cut" if none), auth (a token was sent)
+        self.tokens, self.cards = (
+            dict(TOKENS),
+            {},
+        )  # cards: metadata of models and data sets that are only asked about
+        self.requests, self.faults = (
+            [],
+            [],
+        )  # a request: method, path, status ("cut" if none), auth (a token was sent)
         self.promises_xet = False  # large files then come by Xet, whose storage is not there
         self.lock, self.secret = threading.RLock(), secrets.token_bytes(16)
         self.url = f"http://{address}:{self.server_address[1]}"
@@ -126,7 +159,14 @@ class HubServer(ThreadingHTTPServer):
         self.faults.append({"match": match, "due": iter([False] * skip + [True] * times), **what})
 
     def take_fault(self, line: str) -> dict[str, Any]:
-        return next((fault for fault in self.faults if fault["match"] in line and next(fault["due"], False)), {})
+        return next(
+            (
+                fault
+                for fault in self.faults
+                if fault["match"] in line and next(fault["due"], False)
+            ),
+            {},
+        )
 
     # What a test looks at
 
@@ -159,9 +199,17 @@ class HubServer(ThreadingHTTPServer):
     # What a test prepares
 
     def create(self, repo: str, private: bool = False) -> None:
-        lines = "".join(f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
+        lines = "".join(
+            f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES
+        )
         record = {"id": repo, "private": private, "branch": {}, "tag": {}, "log": {}}
-        self.add_commit(record, "main", {".gitattributes": self.put_blob(lines.encode())}, "ada", "initial commit")
+        self.add_commit(
+            record,
+            "main",
+            {".gitattributes": self.put_blob(lines.encode())},
+            "ada",
+            "initial commit",
+        )
 
     def put(self, repo: str, files: dict[str, bytes]) -> None:
         """A commit by somebody else, past all checks."""
@@ -179,7 +227,9 @@ class HubServer(ThreadingHTTPServer):
 
     def at(self, repo: str, revision: str) -> dict[str, Any]:
         record = self.record(repo)
-        return record["log"][record["branch"].get(revision) or record["tag"].get(revision) or revision]
+        return record["log"][
+            record["branch"].get(revision) or record["tag"].get(revision) or revision
+        ]
 
     def write(self, path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +249,9 @@ class HubServer(ThreadingHTTPServer):
 
     def pointer(self, sha: str, size: int) -> dict[str, Any]:
         """The entry of an LFS file: what git keeps is a pointer to it."""
-        text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha}\nsize {size}\n".encode()
+        text = (
+            f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha}\nsize {size}\n".encode()
+        )
         lfs = {"oid": sha, "size": size, "pointerSize": len(text)}
         return {**self.put_blob(text), "size": size, "sha256": sha, "lfs": lfs}
 
@@ -207,9 +259,20 @@ class HubServer(ThreadingHTTPServer):
         self.write(self.models / f"{record['id']}.json", json.dumps(record).encode())
 
     def add_commit(
-        self, record: dict[str, Any], branch: str, tree: dict[str, Any], user: str, title: str, message: str = ""
+        self,
+        record: dict[str, Any],
+        branch: str,
+        tree: dict[str, Any],
+        user: str,
+        title: str,
+        message: str = "",
     ) -> str:
-        commit = {"parent": record["branch"].get(branch), "title": title, "message": message, "tree": tree}
+        commit = {
+            "parent": record["branch"].get(branch),
+            "title": title,
+            "message": message,
+            "tree": tree,
+        }
         commit |= {"user": user, "date": time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())}
         commit["id"] = hashlib.sha1(json.dumps(commit).encode()).hexdigest()
         record["log"][commit["id"]], record["branch"][branch] = commit, commit["id"]
@@ -226,7 +289,11 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # headers and body are written apart: 40 ms an answer otherwise
 
     def handle_request(self) -> None:
-        self.hub, self.unread, self.fault = self.server, int(self.headers.get("Content-Length") or 0), {}
+        self.hub, self.unread, self.fault = (
+            self.server,
+            int(self.headers.get("Content-Length") or 0),
+            {},
+        )
         self.entry = {"method": self.command, "path": self.path, "status": "cut"}
         self.entry |= {"auth": "Authorization" in self.headers, "range": self.headers.get("Range")}
         self.hub.requests.append(self.entry)
@@ -236,15 +303,28 @@ class Handler(BaseHTTPRequestHandler):
                 self.fault.get("call", lambda: None)()
                 time.sleep(self.fault.get("delay", 0))
                 if "status" in self.fault:
-                    raise HubError(self.fault["status"], "Injected fault", **self.fault.get("headers", {}))
+                    raise HubError(
+                        self.fault["status"], "Injected fault", **self.fault.get("headers", {})
+                    )
                 self.dispatch()
-            except (HubError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+            except (
+                HubError,
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                yaml.YAMLError,
+            ) as error:
                 self.body()  # read the rest of the upload, or the client never sees the answer
                 headers = getattr(error, "headers", {})
-                self.send({"errors": [{"message": str(error)}]}, getattr(error, "status", 400), **headers)
+                self.send(
+                    {"errors": [{"message": str(error)}]}, getattr(error, "status", 400), **headers
+                )
         except ConnectionError as error:
             if isinstance(error, ConnectionResetError):
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
             self.close_connection = True
             self.rfile.close()
             self.connection.close()
@@ -267,7 +347,10 @@ class Handler(BaseHTTPRequestHandler):
         return f"{path}?sig={hmac.new(self.hub.secret, f'{method} {path}'.encode(), 'sha256').hexdigest()}"
 
     def cut(self, seen: int) -> None:
-        for key, error in (("reset_after", ConnectionResetError), ("eof_after", ConnectionAbortedError)):
+        for key, error in (
+            ("reset_after", ConnectionResetError),
+            ("eof_after", ConnectionAbortedError),
+        ):
             if seen >= self.fault.get(key, seen + 1):
                 raise error
 
@@ -295,7 +378,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault.get("drop_response"):
             raise ConnectionResetError
         self.send_response(status)
-        for name, value in {"Content-Length": len(data), "X-Request-Id": secrets.token_hex(8), **headers}.items():
+        for name, value in {
+            "Content-Length": len(data),
+            "X-Request-Id": secrets.token_hex(8),
+            **headers,
+        }.items():
             self.send_header(name, str(value))
         self.end_headers()
         for start in range(0, 0 if self.command == "HEAD" else len(data), CHUNK):
@@ -309,18 +396,25 @@ class Handler(BaseHTTPRequestHandler):
         names, _, role = self.hub.tokens.get(token, "").partition(":")
         if (token and not names) or (namespace and not token):
             raise HubError(
-                401, f"Invalid {'credentials in Authorization header' if token else 'username or password'}."
+                401,
+                f"Invalid {'credentials in Authorization header' if token else 'username or password'}.",
             )
         if namespace and (role == "read" or namespace not in names.split("+")):
             raise HubError(403, f"this token may not write to {namespace}")
         return names.split("+") if token else []
 
-    def open(self, name: str, revision: str, write: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    def open(
+        self, name: str, revision: str, write: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The repository, and the commit that a branch, a tag or an id points to."""
         names = self.user(name.split("/")[0] if write else None)
         record = self.hub.record(name) if (self.hub.models / f"{name}.json").exists() else None
-        if not record or (record["private"] and name.split("/")[0] not in names):  # both look alike to a stranger
-            status, why = (404, "Repository not found") if names else (401, "Invalid username or password.")
+        if not record or (
+            record["private"] and name.split("/")[0] not in names
+        ):  # both look alike to a stranger
+            status, why = (
+                (404, "Repository not found") if names else (401, "Invalid username or password.")
+            )
             raise HubError(status, why, "RepoNotFound")
         commit = record["branch"].get(revision) or record["tag"].get(revision) or revision
         if commit not in record["log"]:
@@ -334,16 +428,29 @@ class Handler(BaseHTTPRequestHandler):
         for key in ("base_model", "datasets"):
             for item in [card[key]] if isinstance(card.get(key), str) else card.get(key) or []:
                 if not re.fullmatch(f"({NAME}/)?{NAME}", item):
-                    raise HubError(400, f'"{key}" with value "{item}" is not valid. Use an id from https://hf.co.')
-        self.send({"warnings": [] if front else [{"message": "empty or missing yaml metadata in repo card"}]})
+                    raise HubError(
+                        400,
+                        f'"{key}" with value "{item}" is not valid. Use an id from https://hf.co.',
+                    )
+        self.send(
+            {
+                "warnings": []
+                if front
+                else [{"message": "empty or missing yaml metadata in repo card"}]
+            }
+        )
 
     @route("GET", f"/api/(models|datasets)/{ID}(?:/revision/{REVISION})?")
     def info(self, kind: str, name: str, revision: str | None) -> None:
         if name in self.hub.cards and not (self.hub.models / f"{name}.json").exists():
-            return self.send({"id": name, "sha": "0" * 40, "cardData": self.hub.cards[name], "siblings": []})
+            return self.send(
+                {"id": name, "sha": "0" * 40, "cardData": self.hub.cards[name], "siblings": []}
+            )
         record, commit = self.open(name, revision or "main")
         siblings = [{"rfilename": path} for path in commit["tree"]]
-        self.send({"id": name, "sha": commit["id"], "private": record["private"], "siblings": siblings})
+        self.send(
+            {"id": name, "sha": commit["id"], "private": record["private"], "siblings": siblings}
+        )
 
     @route("GET", f"/api/models/{ID}/auth-check(/write)?")
     def auth_check(self, name: str, write: str | None) -> None:
@@ -354,7 +461,10 @@ class Handler(BaseHTTPRequestHandler):
     def refs(self, name: str) -> None:
         record, _ = self.open(name, "main")
         rows = {
-            kind: [{"name": n, "ref": f"refs/{n}", "targetCommit": commit} for n, commit in record[kind].items()]
+            kind: [
+                {"name": n, "ref": f"refs/{n}", "targetCommit": commit}
+                for n, commit in record[kind].items()
+            ]
             for kind in ("branch", "tag")
         }
         self.send({"branches": rows["branch"], "tags": rows["tag"], "converts": []})
@@ -385,7 +495,9 @@ class Handler(BaseHTTPRequestHandler):
         self.open(name, "main", write=True)
         rows = [{"oid": o["oid"], "size": o["size"]} for o in json.loads(self.body())["objects"]]
         for row in (row for row in rows if not (self.hub.blobs / row["oid"]).exists()):
-            row["actions"] = {"upload": {"href": self.hub.url + self.signed("PUT", f"/_lfs/{row['oid']}")}}
+            row["actions"] = {
+                "upload": {"href": self.hub.url + self.signed("PUT", f"/_lfs/{row['oid']}")}
+            }
         self.send({"transfer": "basic", "objects": rows})
 
     @route("PUT", f"/_lfs/{SHA}")
@@ -400,16 +512,28 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, name: str, branch: str) -> None:
         """All operations or none: the branch moves once, after every line was checked."""
         header, *lines = [json.loads(line) for line in self.body().splitlines()]
-        parent, *message = [header["value"].get(key, "") for key in ("parentCommit", "summary", "description")]
+        parent, *message = [
+            header["value"].get(key, "") for key in ("parentCommit", "summary", "description")
+        ]
         with self.hub.lock:
             record, head = self.open(name, branch, write=True)
-            if not record["branch"].get(branch, "").startswith(parent or head["id"]):  # moved on, or not a branch
+            if (
+                not record["branch"].get(branch, "").startswith(parent or head["id"])
+            ):  # moved on, or not a branch
                 raise HubError(412, "A commit has happened since. Please refresh and try again.")
             tree = dict(head["tree"])
             for line in lines:
-                self.apply(tree, line["key"], clean_path(line["value"]["path"].rstrip("/")), line["value"])
+                self.apply(
+                    tree, line["key"], clean_path(line["value"]["path"].rstrip("/")), line["value"]
+                )
             made = self.hub.add_commit(record, branch, tree, self.user()[0], *message)
-        self.send({"success": True, "commitOid": made, "commitUrl": f"{self.hub.url}/{name}/commit/{made}"})
+        self.send(
+            {
+                "success": True,
+                "commitOid": made,
+                "commitUrl": f"{self.hub.url}/{name}/commit/{made}",
+            }
+        )
 
     def apply(self, tree: dict[str, Any], key: str, path: str, value: dict[str, Any]) -> None:
         if key == "file":
@@ -420,7 +544,11 @@ class Handler(BaseHTTPRequestHandler):
                 raise HubError(400, f"{path}: the LFS pointer points to a file that does not exist")
             tree[path] = self.hub.pointer(sha, size)
         else:
-            gone = [p for p in tree if (p.startswith(path + "/") if key == "deletedFolder" else p == path)]
+            gone = [
+                p
+                for p in tree
+                if (p.startswith(path + "/") if key == "deletedFolder" else p == path)
+            ]
             if not gone:
                 raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
             for p in gone:
@@ -431,10 +559,19 @@ class Handler(BaseHTTPRequestHandler):
         (_, commit), prefix, rows = self.open(name, revision), f"{folder}/" if folder else "", {}
         for path, entry in commit["tree"].items():
             if path.startswith(prefix):
-                top = path if "recursive=true" in self.path else prefix + path[len(prefix) :].split("/")[0]
-                rows[top] = {"path": top, **({"type": "file", **entry} if top == path else {"type": "directory"})}
+                top = (
+                    path
+                    if "recursive=true" in self.path
+                    else prefix + path[len(prefix) :].split("/")[0]
+                )
+                rows[top] = {
+                    "path": top,
+                    **({"type": "file", **entry} if top == path else {"type": "directory"}),
+                }
         if folder and not rows:
-            raise HubError(404, f"{folder} does not exist", "EntryNotFound", **{"X-Repo-Commit": commit["id"]})
+            raise HubError(
+                404, f"{folder} does not exist", "EntryNotFound", **{"X-Repo-Commit": commit["id"]}
+            )
         self.send(list(rows.values()))
 
     @route("GET", f"/{ID}/resolve/{REVISION}/(.+)")
@@ -444,12 +581,19 @@ class Handler(BaseHTTPRequestHandler):
         if entry is None:
             raise HubError(404, "Entry not found", "EntryNotFound", **headers)
         if not entry.get("lfs"):
-            return self.send((self.hub.blobs / entry["sha256"]).read_bytes(), ETag=f'"{entry["oid"]}"', **headers)
+            return self.send(
+                (self.hub.blobs / entry["sha256"]).read_bytes(), ETag=f'"{entry["oid"]}"', **headers
+            )
         headers |= {"X-Linked-Size": entry["size"], "X-Linked-ETag": f'"{entry["sha256"]}"'}
         if self.hub.promises_xet:
             headers["X-Xet-Hash"] = entry["sha256"]
             headers["X-Xet-Refresh-Route"] = f"{self.hub.url}/api/models/{name}/xet-read-token/main"
-        self.send({}, 302, Location=self.hub.cdn + self.signed("GET", f"/_cdn/{entry['sha256']}"), **headers)
+        self.send(
+            {},
+            302,
+            Location=self.hub.cdn + self.signed("GET", f"/_cdn/{entry['sha256']}"),
+            **headers,
+        )
 
     @route("GET", f"/api/models/{ID}/xet-read-token/main")
     def xet_token(self, name: str) -> None:
@@ -462,7 +606,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send((self.hub.blobs / sha).read_bytes(), ETag=f'"{sha}"')
 
 
-if __name__ == "__main__":  # FOLDER ADDRESS NAME: for other networks; says its variables, then serves until killed
+if (
+    __name__ == "__main__"
+):  # FOLDER ADDRESS NAME: for other networks; says its variables, then serves until killed
     folder, *place = sys.argv[1:]
     served = HubServer(Path(folder) / "hub", *place)
     served.create(REPO)

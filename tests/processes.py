@@ -12,9 +12,9 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).paren
 from test_trainer import losses_of, trained  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
-from finetuning.errors import run  # noqa: E402
-from finetuning.recipe import load_recipe  # noqa: E402
-from finetuning.strategy import running  # noqa: E402
+from finetuning.launch.strategy import actual_strategy  # noqa: E402
+from finetuning.recipe.recipe import load_recipe  # noqa: E402
+from finetuning.script import run  # noqa: E402
 
 
 def main(arguments: list[str]) -> None:
@@ -24,8 +24,10 @@ def main(arguments: list[str]) -> None:
         trainer.save_trained()
         found = {
             "losses": losses_of(trainer),
-            "eval": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
-            "strategy": str(running(trainer)),
+            "eval": [
+                entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry
+            ],
+            "strategy": str(actual_strategy(trainer)),
             "wrappers": [kind.__name__ for kind in type(trainer.model_wrapped).__mro__],
             **shares(trainer),
         }
@@ -39,7 +41,9 @@ def shares(trainer) -> dict[str, float]:
     whole = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
     local = sum(local_part(weight).numel() for weight in weights)
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's around DeepSpeed's around torch's
+    optimizer = getattr(
+        optimizer, "optimizer", optimizer
+    )  # accelerate's around DeepSpeed's around torch's
     moments = sum(local_part(state["exp_avg"]).numel() for state in optimizer.state.values())
     return {"weights": local / whole, "moments": moments / whole}
 

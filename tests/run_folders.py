@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import publish
 import sft
-from finetuning.recipe import load_recipe
+from finetuning.recipe.recipe import load_recipe
 
 BASE, S = "elith/tiny-base", "chapter05/sft_model"
 ROWS = [{"prompt": f"What is {n} + 1?", "response": f"It is {n + 1}."} for n in range(40)]
@@ -80,13 +80,19 @@ def copied(run: Path, target: Path) -> Path:
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def retrained(run: Path, **changes: str) -> Path:
     """The run folder with other settings in its recipe, as if it had been trained with them."""
     overrides = [f"{name.replace('__', '.')}={value}" for name, value in changes.items()]
-    (run / "recipe.yaml").write_text(load_recipe(run / "recipe.yaml", overrides).as_yaml(), encoding="utf-8")
+    (run / "recipe.yaml").write_text(
+        load_recipe(run / "recipe.yaml", overrides).as_yaml(), encoding="utf-8"
+    )
     return run
 
 

@@ -75,11 +75,18 @@ def missing() -> str | None:
     """Why no cluster can be started here, or None."""
     if os.geteuid() != 0:
         return "a Slurm cluster of virtual nodes needs root"
-    without = [program for program in PROGRAMS if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")]
+    without = [
+        program
+        for program in PROGRAMS
+        if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
+    ]
     if without:
         return f"{', '.join(without)} not found; apt-get install {' '.join(PACKAGES)}"
     try:
-        subprocess.run(["unshare", "-nmupf", "--mount-proc", "mount", "-t", "tmpfs", "none", "/dev/shm"], check=True)
+        subprocess.run(
+            ["unshare", "-nmupf", "--mount-proc", "mount", "-t", "tmpfs", "none", "/dev/shm"],
+            check=True,
+        )
     except subprocess.CalledProcessError:
         return "namespaces are refused here (a container without CAP_SYS_ADMIN?)"
     return None
@@ -96,7 +103,10 @@ class Cluster:
 
     def start(self) -> None:
         self.configure()
-        munge = [f"--{name}={self.folder}/munge.{name.split('-')[0]}" for name in ("key-file", "socket", "pid-file")]
+        munge = [
+            f"--{name}={self.folder}/munge.{name.split('-')[0]}"
+            for name in ("key-file", "socket", "pid-file")
+        ]
         munge += [f"--seed-file={self.folder}/munge.seed", f"--log-file={self.folder}/munge.log"]
         self.spawn("munge", "munged", "--foreground", "--force", *munge)
         self.spawn_apart("controller", CONTROLLER)
@@ -106,17 +116,27 @@ class Cluster:
         wait_for("the nodes", self.is_idle)
 
     def configure(self) -> None:
-        files = {"hosts": "127.0.0.1 localhost\n10.77.0.254 controller\n", "gres.conf": "", "cgroup.conf": ""}
+        files = {
+            "hosts": "127.0.0.1 localhost\n10.77.0.254 controller\n",
+            "gres.conf": "",
+            "cgroup.conf": "",
+        }
         files["slurm.conf"] = SETTINGS.format(folder=self.folder, nodes=NODES, cpus=CPUS, gpus=GPUS)
         for tier, (name, nodes) in enumerate(PARTITIONS.items()):
             default = "YES" if tier == 0 else "NO"
-            files["slurm.conf"] += f"PartitionName={name} Nodes={nodes} Default={default} PriorityTier={tier + 1}\n"
+            files["slurm.conf"] += (
+                f"PartitionName={name} Nodes={nodes} Default={default} PriorityTier={tier + 1}\n"
+            )
         for number in range(1, NODES + 1):
             files["hosts"] += f"10.77.0.{number} node{number}\n"
         for number in range(GPUS):
             (self.folder / f"gpu{number}").symlink_to("/dev/null")
-        files["gres.conf"] = f"NodeName=node[1-{NODES}] Name=gpu File={self.folder}/gpu[0-{GPUS - 1}]\n"
-        files["cgroup.conf"] = "CgroupPlugin=cgroup/v1\n"  # named, not used: else slurmd looks for one and may refuse
+        files["gres.conf"] = (
+            f"NodeName=node[1-{NODES}] Name=gpu File={self.folder}/gpu[0-{GPUS - 1}]\n"
+        )
+        files["cgroup.conf"] = (
+            "CgroupPlugin=cgroup/v1\n"  # named, not used: else slurmd looks for one and may refuse
+        )
         for name, text in files.items():
             (self.folder / name).write_text(text)
         (self.folder / "state").mkdir()
@@ -127,7 +147,12 @@ class Cluster:
         log = (self.folder / f"{name}.out").open("a")
         command = ("setpriv", "--pdeathsig", "KILL", *command)  # nothing outlives the tests
         self.processes[name] = subprocess.Popen(
-            command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
 
     def spawn_apart(self, name: str, script: str, *arguments: str) -> None:
@@ -167,7 +192,9 @@ class Cluster:
     def run(self, *command: str, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
         """Runs a command where the controller can be reached."""
         inside = ["nsenter", "--net", "--target", str(self.processes["controller"].pid), *command]
-        done = subprocess.run(inside, env=self.environment, capture_output=True, text=True, timeout=300, **kwargs)
+        done = subprocess.run(
+            inside, env=self.environment, capture_output=True, text=True, timeout=300, **kwargs
+        )
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}{done.stdout}"
         return done
 
@@ -193,7 +220,9 @@ def wait_for(what: str, condition: Callable[[], bool], seconds: float = 30) -> N
 
 @contextmanager
 def running_cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a path to a socket has 107 characters at most
+    folder = Path(
+        tempfile.mkdtemp(prefix="slurm-")
+    )  # short: a path to a socket has 107 characters at most
     cluster = Cluster(folder)
     try:
         cluster.start()

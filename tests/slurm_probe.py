@@ -15,14 +15,26 @@ def main(arguments: list[str]) -> None:
     import torch.distributed as dist
 
     from finetuning.errors import Stopped, UserError
-    from finetuning.stop import Stop
+    from finetuning.training.signals import Stop
 
     Stop().listen()
     dist.init_process_group("gloo")
     total = torch.tensor([dist.get_rank()])
     dist.all_reduce(total)
-    names = ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "INSIDE")
-    found = {"rank": dist.get_rank(), "sum": total.item(), "host": socket.gethostname(), "arguments": arguments}
+    names = (
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "LOCAL_RANK",
+        "OMP_NUM_THREADS",
+        "CUDA_VISIBLE_DEVICES",
+        "INSIDE",
+    )
+    found = {
+        "rank": dist.get_rank(),
+        "sum": total.item(),
+        "host": socket.gethostname(),
+        "arguments": arguments,
+    }
     print("\n" + json.dumps(found | {name: os.environ.get(name) for name in names}), flush=True)
     dist.barrier()
     match arguments[0]:
@@ -37,6 +49,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from finetuning.errors import run
+    from finetuning.script import run
 
     run(main, __doc__)

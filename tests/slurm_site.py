@@ -32,7 +32,10 @@ training:
   save_steps: {SAVED_EVERY}
   save_total_limit: 2
 """
-ROWS = [{"prompt": f"What is {n} + {n}?", "response": f"It is {2 * n}. " * (1 + n % 3)} for n in range(64)]
+ROWS = [
+    {"prompt": f"What is {n} + {n}?", "response": f"It is {2 * n}. " * (1 + n % 3)}
+    for n in range(64)
+]
 SECONDS = 600  # that a job may take; the machine may be slow, and other jobs run beside it
 
 
@@ -45,20 +48,37 @@ class Site:
 
     def submit(self, *words: object, **environment: str) -> "Job":
         """sbatch, with a CPU a process. Options come first, then script and arguments."""
-        command = ["env", *(f"{name}={value}" for name, value in environment.items()), "sbatch", "--parsable", "-c1"]
+        command = [
+            "env",
+            *(f"{name}={value}" for name, value in environment.items()),
+            "sbatch",
+            "--parsable",
+            "-c1",
+        ]
         done = self.cluster.run(*command, *map(str, words), cwd=self.folder)
         return Job(self, done.stdout.strip())
 
-    def train(self, name: str, *options: object, config: str = "cpu", overrides: tuple[str, ...] = ()) -> "Job":
+    def train(
+        self, name: str, *options: object, config: str = "cpu", overrides: tuple[str, ...] = ()
+    ) -> "Job":
         """Submits slurm/sft.sh with the tiny recipe and a run folder outputs/NAME."""
-        arguments = [f"accelerate_configs/{config}.yaml", "recipe.yaml", f"training.output_dir=outputs/{name}"]
+        arguments = [
+            f"accelerate_configs/{config}.yaml",
+            "recipe.yaml",
+            f"training.output_dir=outputs/{name}",
+        ]
         return self.submit(f"--job-name={name}", *options, "slurm/sft.sh", *arguments, *overrides)
 
     def probe(self, end: str, *options: object, **environment: str) -> "Job":
         """Submits slurm/sft.sh with tests/slurm_probe.py in the place of src/sft.py."""
         site = Site(self.cluster, self.folder.with_name("probes"))
         return site.submit(
-            f"--job-name={end}", *options, "slurm/sft.sh", "accelerate_configs/ddp.yaml", end, **environment
+            f"--job-name={end}",
+            *options,
+            "slurm/sft.sh",
+            "accelerate_configs/ddp.yaml",
+            end,
+            **environment,
         )
 
 
@@ -94,13 +114,23 @@ class Job:
     def wait_for_step(self, step: int) -> None:
         def is_there() -> bool:
             assert self.facts["JobState"] in ("PENDING", "CONFIGURING", "RUNNING"), self.log
-            return (self.run / "metrics.jsonl").exists() and any(at >= step for at, _ in self.logged("loss"))
+            return (self.run / "metrics.jsonl").exists() and any(
+                at >= step for at, _ in self.logged("loss")
+            )
 
         wait_for(f"step {step} of job {self.number}", is_there, SECONDS)
 
     def end(self) -> "Job":
         """Waits until Slurm has done with it."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
+        ended = (
+            "COMPLETED",
+            "FAILED",
+            "CANCELLED",
+            "TIMEOUT",
+            "NODE_FAIL",
+            "PREEMPTED",
+            "OUT_OF_MEMORY",
+        )
         wait_for(f"the end of job {self.number}", lambda: self.facts["JobState"] in ended, SECONDS)
         return self
 
@@ -135,7 +165,9 @@ class Job:
 def has_pending(process: psutil.Process, number: signal.Signals) -> bool:
     """Whether the signal was sent to the (stopped) process."""
     status = Path(f"/proc/{process.pid}/status").read_text()
-    pending = [int(mask, 16) for mask in re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)", status, re.MULTILINE)]
+    pending = [
+        int(mask, 16) for mask in re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)", status, re.MULTILINE)
+    ]
     return any(mask >> (number - 1) & 1 for mask in pending)
 
 

@@ -14,7 +14,25 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 SCRIPTS = sorted(path.stem for path in SOURCE.glob("*.py"))
-MODULES = sorted(path.stem for path in (SOURCE / "finetuning").glob("*.py") if path.stem != "__init__")
+PACKAGE = SOURCE / "finetuning"
+# Each imports itself and what stands before it; publishing and training do not know each other.
+ORDER = [
+    ["errors", "section"],
+    ["data", "hub"],
+    ["recipe"],
+    ["launch"],
+    ["model"],
+    ["budget"],
+    ["runs"],
+    ["inference"],
+    ["training", "publishing"],
+]
+BESIDE = ["script"]  # how a script starts and ends: for scripts only
+MODULES = sorted(
+    path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__"
+)
 
 
 def imported_names(path: Path, root: Path = SOURCE) -> set[str]:
@@ -31,11 +49,15 @@ def imported_names(path: Path, root: Path = SOURCE) -> set[str]:
     return names
 
 
+def file_of(module: str) -> Path:
+    return PACKAGE / f"{module.replace('.', '/')}.py"
+
+
 def imports_between_modules() -> dict[str, set[str]]:
     """{module of finetuning: modules of finetuning that it imports}."""
     graph = {}
     for module in MODULES:
-        names = imported_names(SOURCE / "finetuning" / f"{module}.py")
+        names = imported_names(file_of(module))
         graph[module] = {other for other in MODULES if f"finetuning.{other}" in names}
     return graph
 
@@ -89,16 +111,39 @@ def test_imports_in_the_package_go_one_way():
     assert cycle(graph) == []
 
 
+def test_packages_import_only_what_stands_before_them():
+    level = {name: number for number, names in enumerate(ORDER) for name in names}
+    rooms = {
+        path.stem
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert rooms - {"__init__"} == {*level, *BESIDE}
+    wrong = []
+    for module, others in imports_between_modules().items():
+        room = module.partition(".")[0]
+        for other in (other.partition(".")[0] for other in others):
+            if (
+                room not in BESIDE
+                and other != room
+                and not level.get(other, len(ORDER)) < level[room]
+            ):
+                wrong.append(f"{module} imports {other}")
+    assert not wrong
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_no_module_imports_a_script(module):
-    names = imported_names(SOURCE / "finetuning" / f"{module}.py")
+    names = imported_names(file_of(module))
     assert not {name.partition(".")[0] for name in names} & {*SCRIPTS, "src"}
 
 
 def test_nothing_directly_in_src_is_named_like_a_library():
     installed = importlib.metadata.packages_distributions()
     for path in SOURCE.iterdir():
-        if path.suffix == ".py" or (path.is_dir() and not path.name.startswith(("_", ".")) and path.suffix == ""):
+        if path.suffix == ".py" or (
+            path.is_dir() and not path.name.startswith(("_", ".")) and path.suffix == ""
+        ):
             assert path.stem not in sys.stdlib_module_names, f"{path.name} hides a standard module"
             others = set(installed.get(path.stem, [])) - {"finetuning-recipes"}
             assert not others, f"{path.name} hides {path.stem} of {', '.join(others)}"

@@ -4,7 +4,15 @@ import json
 from collections.abc import Callable
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 TEXTS = [
@@ -31,23 +39,40 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 def metaspace() -> PreTrainedTokenizerFast:
     """T5's and llm-jp's kind: Unigram over metaspace with byte fallback, its special tokens among its pieces."""
-    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256))]
-    letters = sorted({letter for text in TEXTS for letter in text.replace(" ", "▁") if letter != "\n"})
+    pieces = [
+        ("<unk>", 0.0),
+        ("<s>", 0.0),
+        ("</s>", 0.0),
+        *((f"<0x{byte:02X}>", -9.0) for byte in range(256)),
+    ]
+    letters = sorted(
+        {letter for text in TEXTS for letter in text.replace(" ", "▁") if letter != "\n"}
+    )
     words = sorted({f"▁{word}" for text in TEXTS for word in text.split() if len(word) > 1})
-    pieces += [(letter, -6.0) for letter in letters] + [(word, -5.0) for word in words if word not in letters]
+    pieces += [(letter, -6.0) for letter in letters] + [
+        (word, -5.0) for word in words if word not in letters
+    ]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first", split=False), decoders.Fuse()]
+        [
+            decoders.ByteFallback(),
+            decoders.Metaspace(prepend_scheme="first", split=False),
+            decoders.Fuse(),
+        ]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
     """Llama 2's kind: BPE with byte fallback, a prepended space, BOS in front of every text."""
     special = ["<unk>", "<s>", "</s>"]
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
-    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=special, show_progress=False)
     trained.train_from_iterator([text.replace("\n", "") for text in TEXTS], trainer)
     settings = json.loads(trained.to_str())
@@ -56,11 +81,20 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     settings["model"] |= {"byte_fallback": True, "fuse_unk": True}
 
     backend = Tokenizer.from_str(json.dumps(settings))
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
@@ -163,19 +197,33 @@ CONFIGS = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
     },
-    "bloom": {"n_layer": 2, "hidden_size": 32, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "bloom": {
+        "n_layer": 2,
+        "hidden_size": 32,
+        "n_head": 4,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
 }
 
 
-def model_of(kind: str, vocab_size: int = 512, seed: int = 0, width: int = 32, **more: object) -> PreTrainedModel:
+def model_of(
+    kind: str, vocab_size: int = 512, seed: int = 0, width: int = 32, **more: object
+) -> PreTrainedModel:
     """A random model of an architecture the recipes use, or one like Llama that needs `more` settings.
 
     Its weights are large enough that tokens matter to each other.
     """
     torch.manual_seed(seed)
     end = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    fields = {**CONFIGS.get(kind, CONFIGS["llama"]), "n_embd" if kind == "gpt2" else "hidden_size": width, **more}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=vocab_size, **end, **fields))
+    fields = {
+        **CONFIGS.get(kind, CONFIGS["llama"]),
+        "n_embd" if kind == "gpt2" else "hidden_size": width,
+        **more,
+    }
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, vocab_size=vocab_size, **end, **fields)
+    )
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.2 * (32 / width) ** 0.5)

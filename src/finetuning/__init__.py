@@ -1,8 +1,11 @@
 """Supervised fine-tuning from one YAML recipe.
 
     row -> messages -> segments -> {input_ids, labels} -> batch -> loss over response tokens
-    sources  readers   templates   tokenization          batching  trainer
-                          \\-> prompt segments only -> generate (answers)
+                          \\-> prompt segments only -> generate
+
+Ten packages; each imports only those to its left (tests/test_structure.py holds it):
+
+    data, hub -> recipe -> launch -> model -> budget -> runs -> inference -> training | publishing
 
 Shapes: B sequences in a batch, T tokens in a sequence.
 """

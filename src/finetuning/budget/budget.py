@@ -1,0 +1,204 @@
+"""What a run will take, before it is run: memory of a process, steps, time, disk. No weights are loaded."""
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from finetuning.budget.step_memory import Footprint, build, footprint, optimizer_bytes
+from finetuning.data.batching import BatchSampler, Collator
+from finetuning.data.prepare import Prepared
+from finetuning.data.tokenization import IGNORE_INDEX
+from finetuning.launch.devices import Device
+from finetuning.launch.step_size import StepSize, step_size
+from finetuning.launch.strategy import Strategy
+from finetuning.model.flops import matmul_params_of
+from finetuning.model.loading import load_config
+from finetuning.model.precision import precision
+from finetuning.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+# Of the device's peak, over a whole run: from a step that waits for its host, or unpacks 8 bits, to a good one.
+UTILISATION = (0.15, 0.5)
+
+
+CPU_UTILISATION = (0.4, 0.95)  # of the product that was timed
+
+
+FULL, TIGHT = (
+    0.95,
+    0.85,
+)  # shares of a device's memory; CUDA's own context and gaps between tensors take the rest
+
+
+REDUCE_BUCKET = 500_000_000  # numbers: DeepSpeed's default of zero_optimization.reduce_bucket_size
+
+
+@dataclass(frozen=True)
+class Budget:
+    """All sizes in bytes, those of memory for one process."""
+
+    device: Device
+    strategy: Strategy
+    step: StepSize
+    parts: dict[str, int]
+    """at the moment when they are most together: weights, adapters, gradients, optimizer, activations, logits,
+    communication"""
+    longest: tuple[int, int, int]
+    """of the longest micro-batch: examples, tokens computed (padding too), response tokens"""
+    steps: int
+    tokens: int
+    """that are trained on in all steps, repeated ones too; without padding"""
+    seconds: tuple[float, float] | None
+    """at least and at most, without start and evaluation; None for a GPU whose peak is not known"""
+    disk: int
+    """checkpoints that are kept, one that is being written, and the final weights"""
+    free: int
+    """on the disk of training.output_dir"""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def available(self) -> int:
+        """To one process: a GPU is its own, a CPU's memory is everybody's."""
+        return self.device.memory // (1 if self.device.is_gpu else self.strategy.processes)
+
+    @property
+    def verdict(self) -> str:
+        """fits, tight, or does not fit."""
+        share = self.total / self.available
+        return "does not fit" if share > FULL else "tight" if share > TIGHT else "fits"
+
+
+def make_budget(
+    recipe: Recipe,
+    prepared: Prepared,
+    tokenizer: "PreTrainedTokenizerFast",
+    strategy: Strategy,
+    device: Device,
+) -> Budget:
+    """Raises UserError where the recipe's number format cannot work on the device, or its model has no config."""
+    step = step_size(recipe, strategy.processes)
+    training = recipe.training.model_copy(update={"gradient_accumulation_steps": step.accumulation})
+    recipe = recipe.model_copy(update={"training": training})
+    sampler = sampler_of(recipe, prepared, step)
+    steps_of_epoch = math.ceil(len(sampler) / step.accumulation)
+    steps = steps_of(recipe, steps_of_epoch)
+    is_padded = recipe.data.layout == "padded"
+    numbers = sampler.longest(steps * step.accumulation, is_padded)
+    examples = list(prepared.train.select(numbers))
+    batch = Collator(recipe.data.layout, tokenizer.pad_token_id or 0)(examples)
+    formats = precision(recipe, torch.device("cuda" if device.is_gpu else "cpu"), device.capability)
+    autocast = torch.bfloat16 if formats["bf16"] else torch.float16 if formats["fp16"] else None
+
+    model = build(recipe, load_config(recipe.model, tokenizer))
+    taken = footprint(recipe, model, batch, autocast, device.is_gpu)
+    epochs = steps / steps_of_epoch
+    computed_tokens = sampler.computed_tokens(is_padded) * epochs
+    responses = np.count_nonzero(prepared.train.labels != IGNORE_INDEX) * epochs
+    forwards = 2 if recipe.training.activation_checkpointing else 1
+    flops = matmul_params_of(model).flops(computed_tokens, responses, forwards) / strategy.processes
+    slow, fast = UTILISATION if device.is_gpu else CPU_UTILISATION
+    return Budget(
+        device=device,
+        strategy=strategy,
+        step=step,
+        parts=parts_of(taken, model, strategy),
+        longest=(len(examples), batch["input_ids"].numel(), len(batch["targets"])),
+        steps=steps,
+        tokens=round(prepared.train.lengths.sum() * epochs),
+        seconds=(flops / device.flops / fast, flops / device.flops / slow)
+        if device.flops
+        else None,
+        disk=disk_of(recipe, model, steps, steps_of_epoch),
+        free=shutil.disk_usage(existing(Path(recipe.training.output_dir).expanduser())).free,
+    )
+
+
+def sampler_of(recipe: Recipe, prepared: Prepared, step: StepSize) -> BatchSampler:
+    """That of the trainer."""
+    seed = recipe.training.seed if recipe.training.data_seed is None else recipe.training.data_seed
+    return BatchSampler(
+        prepared.train.lengths,
+        batch_size=step.micro_batch,
+        tokens=recipe.data.batch_tokens,
+        processes=step.processes,
+        accumulation=step.accumulation,
+        seed=None if recipe.data.order == "sequential" else seed,
+        by_length=recipe.data.order == "by_length",
+    )
+
+
+def steps_of(recipe: Recipe, of_epoch: int) -> int:
+    """Optimizer steps of the whole run, as Trainer counts them."""
+    given = recipe.training.max_steps
+    return given if given > 0 else math.ceil(recipe.training.num_train_epochs * of_epoch)
+
+
+def parts_of(taken: Footprint, model: "PreTrainedModel", strategy: Strategy) -> dict[str, int]:
+    """What of the step one process holds, and what it takes to exchange the rest.
+
+    DDP copies gradients into buckets. ZeRO keeps float32 copies of the trained weights, and a bucket for gradients on
+    their way; ZeRO-3 and FSDP gather a layer while another is computed. From their sources; only one process measured.
+    """
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    share = 1 / strategy.processes
+    sharded = {
+        "zero1": ("optimizer",),
+        "zero2": ("optimizer", "gradients"),
+        "zero3": ("optimizer", "gradients", "weights", "adapters"),
+        "fsdp": ("optimizer", "gradients", "weights", "adapters"),
+    }
+    parts = taken.peak(dict.fromkeys(sharded.get(strategy.name, ()), share))
+    communication = 0
+    if strategy.name == "ddp":
+        communication += sum(weight.nbytes for weight in trained)
+    if strategy.name.startswith("zero"):
+        parts["optimizer"] += round(4 * sum(weight.numel() for weight in trained) * share)
+        communication += REDUCE_BUCKET * max(weight.element_size() for weight in trained)
+    if strategy.is_sharded:
+        communication += 2 * largest_layer(model)
+    if strategy.offload:
+        parts["optimizer"] = 0
+    return {**parts, "communication": communication}
+
+
+def largest_layer(model: "PreTrainedModel") -> int:
+    """Bytes of the largest part that is gathered as one: a layer, or a weight outside of them, such as embeddings."""
+    layers = [
+        module
+        for module in model.modules()
+        if type(module).__name__ in (model._no_split_modules or ())
+    ]
+    sizes = [sum(weight.nbytes for weight in layer.parameters()) for layer in layers]
+    return max([*sizes, *(weight.nbytes for weight in model.parameters())])
+
+
+def disk_of(recipe: Recipe, model: "PreTrainedModel", steps: int, steps_of_epoch: int) -> int:
+    """The checkpoints that are kept, the one that is written before an old one goes, and the trained weights."""
+    training = recipe.training
+    weights = [weight for weight in model.parameters() if weight.requires_grad or not recipe.lora]
+    whole = sum(weight.nbytes for weight in weights)
+    every = {
+        "epoch": steps_of_epoch,
+        "steps": training.save_steps if training.save_steps >= 1 else training.save_steps * steps,
+    }
+    saves = (
+        math.ceil(steps / every[training.save_strategy]) if training.save_strategy in every else 0
+    )
+    kept = min(saves, (training.save_total_limit or saves) + 1)
+    return whole + kept * (whole + optimizer_bytes(recipe, weights))
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

@@ -1,0 +1,114 @@
+"""The data section of a recipe."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from finetuning.data.readers import READERS
+from finetuning.data.templates import TEMPLATES
+from finetuning.section import Section
+
+
+class Eval(Section):
+    """Which examples are held out: one of `every`, `fraction`, `split`."""
+
+    every: int | None = Field(default=None, ge=2)
+    """examples: of those kept, number 0, every, 2 * every, ... are held out"""
+    fraction: float | None = Field(default=None, gt=0, lt=1)
+    """share of the examples, 0..1, drawn at random"""
+    seed: int | None = None
+    """of the draw for `fraction`; 0 if not given"""
+    split: str | None = None
+    """name of another split of the same data"""
+
+    @model_validator(mode="after")
+    def check(self) -> "Eval":
+        given = [name for name in ("every", "fraction", "split") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of every, fraction and split must be given, found {given or 'none'}"
+            )
+        if self.seed is not None and self.fraction is None:
+            raise ValueError("seed belongs to fraction: every and split draw nothing")
+        return self
+
+
+class Source(Section):
+    """Rows of one kind."""
+
+    path: str = Field(min_length=1)
+    """Hub id, or a local json, jsonl, csv or parquet file (also .gz) or a folder of them"""
+    config: str | None = None
+    """configuration (subset) of a Hub data set"""
+    revision: str | None = None
+    """branch, tag or commit of a Hub data set"""
+    split: str = "train"
+    """name of the split"""
+    reader: Literal[tuple(READERS)] | None = None
+    """how a row is read into messages"""
+    sessions: int | None = Field(default=None, ge=1)
+    """reader harry_potter: only the first sessions of the file"""
+    where: dict[str, Any] = Field(default_factory=dict)
+    """keep only rows whose columns equal these values"""
+    weight: float = Field(default=1.0, gt=0)
+    """times each training example is used: 0.5 is a seeded half of them, 2 each one twice"""
+
+    @model_validator(mode="after")
+    def check_sessions(self) -> "Source":
+        if self.sessions is not None and self.reader not in ("harry_potter", None):
+            raise ValueError("sessions belongs to reader: harry_potter")
+        return self
+
+
+class Data(Source):
+    """What is trained on, and how a row becomes tokens."""
+
+    path: str | list[Source] = Field(min_length=1)
+    """Hub id, local file or folder; a list of {path, ...} mixes several, each with what it sets apart from here"""
+    invalid_rows: Literal["error", "drop"] = "error"
+    """a row that does not fit its reader or template: refuse the run, or drop and count it"""
+    template: Literal[tuple(TEMPLATES)]
+    """how messages are written down as text"""
+    newline: str | None = None
+    """written instead of every line feed, such as <NL>; undone in answers"""
+    max_length: int = Field(default=512, ge=2)
+    """tokens of an example at most, end mark included"""
+    overflow: Literal["drop", "cut", "error"] = "drop"
+    """a longer example: drop and count it, cut it (its end mark is then not trained), or refuse the run"""
+    loss_on: Literal["response", "all"] = "response"
+    """tokens that are trained: responses and their end marks, or all of them"""
+    layout: Literal["packed", "padded"] = "packed"
+    """how the examples of a batch lie in memory: one after another, or padded; memory and speed only"""
+    order: Literal["random", "by_length", "sequential"] = "random"
+    """of the examples in an epoch, drawn from training.seed; by_length: examples of like length meet in a step"""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """tokens of a device's micro-batch at most, instead of training.per_device_train_batch_size examples"""
+    eval: Eval | None = None
+    """which examples are held out"""
+
+    @model_validator(mode="after")
+    def check_data(self) -> "Data":
+        if self.newline is not None and self.template == "chat":
+            raise ValueError(
+                "newline does not go with template: chat, whose line feeds are the tokenizer's own"
+            )
+        for source in self.sources:
+            if source.reader is None:
+                raise ValueError(
+                    f"reader is missing for {source.path}; allowed are {', '.join(READERS)}"
+                )
+            if self.eval and self.eval.split == source.split:
+                raise ValueError(
+                    f"eval.split {source.split} is what is trained on; name another split"
+                )
+        return self
+
+    @property
+    def sources(self) -> list[Source]:
+        """What rows are read from, each with the settings of the data section filled in."""
+        if isinstance(self.path, str):
+            entries = [{"path": self.path}]
+        else:
+            entries = [source.model_dump(exclude_unset=True) for source in self.path]
+        shared = {name: getattr(self, name) for name in Source.model_fields}
+        return [Source(**{**shared, **entry}) for entry in entries]

@@ -1,0 +1,246 @@
+"""Source -> rows: a local json, jsonl, csv or parquet file (also .gz), a folder of them, or a data set of the Hub.
+
+Local files are read here and not by `datasets`: an unreadable line is named by its number, rows of uneven columns are
+no error, and nothing heavy is imported.
+"""
+
+import codecs
+import csv
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetuning.data.readers import FILE_READERS
+from finetuning.data.row import BadRow, Row
+from finetuning.data.section import Source
+from finetuning.errors import UserError, one_line
+
+# A split's name as a word of a path in lower case: `latest` and `devices` are none, `validation` is one.
+SPLIT_NAME = re.compile(
+    r"(?<![a-z])(?:(?:train|test|dev|val)(?:ing|set)?|valid[a-z]*|eval[a-z]*)(?![a-z])"
+)
+
+
+# What `datasets` writes beside the data.
+ABOUT_DATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as loaded, and what they are called in messages."""
+
+    rows: list[Row]
+    files: list[tuple[str, int]]
+    """name of each file (or data set) and its number of rows, in order"""
+
+    def place(self, number: int) -> str:
+        """Where row `number` stands, for people: the file, and the row's number in it (from 0)."""
+        for name, count in self.files:
+            if number < count:
+                return f"{name}: row {number}"
+            number -= count
+        raise IndexError(number)
+
+
+def load_rows(source: Source) -> Rows:
+    """All rows of the source's split. Raises UserError where it is not there or cannot be read."""
+    if not is_local(source):
+        table = load_hub(source)
+        return Rows(table.to_list(), [(f"{source.path} ({source.split})", len(table))])
+    rows: list[Row] = []
+    files = []
+    for file in files_of_split(local_path(source), source.split):
+        found = list(read_rows(file, read_bytes(file), source))
+        files.append((str(file), len(found)))
+        rows += found
+    if not rows:
+        raise UserError(f"data.path: {source.path}: no rows")
+    return Rows(rows, files)
+
+
+def fingerprint(source: Source) -> str:
+    """A digest of the source's content: changes when any byte of its split does."""
+    if not is_local(source):
+        return load_hub(source)._fingerprint
+    digest = hashlib.sha256()
+    for file in files_of_split(local_path(source), source.split):
+        digest.update(hashlib.sha256(read_bytes(file)).digest())
+    return digest.hexdigest()
+
+
+def is_local(source: Source) -> bool:
+    return local_path(source).exists() or looks_local(source.path)
+
+
+def local_path(source: Source) -> Path:
+    return Path(source.path).expanduser()
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path that does not exist was meant as one: Hub ids are `name` or `owner/name`."""
+    named_as_file = any(path.removesuffix(".gz").endswith(suffix) for suffix in PARSERS)
+    return named_as_file or path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def files_of_split(path: Path, split: str) -> list[Path]:
+    """The data files of a split: those of a folder that bear the split's name as a word of theirs.
+
+    A single file, or a folder whose files name no split (no train, test, validation, ...), is all of it `train`.
+    """
+    if not path.exists():
+        raise UserError(f"data.path: {path}: no such file or folder")
+    if path.is_file():
+        if suffix_of(path) not in PARSERS:
+            raise UserError(
+                f"data.path: {path}: unknown kind of file; allowed are {', '.join(PARSERS)}, also with .gz"
+            )
+        if split != "train":
+            raise UserError(
+                f"data.path: {path}: no split {split!r} in a file, all of it is train; name a folder"
+            )
+        return [path]
+    files = sorted(
+        file for file in path.rglob("*") if file.is_file() and is_data(file.relative_to(path))
+    )
+    if not files:
+        raise UserError(
+            f"data.path: {path}: no data file in this folder; expected {', '.join(PARSERS)}, also with .gz"
+        )
+    names = [file.relative_to(path).as_posix().lower() for file in files]
+    word = re.compile(rf"(?<![a-z]){re.escape(split.lower())}(?![a-z])")
+    named = [file for file, name in zip(files, names, strict=True) if word.search(name)]
+    if named or (split == "train" and not any(map(SPLIT_NAME.search, names))):
+        return named or files
+    raise UserError(
+        f"data.path: {path}: no file of split {split!r}; found {', '.join(file.name for file in files[:5])}"
+    )
+
+
+def is_data(path: Path) -> bool:
+    """Whether a file of a folder, by its path in there, is one of data that a person put there.
+
+    Hidden files are copies of others: Jupyter's `.ipynb_checkpoints/`, the `._rows.jsonl` of macOS.
+    """
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    return suffix_of(path) in PARSERS and not is_hidden and path.name not in ABOUT_DATA
+
+
+def suffix_of(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def read_rows(path: Path, content: bytes, source: Source) -> Iterator[Row]:
+    try:
+        if source.reader in FILE_READERS:
+            yield from FILE_READERS[source.reader](json.loads(content), source.sessions)
+            return
+        yield from PARSERS[suffix_of(path)](content)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: is not JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply") from None
+    except BadRow as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def parse_json(content: bytes) -> Iterator[Row]:
+    """One JSON array of objects; lines of JSON under the wrong name are taken too."""
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if content.lstrip()[:1] == b"[":
+        rows = json.loads(content)
+        for number, row in enumerate(rows):
+            yield checked(row, f"row {number}")
+    else:
+        yield from parse_jsonl(content)
+
+
+def parse_jsonl(content: bytes) -> Iterator[Row]:
+    for number, line in enumerate(content.decode("utf-8-sig").split("\n"), start=1):
+        if line.strip():
+            try:
+                yield checked(json.loads(line), f"line {number}")
+            except json.JSONDecodeError as error:
+                raise json.JSONDecodeError(
+                    error.msg, "\n" * (number - 1) + line, number - 1 + error.pos
+                ) from None
+
+
+def parse_csv(content: bytes) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # by default a field of more than 131,072 characters is refused
+    # strict: a quote that is not closed is an error, and does not swallow the rest of the file.
+    lines = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+    try:
+        names = lines.fieldnames or []
+        if len(set(names)) < len(names):
+            raise BadRow(f"line 1: two columns have one name: {', '.join(names)}")
+        for row in lines:
+            if None in row or None in row.values():
+                raise BadRow(f"line {lines.line_num}: not as many columns as the header")
+            yield row
+    except csv.Error as error:
+        raise BadRow(f"line {lines.reader.line_num}: {error}") from None
+
+
+def parse_parquet(content: bytes) -> Iterable[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BadRow(f"is not parquet: {error}") from None
+
+
+def checked(row: Any, place: str) -> Row:
+    if not isinstance(row, dict):
+        raise BadRow(f"{place}: expected an object, found {type(row).__name__}")
+    return row
+
+
+PARSERS: dict[str, Callable[[bytes], Iterable[Row]]] = {
+    ".jsonl": parse_jsonl,
+    ".json": parse_json,
+    ".csv": parse_csv,
+    ".parquet": parse_parquet,
+}
+
+
+def load_hub(source: Source) -> Any:
+    """The split as a datasets.Dataset. Raises UserError where `datasets` cannot load it, with its reason."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+
+    try:
+        return load_dataset(
+            source.path, source.config, split=source.split, revision=source.revision
+        )
+    except (
+        DatasetsError,
+        ValueError,
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: a data set that is a script
+        # "An error occurred while generating the dataset" says nothing; what it was raised from does.
+        reason = (
+            error.__cause__ if type(error) is DatasetGenerationError and error.__cause__ else error
+        )
+        raise UserError(
+            f"data.path: {source.path}: {one_line(reason) or type(reason).__name__}"
+        ) from None

@@ -1,0 +1,141 @@
+"""What a published checkpoint may hold: safetensors, tokenizer, settings, texts. Nothing that runs when it is read.
+
+A list of what is allowed, not of what is refused: training_args.bin and the state of optimizers are pickles, which run
+code when they are read, and training_args.bin may hold a token.
+"""
+
+import fnmatch
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import get_token
+
+from finetuning.errors import UserError
+
+ADAPTER_WEIGHTS, INDEX = "adapter_model.safetensors", "model.safetensors.index.json"
+
+
+MODEL = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    INDEX,
+)
+
+
+ADAPTER = ("adapter_config.json", ADAPTER_WEIGHTS)
+
+
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+    ),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
+
+
+RUN_RECORDS = ("samples.md", "metrics.jsonl")
+
+
+GENERATED = ("recipe.yaml", "README.md", "loss.png", "manifest.json")  # by publish
+
+
+ADAPTER_FOLDER = "adapter"  # where the adapter of merged weights goes
+
+
+TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")  # how the Hub's tokens look
+
+
+TEXTS = (".json", ".jsonl", ".jinja", ".md", ".txt", ".yaml")
+
+
+def is_publishable(name: str) -> bool:
+    """Whether a file of this name, relative to the checkpoint's folder, belongs to a checkpoint."""
+    allowed = (*MODEL, *ADAPTER, *TOKENIZER, *RUN_RECORDS, *GENERATED)
+    return matches(name, allowed) or matches(
+        name, [f"{ADAPTER_FOLDER}/{pattern}" for pattern in ADAPTER]
+    )
+
+
+def matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
+    same_depth = (pattern for pattern in patterns if pattern.count("/") == name.count("/"))
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in same_depth)
+
+
+def files_of(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+    """(name, path) of the folder's files that match. Raises UserError for a link: what it points to is not ours."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if matches(name, patterns):
+            if path.is_symlink() or not path.is_file():
+                raise UserError(
+                    f"{path} is a link or no file; only files of the run folder itself are published"
+                )
+            yield name, path
+
+
+def unpublished_files(folder: Path) -> list[str]:
+    """Names directly in a run folder that are not published."""
+    names = (path.name for path in folder.iterdir())
+    return sorted(name for name in names if not is_publishable(name) and not name.startswith("."))
+
+
+def require_weights(folder: Path, patterns: tuple[str, ...]) -> None:
+    """Raises UserError unless the folder has whole weights of that pattern, every shard of them."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in weights_of(folder, patterns):
+        if not is_publishable(name) or not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}")
+        try:
+            with safe_open(folder / name, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder / name} is damaged: {error}") from None
+
+
+def weights_of(folder: Path, patterns: tuple[str, ...]) -> list[str]:
+    """Names of the files that hold the weights: the adapter, all in one, or the shards of the index."""
+    if patterns == ADAPTER:
+        return [ADAPTER_WEIGHTS]
+    if not (folder / INDEX).is_file():
+        return ["model.safetensors"]
+    return sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+
+
+def require_no_remote_code(folder: Path) -> None:
+    """Raises UserError where a config names code that should be fetched and run."""
+    for path in filter(Path.is_file, (folder / "config.json", folder / "tokenizer_config.json")):
+        if "auto_map" in read_json(path):
+            raise UserError(
+                f"{path} names code of its own (auto_map), which would be fetched and run; refused"
+            )
+
+
+def require_no_token(name: str, source: Path | bytes) -> None:
+    """Raises UserError where a text holds a token of the Hub: ours, or what looks like one."""
+    if not name.endswith(TEXTS):
+        return
+    token, content = get_token(), source if isinstance(source, bytes) else source.read_bytes()
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if TOKEN.search(line) or (token and token.encode() in line):
+            raise UserError(
+                f"{name}, line {number}: holds a token of the Hub; take it out, and revoke it"
+            )

@@ -1,0 +1,173 @@
+"""Combinations that fail, or silently train something else: refused before a model is loaded.
+
+`python -m finetuning.compatibility` prints them as the table of the README.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetuning.errors import UserError
+from finetuning.launch.strategy import Strategy, is_set
+from finetuning.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Rule:
+    what: str
+    """the combination, as the recipe and the accelerate config name it"""
+    why: str
+    instead: str
+    """the nearest thing that works"""
+    is_met: Callable[[Recipe, Strategy], bool]
+    depends_on_machine: bool = False
+    """asked only where it is trained, not by --check and preview, which may run elsewhere"""
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def deepspeed_file() -> dict:
+    """DeepSpeed's own settings, where an accelerate config names a file of them."""
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+
+
+def gathers_on_save(strategy: Strategy) -> bool:
+    zero = deepspeed_file().get("zero_optimization")
+    if zero is not None:
+        return bool(zero.get("stage3_gather_16bit_weights_on_model_save"))
+    return is_set("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL")
+
+
+RULES = (
+    Rule(
+        "FSDP on a CPU",
+        "accelerate runs it as plain DDP without a word",
+        "accelerate_configs/cpu_ddp.yaml, or zero3.yaml, which a CPU can run",
+        lambda recipe, strategy: strategy.name == "fsdp" and not has_gpu(),
+        depends_on_machine=True,
+    ),
+    Rule(
+        "FSDP version 1",
+        "its flat parameters cannot be told apart: neither the output layer's weight nor frozen ones",
+        "accelerate_configs/fsdp2.yaml",
+        lambda recipe, strategy: (
+            strategy.name == "fsdp" and os.environ.get("FSDP_VERSION", "1") != "2"
+        ),
+    ),
+    Rule(
+        "ZeRO with ACCELERATE_USE_CPU=true",
+        "accelerate runs it as plain DDP without a word",
+        "leave the variable out; training.use_cpu: true keeps GPUs idle",
+        lambda recipe, strategy: strategy.name.startswith("zero") and is_set("ACCELERATE_USE_CPU"),
+    ),
+    Rule(
+        "ZeRO stage 0",
+        "it shards nothing and saves like ZeRO all the same",
+        "accelerate_configs/ddp.yaml",
+        lambda recipe, strategy: strategy.name == "zero0",
+    ),
+    Rule(
+        "ZeRO-3 that does not gather weights on saving",
+        "the run folder would hold no weights that from_pretrained reads",
+        "zero3_save_16bit_model: true, as in accelerate_configs/zero3.yaml",
+        lambda recipe, strategy: strategy.name == "zero3" and not gathers_on_save(strategy),
+    ),
+    Rule(
+        "ZeRO with an optimizer or scheduler in DeepSpeed's file",
+        "training.optim and training.lr_scheduler_type own them, and the logged rate would be that of the next step",
+        "leave both out of the file",
+        lambda recipe, strategy: (
+            strategy.name.startswith("zero")
+            and bool({"optimizer", "scheduler"} & deepspeed_file().keys())
+        ),
+    ),
+    Rule(
+        "model.quantization with ZeRO-3 or FSDP",
+        "bitsandbytes' weights cannot be shared out",
+        "accelerate_configs/ddp.yaml, or zero2.yaml: each process holds the small base model",
+        lambda recipe, strategy: bool(recipe.model.quantization) and strategy.is_sharded,
+    ),
+    Rule(
+        "training.auto_find_batch_size with ZeRO or FSDP",
+        "what they have wrapped cannot be made anew with another micro-batch",
+        "a smaller training.per_device_train_batch_size, with training.global_batch_size",
+        lambda recipe, strategy: (
+            recipe.training.auto_find_batch_size and strategy.name not in ("single", "ddp")
+        ),
+    ),
+    Rule(
+        "ZeRO offload without a C++ compiler",
+        "DeepSpeed compiles its Adam for the CPU when training begins",
+        "install g++, or accelerate_configs/zero3.yaml",
+        lambda recipe, strategy: (
+            strategy.name.startswith("zero") and strategy.offload and not shutil.which("g++")
+        ),
+        depends_on_machine=True,
+    ),
+    Rule(
+        "model.dtype: float16 with training",
+        "the gradient scaler refuses gradients of half-precision weights",
+        "model.dtype: float32 with training.fp16: true",
+        lambda recipe, strategy: recipe.model.dtype == "float16" and recipe.lora is None,
+    ),
+    Rule(
+        "model.dtype: bfloat16 with training.fp16",
+        "GPUs that need fp16 have no bf16 kernels, and the gradient scaler does not scale bf16",
+        "model.dtype: float32 with training.fp16: true",
+        lambda recipe, strategy: recipe.model.dtype == "bfloat16" and bool(recipe.training.fp16),
+    ),
+    Rule(
+        "training.load_best_model_at_end without data.eval",
+        "there is no loss to choose by",
+        "data.eval: {every: 50} with training.eval_strategy: steps",
+        lambda recipe, strategy: (
+            bool(recipe.training.load_best_model_at_end) and recipe.data.eval is None
+        ),
+    ),
+    Rule(
+        "training.load_best_model_at_end with fewer saves than evaluations",
+        "the best step would have no checkpoint",
+        "training.save_steps equal to training.eval_steps, or training.save_strategy: best",
+        lambda recipe, strategy: (
+            bool(recipe.training.load_best_model_at_end) and skips_saves(recipe.training)
+        ),
+    ),
+    Rule(
+        "training.torch_compile",
+        "it was never tried with packed attention and the loss of the responses",
+        "leave it out",
+        lambda recipe, strategy: bool(recipe.training.torch_compile),
+    ),
+)
+
+
+def skips_saves(training: Any) -> bool:
+    """Whether a step that is evaluated may not be saved, where both are done every so many steps."""
+    by_steps = training.eval_strategy == training.save_strategy == "steps"
+    return by_steps and training.save_steps != (training.eval_steps or training.logging_steps)
+
+
+def require_compatible(recipe: Recipe, strategy: Strategy, trains_here: bool = True) -> None:
+    """Raises UserError for the first rule that recipe and strategy meet, on this machine or wherever it will train."""
+    for rule in RULES:
+        if (trains_here or not rule.depends_on_machine) and rule.is_met(recipe, strategy):
+            raise UserError(f"{rule.what} does not work: {rule.why}; instead: {rule.instead}")
+
+
+def table() -> str:
+    """The rules as Markdown."""
+    rows = [f"| {rule.what} | {rule.why} | {rule.instead} |" for rule in RULES]
+    return "\n".join(["| does not work | because | instead |", "|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,164 @@
+"""How the processes of a run share the work: what the launcher was asked for, and what runs.
+
+The two differ without a word in several set-ups of accelerate: FSDP on a CPU runs as DDP, and so does ZeRO where
+ACCELERATE_USE_CPU is set; MULTI_CPU, or --cpu with --num_processes 2, starts one process. A run says what it got, and
+refuses to be something else than what was asked for.
+"""
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.errors import UserError
+from finetuning.launch.launcher import requested_processes
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
+
+
+@dataclass(frozen=True)
+class Strategy:
+    name: str
+    """single, ddp, fsdp, zero1, zero2 or zero3"""
+    processes: int
+    offload: bool = False
+    """optimizer or weights are kept in main memory"""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process holds only a part of each weight."""
+        return self.name in ("fsdp", "zero3")
+
+    def __str__(self) -> str:
+        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        return f"{self.name}{' with offload' if self.offload else ''}, {processes}"
+
+
+def requested_strategy() -> Strategy:
+    """What accelerate launch or torchrun was asked for, from the environment that they give to a process."""
+    processes = requested_processes()
+    if is_set("ACCELERATE_USE_DEEPSPEED"):
+        zero = zero_settings()
+        return Strategy(f"zero{zero.get('stage', 0)}", processes, offloads(zero))
+    if is_set("ACCELERATE_USE_FSDP"):
+        return Strategy("fsdp", processes, is_set("FSDP_OFFLOAD_PARAMS"))
+    return Strategy("ddp" if processes > 1 else "single", processes)
+
+
+def launch_environment(file: str | None, processes: str | None) -> dict[str, str]:
+    """What `accelerate launch --config_file ... --num_processes ...` would say to its processes, as far as it matters.
+
+    Raises UserError if it could not start them.
+    """
+    if processes is not None and (not processes.isdecimal() or int(processes) < 1):
+        raise UserError(f"--num_processes {processes}: expected a whole number, at least 1")
+    if file is None:
+        return {"WORLD_SIZE": processes} if processes else {}
+    from accelerate.commands.config.config_args import load_config_from_file
+    from yaml import YAMLError
+
+    try:
+        config = load_config_from_file(file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError) as error:
+        raise UserError(
+            f"{file}: is no accelerate config: {' '.join(str(error).split())}"
+        ) from None
+    count = int(processes or config.num_processes or 0)
+    if count < 1:
+        raise UserError(
+            f"{file}: does not say how many processes; add --num_processes, such as --num_processes 2"
+        )
+    kind, said = config.distributed_type.value, {"WORLD_SIZE": count}
+    if config.gpu_ids not in (None, "all"):
+        said |= {"CUDA_VISIBLE_DEVICES": config.gpu_ids}
+    if kind == "DEEPSPEED":
+        said |= {"ACCELERATE_USE_DEEPSPEED": True}
+        said |= {
+            f"ACCELERATE_DEEPSPEED_{name.removeprefix('deepspeed_').upper()}": value
+            for name, value in config.deepspeed_config.items()
+        }
+    elif kind == "FSDP":
+        said |= {"ACCELERATE_USE_FSDP": True}
+        said |= {
+            f"FSDP_{name.removeprefix('fsdp_').upper()}": value
+            for name, value in config.fsdp_config.items()
+        }
+    elif kind == "NO":
+        said |= {"ACCELERATE_USE_CPU": config.use_cpu}
+    return {name: str(value) for name, value in said.items() if value is not None}
+
+
+def is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def zero_settings() -> dict[str, Any]:
+    """The part zero_optimization of DeepSpeed's own file, or what an accelerate config says in its place."""
+    zero = {"stage": os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")}
+    for what in ("optimizer", "param"):
+        zero[f"offload_{what}"] = {
+            "device": os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")
+        }
+    if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        try:
+            zero = dict(json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file}: is no DeepSpeed config with zero_optimization: {error}"
+            ) from None
+    return zero
+
+
+def offloads(zero: dict[str, Any]) -> bool:
+    devices = [
+        (zero.get(f"offload_{what}") or {}).get("device", "none") for what in ("optimizer", "param")
+    ]
+    return any(device != "none" for device in devices)
+
+
+def actual_strategy(trainer: "SFTTrainer") -> Strategy:
+    """What a prepared trainer really runs as."""
+    accelerator = trainer.accelerator
+    kind = accelerator.distributed_type.value
+    if kind == "DEEPSPEED":
+        engine = trainer.model_wrapped
+        offload = offloads(engine.config["zero_optimization"])
+        return Strategy(
+            f"zero{engine.zero_optimization_stage()}", accelerator.num_processes, offload
+        )
+    if kind == "FSDP":
+        offload = "CPUOffload" in type(accelerator.state.fsdp_plugin.cpu_offload).__name__
+        return Strategy("fsdp", accelerator.num_processes, offload)
+    return Strategy("ddp" if accelerator.num_processes > 1 else "single", accelerator.num_processes)
+
+
+def require_strategy(trainer: "SFTTrainer", wanted: Strategy) -> None:
+    """Raises UserError where a prepared trainer runs as something else than what was asked for."""
+    found = actual_strategy(trainer)
+    if found != wanted:
+        raise UserError(
+            f"accelerate: asked for {wanted}, but what runs is {found}; take one of accelerate_configs/, and leave "
+            "ACCELERATE_USE_CPU and --cpu out (training.use_cpu: true says it)"
+        )
+    mixed = trainer.accelerator.state.mixed_precision
+    said = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "no"
+    if mixed != said:
+        raise UserError(
+            f"accelerate: mixed_precision is {mixed}, the recipe's {said}; leave it out of the accelerate config, "
+            "training.bf16 and training.fp16 own it"
+        )
+
+
+def launch_of(trainer: "SFTTrainer", strategy: Strategy) -> dict[str, Any]:
+    """How the processes run, for environment.json."""
+    return {
+        "strategy": strategy.name,
+        "processes": strategy.processes,
+        "device": str(trainer.args.device),
+        "precision": "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32",
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+    }

@@ -1,0 +1,232 @@
+"""YAML (and `section.key=value` overrides) -> Recipe: typed, frozen, every key checked."""
+
+import difflib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
+
+from finetuning.data.section import Data
+from finetuning.errors import UserError
+from finetuning.recipe.error_messages import KeyPath, explain, is_inside, shown
+from finetuning.recipe.library_fields import as_json
+from finetuning.recipe.sections import Generation, Lora, Model, Publish, Training
+from finetuning.section import Section
+
+SCHEMA = Path(__file__).parents[3] / "recipes" / "recipe.schema.json"
+
+
+class Recipe(Section):
+    """One training run."""
+
+    model: Model
+    """the base model"""
+    data: Data
+    """what is trained on"""
+    lora: Lora | None = None
+    """train an adapter of this shape instead of all weights"""
+    training: Training
+    """how it is trained"""
+    generation: Generation = Generation()
+    """how it is asked"""
+    publish: Publish | None = None
+    """where it belongs on the Hub"""
+
+    @model_validator(mode="after")
+    def check_template(self) -> "Recipe":
+        if self.model.from_scratch and self.data.template == "chat":
+            raise ValueError(
+                "data.template: chat needs a base model's tokenizer, model.from_scratch has no chat template"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_eval(self) -> "Recipe":
+        if self.training.eval_strategy != "no" and self.data.eval is None:
+            raise ValueError(
+                "training.eval_strategy is set, but data.eval is null: nothing is held out to evaluate on"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_step(self) -> "Recipe":
+        if self.training.global_batch_size is None:
+            return self
+        if "gradient_accumulation_steps" in self.training.model_fields_set:
+            raise ValueError(
+                "training.gradient_accumulation_steps follows from training.global_batch_size; leave one of them out"
+            )
+        if self.data.batch_tokens:
+            raise ValueError(
+                "training.global_batch_size counts examples, data.batch_tokens tokens; leave one out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_publish(self) -> "Recipe":
+        if self.publish and self.publish.merged and self.lora is None:
+            raise ValueError(
+                "publish.merged is for a recipe with a lora section; this one trains full weights anyway"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_micro_batch(self) -> "Recipe":
+        if self.training.auto_find_batch_size and self.data.batch_tokens:
+            raise ValueError(
+                "training.auto_find_batch_size makes micro-batches of fewer examples, data.batch_tokens counts tokens; "
+                "leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_quantization(self) -> "Recipe":
+        if self.model.quantization and self.lora is None:
+            raise ValueError(
+                f"model.quantization: {self.model.quantization} weights cannot be trained, only an adapter on them: "
+                "add a lora section, or leave quantization out"
+            )
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings as plain values: our own with their defaults, the libraries' as far as they were given."""
+        own = self.model_dump(include={"model", "data", "publish"})
+        given = self.model_dump(include={"lora", "training", "generation"}, exclude_unset=True)
+        if isinstance(self.data.path, list):
+            own["data"]["path"] = [
+                source.model_dump(exclude_unset=True) for source in self.data.path
+            ]
+        return {
+            name: {**own, **given}.get(name)
+            for name in Recipe.model_fields
+            if name in {**own, **given}
+        }
+
+    def as_yaml(self) -> str:
+        stream = io.StringIO()
+        writer = YAML(typ="safe", pure=True)
+        writer.default_flow_style, writer.allow_unicode, writer.sort_base_mapping_type_on_output = (
+            False,
+            True,
+            False,
+        )
+        writer.width = (
+            2**31
+        )  # ruamel breaks a text with tabs at a space, and reads it back with one more
+        writer.dump(self.resolved(), stream)
+        return stream.getvalue()
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for completion and checking in editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """The recipe in the file with `section.key=value` overrides applied in order.
+
+    Raises UserError with the place, what was found, what is allowed and the nearest valid name.
+    """
+    settings, places = read_yaml(Path(path))
+    for override in overrides:
+        apply_override(settings, places, override)
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(explain(error, Recipe.model_fields, settings, places, str(path))) from None
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """The file's settings, and for each of them `file:line`. YAML 1.2: `2e-5` is a number, `no` is text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe{similar_recipe(path)}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, a recipe is a YAML file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text, a recipe is a YAML file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        settings = YAML(typ="safe", pure=True).load(text)
+        lines = dict(node_lines(YAML(typ="safe", pure=True).compose(text)))
+    except RecursionError:
+        raise UserError(
+            f"{path}: is nested too deeply, or an alias stands inside what it names"
+        ) from None
+    except DuplicateKeyError as error:
+        raise UserError(
+            f"{path}:{error.problem_mark.line + 1}: {error.problem.split(' with')[0]}"
+        ) from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(
+            f"{path}{line}: is not YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{path}: a recipe is a mapping of {', '.join(Recipe.model_fields)}, found {shown(settings)}"
+        )
+    return settings, {key: f"{path}:{line}" for key, line in lines.items()}
+
+
+def similar_recipe(path: Path) -> str:
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def node_lines(node: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
+    """Key path and line (from 1) of every setting below a YAML node."""
+    if node is None or isinstance(node.value, str):
+        return
+    for index, child in enumerate(node.value):
+        name, place, value = (
+            (child[0].value, child[0], child[1])
+            if isinstance(child, tuple)
+            else (index, child, child)
+        )
+        if isinstance(name, list):
+            continue  # a key that is a list or mapping has no name; it is refused later
+        yield (*key, name), place.start_mark.line + 1
+        yield from node_lines(value, (*key, name))
+
+
+def apply_override(settings: dict[str, Any], places: dict[KeyPath, str], override: str) -> None:
+    """Sets one `section.key=value` in place; the value is read as YAML."""
+    name, equals, text = override.partition("=")
+    keys = name.split(".")
+    if not equals or not all(keys) or (len(keys) < 2 and name not in Recipe.model_fields):
+        raise UserError(
+            f"override {override!r}: expected section.key=value, such as training.max_steps=10"
+        )
+    try:
+        value = YAML(typ="safe", pure=True).load(text) if text.strip() else None
+    except YAMLError as error:
+        raise UserError(
+            f"override {override!r}: the value is not YAML: {getattr(error, 'problem', error)}"
+        ) from None
+    inner = settings
+    for depth, key in enumerate(keys[:-1]):
+        if inner.get(key) is None:
+            inner[key] = {}
+            places[tuple(keys[: depth + 1])] = f"override {override!r}"
+        inner = inner[key]
+        if not isinstance(inner, dict):
+            raise UserError(
+                f"override {override!r}: {'.'.join(keys[: depth + 1])} is {shown(inner)}, it has no keys"
+            )
+    inner[keys[-1]] = value
+    for replaced in [key for key in places if is_inside(key, tuple(keys))]:
+        del places[replaced]
+    places[tuple(keys)] = f"override {override!r}"
+
+
+if __name__ == "__main__":  # make schema
+    SCHEMA.write_text(as_json(recipe_schema()), encoding="utf-8")

@@ -1,0 +1,182 @@
+"""Run folders side by side: a table of what was set and what came of it, and a plot of the losses."""
+
+import csv
+import math
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from finetuning.errors import UserError
+from finetuning.recipe.recipe import load_recipe
+from finetuning.runs.folder import read_environment, read_metrics
+from finetuning.runs.plots import japanese_pyplot
+
+NOT_COMPARED = ("training.output_dir",)
+
+
+# Column and the figure of metrics.jsonl whose last value stands there.
+FIGURES = {
+    "train loss": "loss",
+    "held-out loss": "eval_loss",
+    "held-out accuracy": "eval_mean_token_accuracy",
+    "tokens/s": "tokens_per_second",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    folder: Path
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Every setting of recipe.yaml as section.key: value."""
+        return dict(flat(load_recipe(self.folder / "recipe.yaml").resolved()))
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.folder)
+
+    @property
+    def state(self) -> str:
+        """finished, or how far it is."""
+        if read_environment(self.folder).get("finished"):
+            return "finished"
+        return f"step {self.metrics[-1]['step']}" if self.metrics else "not begun"
+
+    def curve(self, figure: str) -> tuple[list[int], list[float]]:
+        """(steps, values) wherever the figure was logged."""
+        points = {line["step"]: line[figure] for line in self.metrics if figure in line}
+        return list(points), list(points.values())
+
+    def last(self, figure: str) -> float | None:
+        return next(iter(self.curve(figure)[1][::-1]), None)
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(section.key, value) of nested settings."""
+    pairs = []
+    for key, value in settings.items():
+        pairs += (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else [(f"{prefix}{key}", value)]
+        )
+    return pairs
+
+
+def find_runs(names: list[str]) -> list[Run]:
+    """The run folders that were named, and those in a folder that was named, in natural order of their names."""
+    found = []
+    for path in map(Path, names):
+        inside = (
+            [path]
+            if (path / "recipe.yaml").is_file()
+            else [file.parent for file in path.glob("*/recipe.yaml")]
+        )
+        if not inside:
+            raise UserError(
+                f"{path} is no run folder and holds none: there is no recipe.yaml in it or one level below"
+            )
+        found += sorted(inside, key=lambda folder: (len(folder.name), folder.name))
+    return [Run(folder) for folder in dict.fromkeys(found)]
+
+
+def common_folder(runs: list[Run]) -> Path:
+    """The nearest folder that holds all of them."""
+    return Path(os.path.commonpath([run.folder.absolute().parent for run in runs]))
+
+
+def differing(runs: list[Run]) -> list[str]:
+    """The settings that are not the same in all runs."""
+    every = dict.fromkeys(name for run in runs for name in run.settings if name not in NOT_COMPARED)
+    return [
+        name
+        for name in every
+        if any(run.settings.get(name) != runs[0].settings.get(name) for run in runs)
+    ]
+
+
+def table_of(runs: list[Run]) -> tuple[list[str], list[list[Any]]]:
+    """(columns, rows): the settings in which the runs differ, then their figures; the least held-out loss first."""
+    names = differing(runs)
+    columns = ["run", *names, *FIGURES, "state"]
+    rows = []
+    for run in sorted(runs, key=rank):
+        settings = [run.settings.get(name) for name in names]
+        rows.append([name_of(run, runs), *settings, *map(run.last, FIGURES.values()), run.state])
+    return columns, rows
+
+
+def rank(run: Run) -> list[float]:
+    """By held-out loss, then by loss in training; a run without one, or whose loss is not a number, comes last."""
+    losses = [run.last(figure) for figure in ("eval_loss", "loss")]
+    return [math.inf if loss is None or math.isnan(loss) else loss for loss in losses]
+
+
+def name_of(run: Run, runs: list[Run]) -> str:
+    """The folder's path below what holds them all."""
+    return run.folder.absolute().relative_to(common_folder(runs)).as_posix()
+
+
+def print_runs(console: Console, runs: list[Run]) -> None:
+    columns, rows = table_of(runs)
+    table = Table(*(Column(short(column), overflow="fold") for column in columns))
+    for row in rows:
+        table.add_row(*map(cell, row))
+    console.print(table)
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def short(setting: str) -> str:
+    return setting.removeprefix("training.")
+
+
+def label_of(run: Run, runs: list[Run]) -> str:
+    """The run's name and what sets it apart."""
+    settings = [f"{short(name)}={cell(run.settings.get(name))}" for name in differing(runs)]
+    return ", ".join([name_of(run, runs), *settings])
+
+
+def write_comparison(runs: list[Run], folder: Path) -> None:
+    """comparison.csv and comparison.png. Raises UserError where they cannot be written."""
+    try:
+        write_csv(runs, folder / "comparison.csv")
+        plot_runs(runs, folder / "comparison.png")
+    except OSError as error:
+        raise UserError(f"{folder}: the comparison cannot be written: {error.strerror}") from None
+
+
+def write_csv(runs: list[Run], file: Path) -> None:
+    columns, rows = table_of(runs)
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([columns, *rows])
+
+
+def plot_runs(runs: list[Run], file: Path) -> None:
+    """Loss over steps, in training and on the held-out examples, a line for each run; with Japanese labels."""
+    plt = japanese_pyplot()
+    colours = plt.get_cmap("viridis")
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5 + 0.12 * len(runs)), layout="constrained")
+    for panel, name, label in zip(
+        panels, ("loss", "eval_loss"), ("学習の損失", "評価の損失"), strict=True
+    ):
+        for number, run in enumerate(runs):
+            colour = colours(0.9 * number / max(1, len(runs) - 1))
+            panel.plot(*run.curve(name), color=colour, marker=".", label=label_of(run, runs))
+        panel.set_xlabel("ステップ")
+        panel.set_ylabel(label)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

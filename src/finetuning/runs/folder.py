@@ -1,0 +1,290 @@
+"""The run folder: what one run leaves behind, enough to ask, publish or resume it.
+
+recipe.yaml        every setting, as resolved              metrics.jsonl             one JSON object per logged step
+environment.json   versions, git revision, data, launches  samples.md, samples.json  answers before and after
+model.safetensors or adapter_model.safetensors, tokenizer.json, ...   checkpoint-N/   to continue from
+"""
+
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from finetuning.errors import UserError
+from finetuning.hub.access import cached_commit
+from finetuning.launch.software import git_revision, versions
+from finetuning.launch.step_size import step_size
+from finetuning.launch.strategy import Strategy
+from finetuning.recipe.recipe import Recipe, load_recipe
+
+LOCK = ".lock"
+
+
+# What may change from one launch to the next: how a step is shared out, as long as the step stays the same, and what
+# comes after training.
+MAY_CHANGE = (
+    "training.per_device_train_batch_size",
+    "training.gradient_accumulation_steps",
+    "publish",
+)
+
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+
+
+class Sample(NamedTuple):
+    """One question that the recipe asks."""
+
+    question: str
+    before: str
+    after: str | None = None
+    """None as long as the run is not finished"""
+
+
+def open_run_folder(recipe: Recipe, fingerprint: str, strategy: Strategy | None) -> Path:
+    """Creates the folder, or finds it of the same recipe and data, ready to go on (strategy: None if not yet known).
+
+    Raises UserError where it belongs to another run, cannot go on with these processes, or cannot be written.
+    """
+    folder = make_folder(output_folder(recipe))
+    if not (folder / "recipe.yaml").exists():
+        if foreign := next(
+            (name for name in (*WEIGHTS, "checkpoint-*") if any(folder.glob(name))), None
+        ):
+            what = f"holds {foreign} without a recipe.yaml, so it is no run folder"
+            raise UserError(
+                f"training.output_dir: {folder} {what}, and would be overwritten; choose another"
+            )
+        return folder
+    before, environment = load_recipe(folder / "recipe.yaml"), read_environment(folder)
+    remedy = "; delete the folder, or choose another with training.output_dir=..."
+    for name, value_before, value in differences(before.resolved(), recipe.resolved()):
+        if not name.startswith(MAY_CHANGE):
+            raise UserError(
+                f"{folder} belongs to another run: {name} was {value_before!r}, is {value!r}{remedy}"
+            )
+    if environment.get("data") not in (None, fingerprint):
+        raise UserError(f"{folder} belongs to another run: its data was not the same{remedy}")
+    if strategy and environment.get("launches") and not environment.get("finished"):
+        require_same_steps(folder, before, recipe, environment["launches"][-1], strategy)
+    return folder
+
+
+def require_same_steps(
+    folder: Path, before: Recipe, recipe: Recipe, launch: dict[str, Any], strategy: Strategy
+) -> None:
+    """Raises UserError where a run that goes on would take other steps, or cannot read its optimizer."""
+    processes, name = launch["processes"], launch["strategy"]
+    had, has = step_size(before, processes), step_size(recipe, strategy.processes)
+    unit = "micro-batches" if recipe.data.batch_tokens else "examples"
+    if unit == "micro-batches":
+        had, has = replace(had, micro_batch=1), replace(has, micro_batch=1)
+    if had.total != has.total:
+        raise UserError(
+            f"{folder} cannot go on: a step had {had.total} {unit} (processes x accumulation x examples: {had}); "
+            f"now it has {has.total} ({has}); change training.gradient_accumulation_steps, or begin anew in another "
+            "training.output_dir with training.global_batch_size"
+        )
+    replicated = ("single", "ddp")
+    is_same = (name, processes) == (strategy.name, strategy.processes)
+    if not (is_same or (name in replicated and strategy.name in replicated)):
+        raise UserError(
+            f"{folder} cannot go on: it was trained as {name} by {processes} processes, which each hold a part of the "
+            f"optimizer; now it is {strategy}. Only single and ddp can change into each other; start it as it was"
+        )
+
+
+def take_publish(folder: Path, recipe: Recipe) -> None:
+    """Where a finished run is published may change; the rest of its recipe stays what was trained."""
+    trained = load_recipe(folder / "recipe.yaml")
+    if trained.publish != recipe.publish:
+        write_text(
+            folder / "recipe.yaml", trained.model_copy(update={"publish": recipe.publish}).as_yaml()
+        )
+
+
+def is_finished(folder: Path) -> str | None:
+    """When the run was finished, or None."""
+    return read_environment(folder).get("finished")
+
+
+def lock(folder: Path) -> AbstractContextManager[Any]:
+    """Held from now to the end of the context, or of the process, however it ends.
+
+    Raises UserError where another process holds it.
+    """
+    try:
+        return FileLock(folder / LOCK).acquire(blocking=False)
+    except Timeout:
+        launches = read_environment(folder).get("launches") or [{}]
+        who = (
+            f" (process {launches[-1]['process']} on {launches[-1]['host']})"
+            if "process" in launches[-1]
+            else ""
+        )
+        raise UserError(
+            f"{folder} is in use: another run writes to it{who}; wait for its end, or choose another folder with "
+            "training.output_dir=..."
+        ) from None
+
+
+def output_folder(recipe: Recipe) -> Path:
+    return Path(recipe.training.output_dir).expanduser()
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, which exists and can be written. Raises UserError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"training.output_dir: {folder} cannot be written: {error.strerror}"
+        ) from None
+    return folder
+
+
+def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(setting, value before, value now) of every setting that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield name, before, now
+
+
+def write_start(folder: Path, recipe: Recipe, fingerprint: str, launch: dict[str, Any]) -> None:
+    """recipe.yaml and environment.json, before the first step: a run that dies explains itself too.
+
+    A run that goes on keeps what was written first and adds its own launch.
+    """
+    first = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions(),
+        "git": git_revision(),
+        "data": fingerprint,
+        "base_commit": cached_commit(recipe.model.name, recipe.model.revision)
+        if recipe.model.name
+        else None,
+        "finished": None,
+        "launches": [],
+    }
+    environment = read_environment(folder) or first
+    launches = [*environment["launches"], {"started": now(), "arguments": sys.argv, **launch}]
+    write_text(folder / "recipe.yaml", recipe.as_yaml())
+    write_environment(folder, {**environment, "launches": launches})
+
+
+def write_finish(folder: Path) -> None:
+    write_environment(folder, {**read_environment(folder), "finished": now()})
+
+
+def write_environment(folder: Path, environment: dict[str, Any]) -> None:
+    write_text(
+        folder / "environment.json", json.dumps(environment, indent=2, ensure_ascii=False) + "\n"
+    )
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    file = folder / "environment.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError:
+        raise UserError(
+            f"{file} is damaged; delete the folder, or choose another training.output_dir"
+        ) from None
+
+
+def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(metrics) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl holds; a line that a killed run left unfinished is passed over."""
+    file, entries = folder / "metrics.jsonl", []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
+
+
+def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(metrics) + "\n" for metrics in history))
+
+
+def write_samples(folder: Path, samples: list[Sample]) -> None:
+    """samples.json, and samples.md to read."""
+    write_text(
+        folder / "samples.json",
+        json.dumps([s._asdict() for s in samples], indent=1, ensure_ascii=False) + "\n",
+    )
+    parts = ["# Answers before and after training\n"]
+    for sample in samples:
+        after = "(not yet)" if sample.after is None else sample.after
+        parts.append(
+            f"## {sample.question}\n\nBefore:\n\n{quoted(sample.before)}\n\nAfter:\n\n{quoted(after)}\n"
+        )
+    write_text(folder / "samples.md", "\n".join(parts))
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    file = folder / "samples.json"
+    return (
+        [Sample(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
+        if file.exists()
+        else []
+    )
+
+
+def quoted(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+
+
+def find_run_folder(name: str) -> Path:
+    """The run folder that was named, itself or by its recipe. Raises UserError where no trained model is in it."""
+    path = Path(name).expanduser()
+    if means_folder(name):
+        if not (path / "recipe.yaml").exists():
+            raise UserError(f"{path} is no run folder: it has no recipe.yaml")
+        folder, remedy = path, f"train it: accelerate launch src/sft.py {path / 'recipe.yaml'}"
+    else:
+        folder, remedy = (
+            output_folder(load_recipe(path)),
+            f"train it: accelerate launch src/sft.py {path}",
+        )
+    if not has_model(folder):
+        raise UserError(f"{folder} has no trained model; {remedy}")
+    return folder
+
+
+def means_folder(name: str) -> bool:
+    """Whether a run folder is named, not a recipe. Raises UserError where there is neither."""
+    path = Path(name).expanduser()
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{path}: no such run folder or recipe")
+    return path.is_dir()
+
+
+def has_model(folder: Path) -> bool:
+    return any((folder / weights).exists() for weights in WEIGHTS)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Whole or not at all: written aside, then renamed."""
+    unfinished = file.with_name(f".{file.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

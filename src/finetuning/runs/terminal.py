@@ -1,0 +1,168 @@
+"""What a person sees: the funnel of rows, coloured masks, answers before and after, the histogram of lengths.
+
+The console takes no markup: a folder may be called gpt2[lora].
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from finetuning.data.tokenization import IGNORE_INDEX, Example, Examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from finetuning.budget.budget import Budget
+
+
+PROMPT, RESPONSE = (
+    "bright_black",
+    "bold green",
+)  # colours of tokens that are not trained, and that are
+
+
+def print_funnel(console: Console, report: dict[str, Any]) -> None:
+    """How many rows were loaded, kept and lost, and why."""
+    rows, tokens = report["rows"], report["tokens"]
+    console.print(
+        f"rows     {rows['loaded']:,} loaded -> {rows['where']:,} selected -> {rows['kept']:,} kept "
+        f"-> {rows['train']:,} train, {rows['eval']:,} eval",
+        soft_wrap=True,
+    )
+    lost = {**report["dropped"], **({"cut": report["cut"]} if report["cut"] else {})}
+    if lost:
+        console.print(
+            "lost     " + ", ".join(f"{number:,} {reason}" for reason, number in lost.items())
+        )
+        for place in report["places"]:
+            console.print(f"         {place}", style=PROMPT, highlight=False, soft_wrap=True)
+    share = tokens["response"] / max(1, tokens["total"])
+    console.print(
+        f"tokens   {tokens['total']:,}: {tokens['prompt']:,} prompt, {tokens['response']:,} response ({share:.1%}); "
+        f"longest example {tokens['max']:,}",
+        soft_wrap=True,
+    )
+    console.print(f"end mark trained in {report['end_mark_share']:.1%} of the kept rows")
+
+
+def print_example(console: Console, example: Example, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """The text of one example, prompt grey and response green."""
+    console.print(coloured(example, tokenizer))
+    console.rule(style=PROMPT)
+
+
+def coloured(example: Example, tokenizer: "PreTrainedTokenizerFast") -> Text:
+    """Runs of tokens are decoded together, so that characters of several tokens (Japanese, emoji) stay whole."""
+    is_trained = example["labels"] != IGNORE_INDEX
+    borders = np.flatnonzero(np.diff(is_trained)) + 1
+    text, shown = Text(), ""
+    for end in [*borders.tolist(), len(is_trained)]:
+        whole = tokenizer.decode(example["input_ids"][:end].tolist())
+        text.append(whole[len(shown) :], style=RESPONSE if is_trained[end - 1] else PROMPT)
+        shown = whole
+    return text
+
+
+def print_answers(console: Console, samples: list[tuple[str, str, str]]) -> None:
+    """Question, answer before and after training, side by side."""
+    if not samples:
+        return
+    table = Table("question", "before", "after", show_lines=True)
+    for sample in samples:
+        table.add_row(*sample)
+    console.print(table)
+
+
+def print_changes(
+    console: Console, changes: list[tuple[str, str, int]], unpublished: list[str]
+) -> None:
+    """What a publication would change, (path, what, bytes), and what of the run folder stays where it is."""
+    table = Table("", "path", "size")
+    table.columns[2].justify = "right"
+    for path, what, size in changes:
+        table.add_row(what, path, f"{size:,} bytes", style=PROMPT if what == "same" else None)
+    console.print(table)
+    sent = sum(size for _, what, size in changes if what in ("new", "changed"))
+    console.print(
+        f"to send: {sent:,} bytes"
+        if any(what != "same" for _, what, _ in changes)
+        else "nothing would change"
+    )
+    console.print(f"stays here: {', '.join(unpublished)}" if unpublished else "")
+
+
+EXPLAINED = {
+    "weights": "of the base model",
+    "adapters": "LoRA",
+    "gradients": "of what is trained",
+    "optimizer": "its averages",
+    "activations": "kept for backward, or needed meanwhile",
+    "logits": "of some response positions at a time",
+    "communication": "between processes",
+}
+
+
+VERDICTS = {"fits": "bold green", "tight": "bold yellow", "does not fit": "bold red"}
+
+
+def budget_table(budget: "Budget") -> Table:
+    table = Table("memory of a process", "MiB", "")
+    table.columns[1].justify = "right"
+    for part, size in budget.parts.items():
+        if size:
+            table.add_row(part, mib(size), EXPLAINED[part])
+    table.add_section()
+    table.add_row("total", mib(budget.total), f"of {mib(budget.available)} on {budget.device.name}")
+    return table
+
+
+def print_budget(console: Console, budget: "Budget", advice: list[str]) -> None:
+    """Memory of a process part by part, steps, time, disk, and whether it fits."""
+    console.print(budget_table(budget))
+    examples, slots, responses = budget.longest
+    lines = {
+        "longest": f"{examples} examples, {slots:,} tokens computed, {responses:,} of them response",
+        "steps": f"{budget.steps:,} of {budget.step} examples ({budget.strategy}), {budget.tokens:,} tokens in all",
+        "time": computing(budget),
+        "disk": f"{mib(budget.disk)} MiB for checkpoints and weights, {mib(budget.free)} are free",
+    }
+    for name, text in lines.items():
+        console.print(f"{name:<8} {text}", soft_wrap=True)
+    console.print(f"verdict  {budget.verdict}", style=VERDICTS[budget.verdict], highlight=False)
+    if budget.verdict != "fits":
+        console.print(
+            f"         smaller with {', or '.join(advice)}", soft_wrap=True, highlight=False
+        )
+    if budget.disk > budget.free:
+        console.print(
+            "         too little room on the disk: lower training.save_total_limit, or make room",
+            style="red",
+        )
+
+
+def computing(budget: "Budget") -> str:
+    if budget.seconds is None:
+        return "not known for this GPU"
+    shortest, longest = map(duration, budget.seconds)
+    return f"{shortest} to {longest} of computing, without start, evaluation and answers"
+
+
+def mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}" if size < 10 * 2**20 else f"{size / 2**20:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
+def examples_in_order(train: Examples, held: Examples | None) -> list[tuple[str, int, Example]]:
+    """(split, row, example) of every example, in the order of the rows."""
+    found = [("train", int(row), example) for row, example in zip(train.rows, train, strict=True)]
+    if held is not None:
+        found += [("eval", int(row), example) for row, example in zip(held.rows, held, strict=True)]
+    return sorted(found, key=lambda item: item[1])

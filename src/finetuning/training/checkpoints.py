@@ -1,0 +1,145 @@
+"""Checkpoints that can be trusted: written aside, sealed with the hash of every file, put in place whole.
+
+.unfinished/checkpoint-20   being written; after a kill it is thrown away
+checkpoint-20/sealed.json   {file: {bytes, sha256}}; without it, or where a file differs, it is not used
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+UNFINISHED = ".unfinished"
+
+
+SEAL = "sealed.json"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Every checkpoint, trustworthy or not, the newest first."""
+    found = [
+        path for path in folder.glob("checkpoint-*/") if path.name.rpartition("-")[2].isdecimal()
+    ]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
+
+
+def clear_unfinished(folder: Path) -> Path:
+    """An empty place to write a checkpoint aside; what a killed run left half written or half removed is gone."""
+    for left in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    (folder / UNFINISHED).mkdir()
+    return folder / UNFINISHED
+
+
+def seal_and_rotate(
+    written: Path, folder: Path, limit: int | None, best_step: int | None = None
+) -> None:
+    """Seals what was written aside and puts it in place; then, and only then, removes those beyond the limit.
+
+    The newest and the best are never removed.
+    """
+    seal(written)
+    final = folder / written.name
+    remove(final)  # a damaged one of the same step
+    written.rename(final)
+    written.parent.rmdir()
+    sync(folder)
+    protected = [
+        path for path in checkpoints_of(folder) if step_of(path) in (step_of(final), best_step)
+    ]
+    others = [path for path in checkpoints_of(folder) if path not in protected]
+    for checkpoint in others[max(0, limit - len(protected)) :] if limit else []:
+        remove(checkpoint)
+
+
+def remove(checkpoint: Path) -> None:
+    """Renamed first: a kill in the middle of removing leaves nothing that looks like a checkpoint."""
+    if checkpoint.exists():
+        removed = checkpoint.with_name(f"{UNFINISHED}-{checkpoint.name}")
+        shutil.rmtree(removed, ignore_errors=True)
+        checkpoint.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def move_into(written: Path, folder: Path) -> None:
+    """Every file of `written` renamed into the folder, replacing what has its name."""
+    for path in sorted(written.iterdir()):
+        path.replace(folder / path.name)
+    written.rmdir()
+
+
+def seal(checkpoint: Path) -> None:
+    files = files_of(checkpoint)
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(digest, files))
+    contents = {
+        str(file.relative_to(checkpoint)): {"bytes": file.stat().st_size, "sha256": sha256}
+        for file, sha256 in zip(files, hashes, strict=True)
+    }
+    (checkpoint / SEAL).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    for path in (checkpoint / SEAL, *checkpoint.glob("**/")):
+        sync(path)
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words, or None."""
+    try:
+        contents = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        sealed = {name: (entry["bytes"], entry["sha256"]) for name, entry in contents.items()}
+    except FileNotFoundError:
+        return "it was not written to its end"
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # a flipped bit can make it other JSON
+        return f"{SEAL} is damaged"
+    for name, (size, _) in sealed.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    with ThreadPoolExecutor() as pool:
+        for name, sha256 in zip(
+            sealed, pool.map(digest, [checkpoint / name for name in sealed]), strict=True
+        ):
+            if sha256 != sealed[name][1]:
+                return f"{name} is not what was written"
+    return None
+
+
+def verify_newest_first(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """(checkpoint, what is wrong with it) from the newest on, until one is whole."""
+    for checkpoint in checkpoints_of(folder):
+        damage = damage_of(checkpoint)
+        yield checkpoint, damage
+        if damage is None:
+            return
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file whose bytes are on the disk by then, not only in the memory of the machine."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,81 @@
+"""The loggers of training.report_to: whether they can log, and the answers in them. Scalars are the trainer's own."""
+
+import difflib
+import importlib.util
+import netrc
+import os
+import sys
+from pathlib import Path
+
+from finetuning.errors import UserError
+from finetuning.recipe.library_fields import load_library_fields
+from finetuning.recipe.recipe import Recipe
+from finetuning.runs.folder import Sample
+
+
+def loggers_of(recipe: Recipe) -> list[str]:
+    names = recipe.training.report_to
+    names = [names] if isinstance(names, str) else names or []
+    return [name for name in names if name != "none"]
+
+
+def require_loggers(recipe: Recipe, folder: Path) -> None:
+    """Raises UserError for a logger that is not installed or not logged in; has wandb write below the run folder."""
+    known = load_library_fields()["training"]["report_to"]["choices"]
+    for name in loggers_of(recipe):
+        if name not in known:  # in a list: one that stands alone is refused with the recipe
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"training.report_to: unknown logger {name}; allowed are {', '.join(known)}{hint}"
+            )
+        if name in ("tensorboard", "wandb") and importlib.util.find_spec(name) is None:
+            raise UserError(f"training.report_to: {name} is not installed: pip install {name}")
+    if "wandb" in loggers_of(recipe):
+        os.environ.setdefault("WANDB_DIR", str(folder))
+        if (
+            os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun")
+            and not has_wandb_key()
+        ):
+            raise UserError(
+                "training.report_to: wandb is not logged in: run `wandb login`, or set WANDB_MODE=offline"
+            )
+
+
+def hide_wandb(recipe: Recipe) -> None:
+    """Keeps trl from importing wandb (2 s of every start) for a run that does not log to it."""
+    if "wandb" not in loggers_of(recipe):
+        sys.modules.setdefault("wandb", None)  # to Python and to trl: not installed
+
+
+def has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        hosts = netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any("wandb" in host for host in hosts)
+
+
+def log_samples(recipe: Recipe, folder: Path, samples: list[Sample], step: int) -> None:
+    """The answers before and after as text in tensorboard and as a table in wandb."""
+    loggers = loggers_of(recipe)
+    if "tensorboard" in loggers:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # The trainer has closed its writer by now; another one in the newest log folder adds to the same run.
+        runs = sorted((folder / "runs").glob("*"), key=lambda path: path.stat().st_mtime)
+        with SummaryWriter(
+            os.environ.get("TENSORBOARD_LOGGING_DIR") or str(runs[-1] if runs else folder)
+        ) as writer:
+            for number, (question, before, after) in enumerate(samples):
+                text = f"**{question}**\n\nbefore: {before}\n\nafter: {after}"
+                writer.add_text(f"samples/{number}", text, step)
+    if "wandb" in loggers:
+        import wandb
+
+        table = wandb.Table(
+            columns=["question", "before", "after"], data=[list(sample) for sample in samples]
+        )
+        wandb.log({"samples": table})

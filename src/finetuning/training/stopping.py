@@ -1,0 +1,93 @@
+"""All processes stop after the same step."""
+
+import signal
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from finetuning.errors import Stopped
+from finetuning.training.signals import Stop
+
+
+class SynchronizedStop(TrainerCallback):
+    """Where a process is asked to stop: one checkpoint, after a step that all processes agree on, then Stopped.
+
+    The question goes round while the next step is computed, over a group of its own on the CPU, and is answered at that
+    step's end: nobody waits for it, and no device is asked.
+    """
+
+    def __init__(self, stop: Stop) -> None:
+        self.stop = stop
+        self.group: Any = None
+        self.question: tuple[Any, torch.Tensor] | None = None
+        self.number = 0  # of the signal that was poll_stop on
+        self.in_training = False
+        self.saved = 0  # the step of the last checkpoint
+        self.ends_epoch = False
+        """the step that was the last of its epoch is over, what comes with the epoch's end is not"""
+        self.postponed = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.in_training, self.saved = True, state.global_step
+        if args.world_size > 1:
+            self.group = dist.new_group(backend="gloo")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.number = self.number or self.poll_stop()
+        control.should_save |= bool(self.number)
+        # What comes with the end of an epoch, logs and an evaluation, belongs into the checkpoint of its last step.
+        self.ends_epoch = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        if self.ends_epoch:
+            self.postponed, control.should_save = control.should_save, False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save |= self.postponed
+        self.postponed = self.ends_epoch = False
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An evaluation may take longer than a scheduler waits. It is cut short where its step is, or can be, saved."""
+        if self.stop.phase == "training" and not self.ends_epoch:
+            self.number = self.number or self.poll_stop()
+            if self.number and (self.in_training or self.saved == state.global_step):
+                self.end(state)
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.number = self.number or self.finish_poll()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved = state.global_step
+        if self.number:
+            self.end(state)
+
+    def end(self, state: Any) -> None:
+        self.finish_poll()
+        number = signal.Signals(self.number)
+        place = f"step {state.global_step} of {state.max_steps}"
+        raise Stopped(number, f"stopped by {number.name} after {place}; the same command goes on")
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.in_training = False
+        self.number = self.number or self.finish_poll()
+
+    def poll_stop(self) -> int:
+        """The highest signal number that any process had heard a step ago; at once where there is only one process."""
+        heard = int(self.stop.signal or 0)
+        if self.group is None:
+            return heard
+        answer = self.finish_poll()
+        flag = torch.tensor([heard])
+        self.question = (
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True),
+            flag,
+        )
+        return answer
+
+    def finish_poll(self) -> int:
+        if self.question is None:
+            return 0
+        work, flag = self.question
+        work.wait()
+        self.question = None
+        return int(flag)

@@ -1,0 +1,313 @@
+"""The budget is what a run takes: against reality, and in how it follows recipe and strategy."""
+
+import dataclasses
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from rich.console import Console
+
+from finetuning.budget import step_memory as footprint
+from finetuning.budget.budget import make_budget
+from finetuning.data.prepare import Prepared
+from finetuning.data.tokenization import Examples
+from finetuning.errors import UserError
+from finetuning.launch import devices
+from finetuning.launch.strategy import Strategy
+from finetuning.recipe.recipe import load_recipe
+from finetuning.runs.terminal import budget_table, print_budget
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import memory
+
+SINGLE = Strategy("single", 1)
+# config.json of bigscience/bloomz-1b1, as far as it decides shapes.
+BLOOMZ_1B1 = {
+    "model_type": "bloom",
+    "hidden_size": 1536,
+    "n_layer": 24,
+    "n_head": 16,
+    "vocab_size": 250880,
+}
+
+
+def write_config(folder: Path, fields: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def prepared(examples: int, length: int) -> Prepared:
+    """Examples of one length, the second half of each response."""
+    ids = np.full((examples, length), 5, np.int32)
+    labels = np.where(np.arange(length) < length // 2, -100, ids)
+    whole = Examples(ids.ravel(), labels.ravel(), np.full(examples, length), np.arange(examples))
+    return Prepared(whole, None, {}, "")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    return write_config(
+        tmp_path_factory.mktemp("gpt2"), {**memory.MODELS["gpt2"], "n_layer": 2, "vocab_size": 3000}
+    )
+
+
+def budget_of(
+    model: Path, *overrides: str, strategy: Strategy = SINGLE, gpu: str = "t4", length: int = 128
+):
+    recipe = load_recipe(
+        ROOT / "recipes/dolly_gpt2.yaml",
+        [f"model.name={model}", "data.eval=null", "training.eval_strategy=no", *overrides],
+    )
+    return make_budget(
+        recipe, prepared(40, length), tiny.byte_level(), strategy, devices.gpu_by_name(gpu)
+    )
+
+
+# Against reality
+
+
+@pytest.mark.parametrize("case", ["gpt2-full-64", "bloom-lora8bit-64"])
+def test_resident_memory_is_what_the_budget_says(case):
+    """All 18 cases are in benchmarks/README.md."""
+    found = memory.run_worker(case, "cpu")
+    assert found["budget"] == pytest.approx(found["measured"], rel=0.15)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", memory.CASES)
+def test_allocated_memory_is_what_the_budget_says(case):
+    found = memory.run_worker(case, "cuda")
+    assert found["budget"] == pytest.approx(found["measured"], rel=0.10)
+
+
+class AllLogits(footprint.TrackedHead):
+    """What a loss over all positions does: every logit, in float32."""
+
+    def forward(self, head: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(hidden_states, head.weight).float().flatten(0, 1)
+        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="sum")
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.ja.md"])
+def test_the_readmes_show_the_budget_of_bloomz_1b1_on_a_t4(page, tmp_path, monkeypatch):
+    folder = write_config(tmp_path / "bloomz", BLOOMZ_1B1)
+    recipe = load_recipe(
+        ROOT / "recipes/harry_potter_bloomz_1b1_lora8bit.yaml", [f"model.name={folder}"]
+    )
+    assert (recipe.training.per_device_train_batch_size, recipe.data.max_length) == (8, 256)
+    arguments = (recipe, prepared(138, 256), tiny.byte_level(), SINGLE, devices.gpu_by_name("t4"))
+    budget = make_budget(*arguments)
+    stream = io.StringIO()
+    Console(file=stream, width=100).print(budget_table(budget))
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert stream.getvalue() in text
+    monkeypatch.setattr(footprint, "TrackedHead", AllLogits)
+    assert f"{make_budget(*arguments).total / 2**20:,.0f} MiB" in text
+
+
+# How it follows the recipe
+
+
+def test_parts_are_those_of_the_config(small):
+    budget = budget_of(small, "training.gradient_accumulation_steps=2")
+    numbers = 3000 * 512 + 1024 * 512 + 2 * (12 * 512**2 + 13 * 512) + 2 * 512
+    assert budget.parts["weights"] == pytest.approx(4 * numbers, rel=1e-3)
+    assert budget.parts["gradients"] == pytest.approx(4 * numbers, rel=1e-3)
+    assert budget.parts["optimizer"] == pytest.approx(8 * numbers, rel=1e-3)
+    assert budget.longest == (8, 8 * 128, 8 * 64)
+    assert (budget.steps, budget.tokens) == (
+        9,
+        3 * 40 * 128,
+    )  # 3 epochs of 5 micro-batches, two of them a step
+
+
+def test_an_adapter_needs_less_and_a_quantised_base_less_still(small):
+    lora = "lora={r: 4, target_modules: [c_attn]}"
+    full, plain, in_8, in_4 = (
+        budget_of(small, *more)
+        for more in (
+            [],
+            [lora],
+            [lora, "model.quantization=8bit"],
+            [lora, "model.quantization=4bit"],
+        )
+    )
+    assert full.total > plain.total and plain.parts["optimizer"] == 2 * plain.parts["adapters"]
+    linear = 2 * 12 * 512**2
+    assert plain.parts["weights"] - in_8.parts["weights"] == pytest.approx(3 * linear, rel=0.01)
+    assert plain.parts["weights"] - in_4.parts["weights"] == pytest.approx(3.48 * linear, rel=0.01)
+
+
+def test_activations_shrink_with_checkpointing_and_grow_with_length(small):
+    plain, checkpointed, long = (
+        budget_of(small, *more, length=length).parts["activations"]
+        for more, length in (
+            ([], 512),
+            (["training.activation_checkpointing=true"], 512),
+            ([], 1024),
+        )
+    )
+    assert checkpointed < 0.7 * plain and long > 1.5 * plain
+
+
+@pytest.mark.parametrize(
+    ("name", "sharded"),
+    [
+        ("ddp", []),
+        ("zero1", ["optimizer"]),
+        ("zero2", ["optimizer", "gradients"]),
+        ("zero3", ["optimizer", "gradients", "weights"]),
+        ("fsdp", ["optimizer", "gradients", "weights"]),
+    ],
+)
+def test_a_process_holds_its_share(small, name, sharded):
+    more = ["training.gradient_accumulation_steps=2"]
+    alone, one_of = (
+        budget_of(small, *more, strategy=strategy) for strategy in (SINGLE, Strategy(name, 4))
+    )
+    for part in ("weights", "gradients"):
+        share = 4 if part in sharded else 1
+        assert one_of.parts[part] == pytest.approx(alone.parts[part] / share, rel=1e-3)
+    master = alone.parts["weights"] / 4 if name.startswith("zero") else 0
+    optimizer = alone.parts["optimizer"] / (4 if "optimizer" in sharded else 1)
+    assert one_of.parts["optimizer"] == pytest.approx(optimizer + master, rel=1e-3)
+    assert one_of.parts["communication"] > 0 == alone.parts["communication"]
+
+
+def test_the_verdict_is_about_the_device(small):
+    budget = budget_of(small)
+    verdicts = []
+    for room in (1.3, 1.1, 1.01):
+        device = devices.Device("a GPU", int(budget.total * room), 1e12, (7, 5))
+        verdicts.append(dataclasses.replace(budget, device=device).verdict)
+    assert verdicts == ["fits", "tight", "does not fit"]
+
+
+def test_processes_share_the_memory_of_a_cpu_but_not_of_a_gpu(small):
+    on_gpu = budget_of(small, strategy=Strategy("ddp", 4))
+    assert on_gpu.available == devices.GPUS["t4"].memory
+    assert (
+        dataclasses.replace(on_gpu, device=devices.Device("a CPU", 4000, 1e9, None)).available
+        == 1000
+    )
+
+
+def test_the_time_on_a_gpu_whose_speed_is_not_known_is_said_to_be_so(small, capsys):
+    recipe = load_recipe(
+        ROOT / "recipes/dolly_gpt2.yaml",
+        [f"model.name={small}", "data.eval=null", "training.eval_strategy=no"],
+    )
+    times = []
+    for peak in (0.0, 1e12):
+        device = devices.Device("NVIDIA L40S", 44 * devices.GIB, peak, (8, 9))
+        budget = make_budget(recipe, prepared(40, 128), tiny.byte_level(), SINGLE, device)
+        print_budget(Console(width=200), budget, [])
+        times += [line for line in capsys.readouterr().out.splitlines() if line.startswith("time ")]
+    assert times[0] == "time     not known for this GPU"
+    assert re.fullmatch(r"time     [\d.]+ \w+ to [\d.]+ \w+ of computing, .*", times[1])
+
+
+def varied(lengths: list[int], responses: list[int]) -> Prepared:
+    """Examples of these lengths, of which so many tokens at the end are a response."""
+    labels = np.concatenate([np.arange(length) for length in lengths])
+    labels = np.where(labels < np.repeat(np.subtract(lengths, responses), lengths), -100, 5)
+    ids = np.full(len(labels), 5, np.int32)
+    return Prepared(Examples(ids, labels, np.array(lengths), np.arange(len(lengths))), None, {}, "")
+
+
+def seconds_of(model: Path, lengths: list[int], responses: list[int], *overrides: str) -> float:
+    recipe = load_recipe(
+        ROOT / "recipes/dolly_gpt2.yaml",
+        [f"model.name={model}", "data.eval=null", "training.eval_strategy=no", *overrides],
+    )
+    found = make_budget(
+        recipe, varied(lengths, responses), tiny.byte_level(), SINGLE, devices.gpu_by_name("t4")
+    )
+    return found.seconds[0]
+
+
+def test_padding_takes_its_time(small):
+    lengths, few = [200, *[20] * 7] * 4, [1] * 32
+    packed, padded = (
+        seconds_of(small, lengths, few, f"data.layout={layout}", "data.order=sequential")
+        for layout in ("packed", "padded")
+    )
+    assert padded / packed == pytest.approx(8 * 200 / (200 + 7 * 20), rel=0.03)
+
+
+def test_the_head_s_time_is_that_of_all_responses_and_not_of_the_longest_example(small):
+    short, long, none = (
+        seconds_of(small, [200, *[20] * 31], responses)
+        for responses in ([1] * 32, [199, *[1] * 31], [0] * 32)
+    )
+    assert (long - none) / (short - none) == pytest.approx((199 + 31) / 32)
+
+
+def test_a_number_format_that_the_gpu_lacks_is_refused(small):
+    with pytest.raises(UserError, match="only emulates it"):
+        budget_of(small, "training.bf16=true", gpu="t4")
+
+
+def test_an_adapter_that_training_would_refuse_has_no_budget(small):
+    with pytest.raises(UserError, match=r"^lora\.target_modules: .* did you mean c_proj\?"):
+        budget_of(small, "lora={r: 4, target_modules: [c_attn, c_porj]}")
+
+
+# Devices and strategies
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("Tesla T4", 65e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", None),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 125e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name, peak):
+    assert devices.peak_of(name) == peak
+
+
+# preview
+
+
+def test_preview_prints_the_budget_of_the_gpu_that_is_named(tmp_path, run_script):
+    overrides = [f"training.output_dir={tmp_path}", "--gpu", "t4", "--num_processes", "2"]
+    done = run_script("preview.py", "recipes/quickstart.yaml", *overrides)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any("total" in line and "of 15,053 on T4" in line for line in lines)
+    assert any(
+        line.startswith("steps    510 of 2 x 1 x 16 = 32 examples (ddp, 2 processes)")
+        for line in lines
+    )
+    assert "verdict  fits" in lines
+
+
+def test_a_folder_with_a_tokenizer_alone_shows_rows_without_a_budget(tmp_path, run_script):
+    tiny.byte_level().save_pretrained(tmp_path / "tokenizer")
+    command = [
+        "recipes/quickstart.yaml",
+        "model.from_scratch=null",
+        f"model.name={tmp_path / 'tokenizer'}",
+    ]
+    command += [f"training.output_dir={tmp_path / 'run'}"]
+    looked = run_script("preview.py", *command)
+    assert looked.returncode == 0 and "no budget: model.name: " in looked.stdout, looked.stderr
+    assert (tmp_path / "run" / "preview" / "report.json").exists()
+    asked = run_script("preview.py", *command, "--gpu", "t4")
+    assert asked.returncode == 2 and asked.stderr.startswith("error: model.name: ")

@@ -1,0 +1,265 @@
+"""What does not go together is refused before torch is imported, and the READMEs list the same as the code."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from test_wrong_input import assert_one_line, run_fork, without_torch  # noqa: F401
+
+import sft
+from finetuning.errors import UserError
+from finetuning.launch import compatibility
+from finetuning.launch.compatibility import RULES, require_compatible, table
+from finetuning.launch.strategy import Strategy, launch_environment, requested_strategy
+from finetuning.recipe.recipe import load_recipe
+
+QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}
+GATHERS = {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
+ZERO_3 = {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}
+
+
+def file_of(zero: dict, **settings) -> dict[str, str]:
+    """The environment of a DeepSpeed file; the test writes its content and names it."""
+    return {
+        **ZERO,
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": json.dumps({"zero_optimization": zero, **settings}),
+    }
+
+
+# (what a rule says, overrides of the quickstart, environment)
+CASES = [
+    ("ZeRO with ACCELERATE_USE_CPU=true", [], {**ZERO, "ACCELERATE_USE_CPU": "true"}),
+    ("ZeRO stage 0", [], {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}),
+    ("ZeRO stage 0", [], file_of({"stage": 0})),
+    ("ZeRO-3 that does not gather weights on saving", [], ZERO_3),
+    (
+        "ZeRO-3 that does not gather weights on saving",
+        [],
+        {**ZERO_3, "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false"},
+    ),
+    ("ZeRO-3 that does not gather weights on saving", [], {**GATHERS, **file_of({"stage": 3})}),
+    (
+        "ZeRO with an optimizer or scheduler in DeepSpeed's file",
+        [],
+        file_of({"stage": 2}, optimizer={"type": "AdamW"}),
+    ),
+    (
+        "ZeRO with an optimizer or scheduler in DeepSpeed's file",
+        [],
+        file_of({"stage": 1}, scheduler={"type": "WarmupLR"}),
+    ),
+    (
+        "ZeRO offload without a C++ compiler",
+        [],
+        {
+            **ZERO_3,
+            **GATHERS,
+            "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu",
+            "PATH": "/nowhere",
+        },
+    ),
+    (
+        "ZeRO offload without a C++ compiler",
+        [],
+        {**file_of({"stage": 2, "offload_optimizer": {"device": "cpu"}}), "PATH": "/nowhere"},
+    ),
+    (
+        "model.quantization with ZeRO-3 or FSDP",
+        ["model.from_scratch=null", "model.name=a", "model.quantization=8bit", "lora={r: 4}"],
+        {**ZERO_3, **GATHERS},
+    ),
+    (
+        "training.auto_find_batch_size with ZeRO or FSDP",
+        ["training.auto_find_batch_size=true"],
+        ZERO,
+    ),
+    ("model.dtype: float16 with training", ["model.dtype=float16"], {}),
+    (
+        "model.dtype: bfloat16 with training.fp16",
+        ["model.dtype=bfloat16", "training.fp16=true"],
+        {},
+    ),
+    (
+        "training.load_best_model_at_end without data.eval",
+        ["training.load_best_model_at_end=true", "data.eval=null", "training.eval_strategy=no"],
+        {},
+    ),
+    (
+        "training.load_best_model_at_end with fewer saves than evaluations",
+        ["training.load_best_model_at_end=true", "training.save_steps=340"],
+        {},
+    ),
+    ("training.torch_compile", ["training.torch_compile=true"], {}),
+]
+# (what a rule says, whether there is a GPU, environment): only torch can tell, so it is imported first.
+FSDP_CASES = [
+    ("FSDP on a CPU", False, FSDP),
+    ("FSDP on a CPU", False, {**FSDP, "FSDP_VERSION": "2"}),
+    ("FSDP version 1", True, FSDP),
+]
+
+WORKS = [
+    ([], {}),
+    ([], {"WORLD_SIZE": "2"}),
+    ([], ZERO),
+    ([], {**ZERO_3, **GATHERS}),
+    ([], file_of({"stage": 3, "stage3_gather_16bit_weights_on_model_save": True})),
+    ([], {"ACCELERATE_USE_CPU": "true"}),
+    ([], {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "left over from another run"}),
+    (["model.dtype=bfloat16"], {}),
+    (["training.fp16=true"], {}),
+    (["model.dtype=float16", "lora={r: 4}"], {}),
+    (["training.auto_find_batch_size=true"], {"WORLD_SIZE": "2"}),
+    (["training.load_best_model_at_end=true"], {}),
+    (
+        [
+            "training.load_best_model_at_end=true",
+            "training.save_strategy=best",
+            "training.save_steps=1",
+        ],
+        {},
+    ),
+    (["data.eval=null", "training.eval_strategy=no"], {}),
+]
+
+
+def on_disk(environment: dict[str, str], folder) -> dict[str, str]:
+    """The same environment, with the content of a DeepSpeed file written to one."""
+    content = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    if not content.startswith("{"):
+        return environment
+    (folder / "zero.json").write_text(content)
+    return {**environment, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / "zero.json")}
+
+
+def refusal(what: str) -> str:
+    (rule,) = [rule for rule in RULES if rule.what == what]
+    return f"{what} does not work: {rule.why}; instead: {rule.instead}"
+
+
+def test_every_rule_has_a_case():
+    assert {case[0] for case in (*CASES, *FSDP_CASES)} == {rule.what for rule in RULES}
+
+
+@pytest.mark.parametrize(("what", "overrides", "environment"), CASES)
+def test_what_does_not_go_together_is_refused_before_torch_is_imported(
+    what,
+    overrides,
+    environment,
+    run_fork,  # noqa: F811
+    tmp_path,
+):
+    arguments = [QUICKSTART, f"training.output_dir={tmp_path / 'run'}", *overrides]
+    refused = run_fork("sft.py", *arguments, **on_disk(environment, tmp_path))
+    assert_one_line(refused, [refusal(what)])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("what", "gpu", "environment"), FSDP_CASES)
+def test_what_only_the_machine_can_tell_is_refused_before_a_model_is_loaded(
+    what, gpu, environment, launched, monkeypatch, tmp_path
+):
+    launched(on_disk(environment, tmp_path))
+    monkeypatch.setattr(compatibility, "has_gpu", lambda: gpu)
+    with pytest.raises(UserError) as refused:
+        sft.main([QUICKSTART, f"training.output_dir={tmp_path / 'run'}"])
+    assert str(refused.value) == refusal(what)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "config", "overrides"),
+    [
+        ("training.torch_compile", {"distributed_type": "NO"}, ["training.torch_compile=true"]),
+        (
+            "training.auto_find_batch_size with ZeRO or FSDP",
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero3_save_16bit_model": True}},
+            ["training.auto_find_batch_size=true"],
+        ),
+        (
+            "ZeRO-3 that does not gather weights on saving",
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}},
+            [],
+        ),
+        (
+            "FSDP version 1",
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_offload_params": False}},
+            [],
+        ),
+    ],
+)
+def test_preview_refuses_what_training_would_refuse(what, config, overrides, run_script, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = ["--config_file", tmp_path / "config.json", "--num_processes", "4", "--gpu", "t4"]
+    refused = run_script(
+        "preview.py", QUICKSTART, f"training.output_dir={tmp_path / 'run'}", *overrides, *flags
+    )
+    assert_one_line(refused, [refusal(what)])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("config", ["zero3", "zero2", "fsdp2", "ddp", "zero3_offload"])
+def test_preview_takes_every_config_for_gpus_on_a_machine_without(config, launched):
+    launched(launch_environment(str(ROOT / f"accelerate_configs/{config}.yaml"), "4"))
+    require_compatible(load_recipe(QUICKSTART), requested_strategy(), trains_here=False)
+
+
+@pytest.mark.parametrize(("overrides", "environment"), WORKS)
+def test_what_goes_together_is_not_refused(overrides, environment, launched, tmp_path):
+    launched(on_disk(environment, tmp_path))
+    require_compatible(load_recipe(QUICKSTART, overrides), requested_strategy())
+
+
+def test_fsdp_2_on_gpus_is_not_refused(launched, monkeypatch):
+    launched({**FSDP, "FSDP_VERSION": "2"})
+    monkeypatch.setattr(compatibility, "has_gpu", lambda: True)
+    require_compatible(load_recipe(QUICKSTART), requested_strategy())
+
+
+def test_offload_with_a_compiler_is_not_refused(launched, monkeypatch, tmp_path):
+    (tmp_path / "g++").touch(mode=0o755)
+    launched(
+        {**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu", "PATH": str(tmp_path)}
+    )
+    assert requested_strategy() == Strategy("zero2", 2, offload=True)
+    require_compatible(load_recipe(QUICKSTART), requested_strategy())
+
+
+# The table
+
+
+def test_the_table_has_a_row_for_each_rule():
+    head, line, *rows = table().splitlines()
+    assert head.count("|") == line.count("|") == 4
+    assert [row.strip("| ").split(" | ") for row in rows] == [
+        [rule.what, rule.why, rule.instead] for rule in RULES
+    ]
+
+
+def test_the_module_prints_the_table():
+    command = [sys.executable, "-m", "finetuning.launch.compatibility"]
+    done = subprocess.run(command, cwd=ROOT / "src", capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{table()}\n", done.stderr
+
+
+def test_the_readme_has_the_table_and_its_twin_the_same_first_column():
+    assert f"\n\n{table()}\n\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    twin = (ROOT / "README.ja.md").read_text(encoding="utf-8")
+    found = re.search(
+        r"^\| 使えない組み合わせ \|.*\n\|---\|---\|---\|\n((?:\|.*\n)+)", twin, re.MULTILINE
+    )
+    rows = [row.strip("| ").split(" | ") for row in found[1].splitlines()]
+    assert [row[0] for row in rows] == [rule.what for rule in RULES]
+    assert all(re.search("[ぁ-ん]", row[1]) and row[2] for row in rows)
+
+
+def test_what_a_rule_tells_to_use_is_there():
+    named = {path for rule in RULES for path in re.findall(r"[\w/]+\.yaml", rule.instead)}
+    assert named and all(
+        list(ROOT.glob(path)) or list(ROOT.glob(f"accelerate_configs/{path}")) for path in named
+    )

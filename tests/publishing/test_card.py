@@ -1,0 +1,186 @@
+"""The cards: of a checkpoint, whose code is run as it stands, and of the repository, whose table is kept."""
+
+import re
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from hub_server import REPO
+from run_folders import S, copied, error_of, retrained
+from tiny import chat_tokenizer
+
+import generate
+import publish
+from finetuning.errors import UserError
+from finetuning.hub.address import Address
+from finetuning.hub.manifest import parse_manifest
+from finetuning.model.tokenizer import read_tokenizer
+from finetuning.publishing.card import asking, loading, repository_card, training_table
+from finetuning.recipe.recipe import load_recipe
+
+
+def card_of(hub, subfolder: str = S) -> str:
+    return hub.read(REPO, f"{subfolder}/README.md").decode()
+
+
+def code_of(card: str) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL))
+
+
+def metadata_of(card: str) -> dict:
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
+
+
+def test_its_code_loads_and_asks_as_it_stands_and_answers_as_generate_does(crowded, call, capfd):
+    hub, run = crowded
+    with torch.random.fork_rng():
+        exec(code_of(card_of(hub)), {})
+    printed = capfd.readouterr().out.strip()
+    assert printed and printed == call(generate, run, "What is 3 + 1?").out.strip()
+
+
+def test_its_code_ends_an_answer_where_generate_does_and_undoes_a_newline_s_stand_in(
+    runs, tmp_path, capsys
+):
+    chat, plain = (copied(runs["full"], tmp_path / name / "run") for name in ("chat", "plain"))
+    chat_tokenizer("byte_level", "chatml").save_pretrained(chat)
+    recipe = load_recipe(chat / "recipe.yaml", ["data.template=chat"])
+    ends = read_tokenizer(str(chat)).convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert f"eos_token_id={ends}" in asking(recipe, chat, "Hello?")
+    code = asking(load_recipe(plain / "recipe.yaml", ["data.newline=<NL>"]), plain, "Hello?")
+    assert "eos_token_id" not in code
+    exec("answer = 'a<NL>b'\n" + code.splitlines()[-1])
+    assert capsys.readouterr().out == "a\nb\n"
+
+
+def test_the_readme_shows_the_code_of_a_card():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"```python\n{loading(Address(REPO, S), {'kind': 'full'})}\n```" in readme
+
+
+def test_it_says_what_was_trained_on_what_under_which_licences(hub, runs, call, tmp_path):
+    hub.cards |= {
+        "elith/tiny-base": {"license": "mit"},
+        "databricks/dolly": {"license": "cc-by-sa-3.0"},
+    }
+    run = retrained(
+        copied(runs["lora"], tmp_path / "run"),
+        data__path="databricks/dolly",
+        publish__license="cc-by-sa-4.0",
+    )
+    assert call(publish, run, "--unasked", "publish.base_model=elith/tiny-base@v1").code == 0
+    card = card_of(hub)
+    assert metadata_of(card) == {
+        "base_model": "elith/tiny-base",
+        "datasets": ["databricks/dolly"],
+        "library_name": "peft",
+        "license": "cc-by-sa-4.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["sft", "trl", "lora"],
+    }
+    for row in (
+        "| base model | [elith/tiny-base](https://huggingface.co/elith/tiny-base) |",
+        "| base model's commit | `v1` |",
+        "| base model's licence | mit |",
+        "| data | [databricks/dolly](https://huggingface.co/datasets/databricks/dolly) |",
+        "| data's licence | cc-by-sa-3.0 |",
+        "| licence of these weights | cc-by-sa-4.0 |",
+        "| LoRA | r 4, alpha 32, on q_proj, v_proj |",
+        "| length | 30 steps |",
+    ):
+        assert row in card
+    assert 'AutoModelForCausalLM.from_pretrained("elith/tiny-base", revision="v1")' in card
+    assert "### What is 3 + 1?" in card and "![" in card
+    assert hub.read(REPO, f"{S}/loss.png").startswith(b"\x89PNG")
+    whole = metadata_of(hub.read(REPO, "README.md").decode())
+    assert whole["base_model"] == ["elith/tiny-base"] and whole["datasets"] == ["databricks/dolly"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "override", "expected"),
+    [
+        (4, "training.global_batch_size=64", ("examples of a micro-batch", 16, 1)),
+        (4, "training.global_batch_size=128", ("examples of a micro-batch", 16, 2)),
+        (None, "training.global_batch_size=64", ("examples of a micro-batch", 16, 4)),
+        (2, "training.gradient_accumulation_steps=3", ("examples of a micro-batch", 16, 3)),
+        (4, "data.batch_tokens=512", ("tokens of a micro-batch at most", 512, 1)),
+    ],
+)
+def test_it_says_how_large_the_steps_were_that_the_processes_took(processes, override, expected):
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [override])
+    what, size, accumulation = expected
+    rows = training_table({"processes": processes, "losses": None}, recipe)
+    assert rows[1:3] == [(what, size), ("micro-batches of a step", accumulation)]
+    assert dict(rows).get("processes") == processes
+
+
+def test_a_base_model_that_cannot_be_seen_has_no_licence_stated_and_takes_no_adapter(
+    hub, runs, call, tmp_path
+):
+    run, base = copied(runs["lora"], tmp_path / "run"), "publish.base_model=elith/private"
+    assert "elith/private: there is no such repository" in error_of(
+        call(publish, run, "--unasked", base)
+    )
+    assert call(publish, run, "--unasked", base, "publish.merged=true").code == 0
+    assert "| base model's licence | not stated |" in card_of(hub)
+
+
+def test_a_hub_that_is_down_for_the_licence_is_no_licence_that_is_missing(
+    hub, runs, call, tmp_path
+):
+    run = copied(runs["lora"], tmp_path / "run")
+    hub.fault("/api/models/elith/tiny-base", status=503, times=99)
+    assert "give the same command again" in error_of(
+        call(publish, run, "--unasked", "publish.base_model=elith/tiny-base")
+    )
+
+
+def manifest_of(hub, subfolder: str = S) -> dict:
+    return parse_manifest(hub.read(REPO, f"{subfolder}/manifest.json"))
+
+
+def test_the_repositorys_table_lists_every_checkpoint(crowded):
+    hub, _ = crowded
+    card = hub.read(REPO, "README.md").decode()
+    rows = re.findall(
+        r"^\| \[(.+?)\]\(https://huggingface.co/elith/llm-book-models/tree/main/(.+?)\) \|",
+        card,
+        re.M,
+    )
+    assert rows == [(S, S), ("chapter06/other", "chapter06/other")]
+
+
+def test_what_people_wrote_around_the_table_stays(crowded):
+    hub, _ = crowded
+    manifests = {S: manifest_of(hub)}
+    ours = repository_card(REPO, None, manifests)
+    theirs = ours.replace(f"# {REPO}", "# The book's models\n\nBuy the book.").replace(
+        "---\n", "---\nlicense: mit\n", 1
+    )
+    theirs += "\n## Thanks\n"
+    again = repository_card(REPO, theirs.encode(), {**manifests, "new": manifests[S]})
+    assert (
+        again.startswith("---\nlicense: mit\n")
+        and "Buy the book." in again
+        and again.endswith("## Thanks\n")
+    )
+    assert again.count("| folder |") == 1 and again.index("[new]") < again.index("## Thanks")
+    assert repository_card(REPO, again.encode(), {**manifests, "new": manifests[S]}) == again
+    before = repository_card(REPO, b"# Only words\n", manifests)
+    assert "# Only words" in before and "| folder |" in before
+
+
+@pytest.mark.parametrize("text", [b"---\na: [\n---\n", b"---\n- a\n---\n", b"\xff"])
+def test_a_readme_that_cannot_be_read_is_not_written_over(text, crowded):
+    hub, _ = crowded
+    with pytest.raises(UserError, match=r"README\.md cannot be read"):
+        repository_card(REPO, text, {S: manifest_of(hub)})
+
+
+def test_a_readme_that_cannot_be_read_is_told_with_the_line(crowded):
+    hub, _ = crowded
+    with pytest.raises(
+        UserError, match=r"cannot be read: while parsing .*, line \d+, .*; mend it there$"
+    ):
+        repository_card(REPO, b"---\na: [\nb: 1\n---\n", {S: manifest_of(hub)})

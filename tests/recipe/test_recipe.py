@@ -1,0 +1,386 @@
+"""A recipe is read as written, typed and whole; its schema says the same to editors."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from finetuning.errors import UserError
+from finetuning.recipe.library_fields import (
+    TABLE,
+    as_json,
+    load_library_fields,
+    read_library_fields,
+)
+from finetuning.recipe.recipe import SCHEMA, Recipe, load_recipe, recipe_schema
+from finetuning.recipe.sections import OWNED, RENAMED
+from finetuning.section import Section
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+TEXT = """\
+model: {name: some/model}
+data: {path: rows.jsonl, reader: dolly, template: plain_chat}
+training: {output_dir: out}
+"""
+MIXED = """\
+model: {name: some/model}
+data:
+  path:
+    - {path: a.jsonl, weight: 0.5}
+    - {path: b.json, reader: sharegpt, where: {lang: ja}}
+  reader: dolly
+  template: plain_chat
+  eval: {fraction: 0.1, seed: 3}
+lora: {r: 8, target_modules: [c_attn]}
+training: {output_dir: out, eval_strategy: no, report_to: [tensorboard, wandb]}
+generation: {prompts: ["首都は？", "no"], temperature: 0.7}
+publish: {repo: me/models, subfolder: a/b}
+"""
+
+every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads a recipe from its text, with overrides."""
+
+    def load(text, *overrides):
+        file = tmp_path / "recipe.yaml"
+        file.write_text(text, encoding="utf-8")
+        return load_recipe(file, overrides)
+
+    return load
+
+
+def sections_of(section):
+    """The section and all sections in it, with their names."""
+    found = [section]
+    for _, value in section:
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, Section):
+                found += sections_of(inner)
+    return found
+
+
+# Reading
+
+
+def test_a_number_with_an_exponent_is_a_number_in_file_and_override(load):
+    in_file = load(
+        TEXT.replace("output_dir: out", "output_dir: out, learning_rate: 2e-5, weight_decay: 1E3")
+    )
+    assert (in_file.training.learning_rate, in_file.training.weight_decay) == (2e-5, 1000.0)
+    assert load(TEXT, "training.learning_rate=2e-5").training.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize("word", ["no", "yes", "on", "off", "n", "12:30"])
+def test_words_that_old_yaml_took_for_something_else_stay_text(load, word):
+    assert load(TEXT.replace("rows.jsonl", word)).data.path == word
+    assert load(TEXT, f"data.path={word}").data.path == word
+
+
+def test_no_as_a_strategy_is_the_library_s_choice_no(load):
+    assert load(MIXED).training.eval_strategy == "no"
+    assert load(TEXT, "training.eval_strategy=no").training.eval_strategy == "no"
+
+
+def test_true_and_false_are_no_text_and_whole_numbers_are_numbers(load):
+    recipe = load(TEXT, "training.bf16=true", "training.learning_rate=1", "training.max_steps=10")
+    assert recipe.training.bf16 is True
+    assert recipe.training.learning_rate == 1
+    assert recipe.training.max_steps == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (TEXT + "data: {path: b}\n", 4),
+        (
+            TEXT.replace("{output_dir: out}", "\n  output_dir: a\n  max_steps: 1\n  output_dir: b"),
+            6,
+        ),
+        (MIXED.replace("reader: sharegpt", "reader: sharegpt, reader: dolly"), 5),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_its_line(load, tmp_path, text, line):
+    with pytest.raises(UserError, match="found duplicate key") as caught:
+        load(text)
+    assert str(caught.value).startswith(f"{tmp_path}/recipe.yaml:{line}: ")
+
+
+def test_the_place_of_a_problem_is_file_and_line_or_the_override(load, tmp_path):
+    with pytest.raises(UserError) as caught:
+        load(MIXED.replace("weight: 0.5", "weight: heavy"))
+    assert (
+        str(caught.value)
+        == f'{tmp_path}/recipe.yaml:4: data.path.0.weight is "heavy"; expected a number'
+    )
+    with pytest.raises(UserError) as caught:
+        load(MIXED, "data.path=[{path: a, weight: heavy}]")
+    assert str(caught.value).startswith(
+        "override 'data.path=[{path: a, weight: heavy}]': data.path.0.weight is "
+    )
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(TEXT, encoding="utf-8-sig")
+    assert load_recipe(tmp_path / "recipe.yaml").model.name == "some/model"
+
+
+# Overrides
+
+
+def test_overrides_are_applied_in_order(load):
+    assert load(TEXT, "training.max_steps=1", "training.max_steps=2").training.max_steps == 2
+    assert load(MIXED, "lora=null", "lora.r=4").resolved()["lora"] == {"r": 4}
+    assert load(MIXED, "lora.r=4", "lora=null").lora is None
+
+
+def test_an_override_changes_one_key_and_leaves_its_neighbours(load):
+    assert load(MIXED, "lora.r=4").resolved()["lora"] == {"r": 4, "target_modules": ["c_attn"]}
+    assert load(MIXED, "data.eval.seed=4").data.eval.model_dump(exclude_none=True) == {
+        "fraction": 0.1,
+        "seed": 4,
+    }
+
+
+def test_an_override_takes_lists_and_mappings(load):
+    recipe = load(
+        TEXT,
+        "data.path=[{path: a.jsonl}, {path: b.jsonl, weight: 2}]",
+        "data.where={lang: en, n: 3}",
+        "generation.prompts=[one, 'two, and a half', 三]",
+    )
+    assert [(source.path, source.weight) for source in recipe.data.sources] == [
+        ("a.jsonl", 1.0),
+        ("b.jsonl", 2.0),
+    ]
+    assert recipe.data.where == {"lang": "en", "n": 3}
+    assert recipe.generation.prompts == ["one", "two, and a half", "三"]
+
+
+def test_an_override_creates_the_section_it_names(load):
+    assert load(TEXT).lora is None
+    assert load(TEXT, "lora.r=8").lora.r == 8
+    assert load(TEXT + "lora: null\n", "lora.r=8").lora.r == 8
+    assert load(TEXT, "data.eval.every=5").data.eval.every == 5
+
+
+def test_an_override_may_have_an_equals_sign_or_nothing_as_its_value(load):
+    assert load(TEXT, "data.newline=<a=b>").data.newline == "<a=b>"
+    assert load(MIXED, "data.eval=").data.eval is None
+
+
+def test_overrides_leave_the_file_as_it_was(load, tmp_path):
+    load(MIXED, "lora.r=4", "data.where.lang=en")
+    assert (tmp_path / "recipe.yaml").read_text(encoding="utf-8") == MIXED
+    assert load(MIXED).lora.r == 8
+
+
+# The recipe as a value
+
+
+@every_recipe
+def test_every_recipe_is_the_same_after_saving_and_loading(path, tmp_path):
+    recipe = load_recipe(path)
+    (tmp_path / "saved.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
+    again = load_recipe(tmp_path / "saved.yaml")
+    assert again == recipe
+    assert again.resolved() == recipe.resolved()
+    assert again.as_yaml() == recipe.as_yaml()
+
+
+def test_a_recipe_with_every_section_is_the_same_after_saving_and_loading(load):
+    recipe = load(MIXED)
+    again = load(recipe.as_yaml())
+    assert again == recipe
+    assert again.resolved() == recipe.resolved()
+    assert again.data.sources == recipe.data.sources
+
+
+def test_a_long_text_with_tabs_is_the_same_after_saving_and_loading(load):
+    text = "東京東京worda\t\tword\t東京東京東京word東京aaword\ta\tword\t東京東京\t\t\t東京  a\t\t東京東京\t \t\ta 東京a"
+    recipe = load(MIXED, f"generation.prompts={json.dumps([text])}")
+    assert recipe.generation.prompts == [text]
+    assert load(recipe.as_yaml()) == recipe
+
+
+def test_saved_text_keeps_its_letters_and_its_order(load):
+    saved = load(MIXED).as_yaml()
+    assert "首都は？" in saved
+    assert re.findall(r"^(\w+):", saved, re.MULTILINE) == list(Recipe.model_fields)
+
+
+@pytest.mark.parametrize("text", [MIXED, *(path.read_text(encoding="utf-8") for path in RECIPES)])
+def test_a_recipe_is_frozen_at_every_depth(load, text):
+    sections = sections_of(load(text))
+    assert len(sections) >= 5
+    for section in sections:
+        for name, value in section:
+            with pytest.raises(ValidationError, match="frozen"):
+                setattr(section, name, value)
+
+
+def test_what_a_recipe_resolves_to_can_be_changed_without_changing_the_recipe(load):
+    recipe = load(MIXED)
+    before = copy.deepcopy(recipe.resolved())
+    resolved = recipe.resolved()
+    resolved["data"]["path"][1]["where"]["lang"] = "en"
+    resolved["generation"]["prompts"].append("another")
+    resolved["lora"]["target_modules"].clear()
+    assert recipe.resolved() == before
+
+
+def test_resolved_names_our_defaults_and_only_the_given_settings_of_the_libraries(load):
+    resolved = load(TEXT).resolved()
+    assert list(resolved) == ["model", "data", "training", "publish"]
+    assert resolved["training"] == {"output_dir": "out"}
+    assert resolved["publish"] is None
+    assert resolved["model"]["dtype"] == "float32"
+    assert (resolved["data"]["max_length"], resolved["data"]["overflow"]) == (512, "drop")
+    assert resolved["data"]["eval"] is None
+    assert json.loads(json.dumps(resolved)) == resolved
+
+
+def test_resolved_keeps_what_was_given_though_it_is_the_library_s_default(load):
+    default = load_library_fields()["training"]["learning_rate"]["default"]
+    recipe = load(TEXT, f"training.learning_rate={default}", "generation.max_new_tokens=128")
+    assert recipe.resolved()["training"] == {"output_dir": "out", "learning_rate": default}
+    assert recipe.resolved()["generation"] == {"max_new_tokens": 128}
+
+
+def test_resolved_names_of_a_mixed_source_only_what_it_sets_apart(load):
+    assert load(MIXED).resolved()["data"]["path"] == [
+        {"path": "a.jsonl", "weight": 0.5},
+        {"path": "b.json", "reader": "sharegpt", "where": {"lang": "ja"}},
+    ]
+
+
+def test_a_mixed_source_takes_from_the_data_section_what_it_does_not_set_apart(load):
+    first, second = load(MIXED, "data.where={lang: en}", "data.split=half").data.sources
+    assert (first.reader, first.weight, first.where, first.split) == (
+        "dolly",
+        0.5,
+        {"lang": "en"},
+        "half",
+    )
+    assert (second.reader, second.weight, second.where, second.split) == (
+        "sharegpt",
+        1.0,
+        {"lang": "ja"},
+        "half",
+    )
+
+
+# The schema
+
+
+@pytest.fixture(scope="module")
+def validator():
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@every_recipe
+def test_every_recipe_names_the_schema_and_fits_it(path, validator):
+    first, _ = path.read_text(encoding="utf-8").split("\n", 1)
+    assert first == "# yaml-language-server: $schema=recipe.schema.json"
+    assert path.with_name("recipe.schema.json") == SCHEMA
+    validator.validate(YAML(typ="safe", pure=True).load(path))
+
+
+def test_the_schema_takes_a_recipe_with_every_section_saved_and_unsaved(load, validator):
+    read = YAML(typ="safe", pure=True).load
+    validator.validate(read(MIXED))
+    validator.validate(read(load(MIXED).as_yaml()))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("training:", "trainning:"),
+        ("template:", "tempalte:"),
+        ("output_dir: out", "output_dir: out, learnig_rate: 1"),
+        ("fraction:", "fractoin:"),
+        ("{r: 8", "{rank: 8"),
+        ("temperature:", "temprature:"),
+        ("weight:", "wieght:"),
+        ("plain_chat", "plane_chat"),
+        ("r: 8", "r: eight"),
+        ("report_to: [tensorboard, wandb]", "packing: true"),
+    ],
+)
+def test_the_schema_refuses_what_loading_refuses(load, validator, right, wrong):
+    assert MIXED.count(right) == 1
+    text = MIXED.replace(right, wrong)
+    assert not validator.is_valid(YAML(typ="safe", pure=True).load(text))
+    with pytest.raises(UserError):
+        load(text)
+
+
+def test_the_schema_file_is_that_of_this_code():
+    assert SCHEMA.read_text(encoding="utf-8") == as_json(recipe_schema()), "run: make schema"
+
+
+def test_the_table_of_library_fields_is_that_of_the_installed_libraries():
+    assert TABLE.read_text(encoding="utf-8") == as_json(read_library_fields()), "run: make schema"
+
+
+def own_settings():
+    """(section, name, description) of every setting that is ours and not a library's word for word."""
+    table = load_library_fields()
+    sections = [Section]
+    for section in sections:
+        sections += section.__subclasses__()
+        theirs = table.get(section.__name__.lower(), {})
+        for name, field in section.model_fields.items():
+            if name not in theirs or field.description != theirs[name]["help"]:
+                yield section.__name__, name, field.description
+
+
+def test_every_setting_of_our_own_says_what_it_is():
+    settings = list(own_settings())
+    found = {f"{section}.{name}" for section, name, _ in settings}
+    assert {
+        "Recipe.model",
+        "Eval.every",
+        "Source.weight",
+        "Training.output_dir",
+        "Generation.prompts",
+    } <= found
+    assert "Training.max_steps" not in found
+    assert [f"{section}.{name}" for section, name, description in settings if not description] == []
+
+
+def test_keys_that_another_section_owns_are_keys_of_the_libraries():
+    fields = load_library_fields()
+    for section, owned in OWNED.items():
+        assert set(owned) <= set(fields[section]), section
+
+
+def test_the_new_name_of_a_renamed_key_is_a_setting():
+    settings = {
+        f"{name}.{key}"
+        for name, field in Recipe.model_fields.items()
+        for key in keys_of(field.annotation)
+    }
+    assert {"data.max_length", "lora.r", "publish.repo"} <= settings
+    for old, new in RENAMED.items():
+        named = re.findall(r"\b(?:model|data|lora|training|generation|publish)\.\w+", new)
+        assert set(named) <= settings, old
+
+
+def keys_of(annotation):
+    members = [annotation, *getattr(annotation, "__args__", ())]
+    return [
+        key
+        for m in members
+        if isinstance(m, type) and issubclass(m, Section)
+        for key in m.model_fields
+    ]

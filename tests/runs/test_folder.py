@@ -1,0 +1,330 @@
+"""A run folder belongs to one run, is written to by one process, and goes on only with steps of the same size."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_wrong_input import RECIPE, ROWS, assert_one_line, run_fork, without_torch, write_files  # noqa: F401
+
+from finetuning.errors import UserError
+from finetuning.launch.strategy import Strategy
+from finetuning.recipe.recipe import Recipe, load_recipe
+from finetuning.runs.folder import (
+    Sample,
+    append_metrics,
+    is_finished,
+    lock,
+    make_folder,
+    open_run_folder,
+    read_environment,
+    read_samples,
+    write_finish,
+    write_metrics,
+    write_samples,
+    write_start,
+)
+
+# Holds the lock of a folder until it is killed.
+HOLDER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, "src")
+from finetuning.runs.folder import lock
+held = lock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def recipe_of(tmp_path):
+    """A function that makes the recipe of these overrides; its run folder is tmp_path/run."""
+    write_files(tmp_path, {"recipe.yaml": RECIPE, "rows.jsonl": ROWS})
+    (tmp_path / "run").mkdir()
+
+    def make(*overrides: str) -> Recipe:
+        return load_recipe(tmp_path / "recipe.yaml", overrides)
+
+    return make
+
+
+@pytest.fixture
+def held_elsewhere(tmp_path):
+    """Another process that holds the lock of tmp_path/run."""
+    (tmp_path / "run").mkdir(exist_ok=True)
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def begun(recipe: Recipe, strategy: Strategy, fingerprint: str = "rows") -> Path:
+    """A run folder whose run was begun like this, and stopped."""
+    folder = Path(recipe.training.output_dir)
+    launch = {
+        "strategy": strategy.name,
+        "processes": strategy.processes,
+        "host": "node7",
+        "process": 4321,
+    }
+    write_start(folder, recipe, fingerprint, launch)
+    return folder
+
+
+# The lock
+
+
+def test_a_second_run_is_refused_in_one_line_before_torch_is_imported(
+    recipe_of,
+    held_elsewhere,
+    run_fork,  # noqa: F811
+    tmp_path,
+):
+    refused = run_fork("sft.py", str(tmp_path / "recipe.yaml"))
+    assert_one_line(
+        refused,
+        [f"{tmp_path / 'run'} is in use: another run writes to it; wait for its end, or choose"],
+    )
+
+
+def test_whoever_holds_the_folder_is_named(recipe_of, held_elsewhere):
+    folder = begun(recipe_of(), Strategy("single", 1))
+    with pytest.raises(
+        UserError, match=r"is in use: another run writes to it \(process 4321 on node7\); "
+    ) as refused:
+        lock(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_that_was_killed_leaves_its_folder_free(held_elsewhere, tmp_path):
+    with pytest.raises(UserError, match="is in use"):
+        lock(tmp_path / "run")
+    held_elsewhere.kill()
+    held_elsewhere.wait()
+    assert (tmp_path / "run" / ".lock").exists()
+    held = lock(tmp_path / "run")
+    with pytest.raises(UserError, match="is in use"):
+        lock(tmp_path / "run")
+    del held
+    lock(tmp_path / "run")
+
+
+# Going on
+
+
+@pytest.mark.parametrize(
+    ("before", "processes", "overrides", "now"),
+    [
+        ([], Strategy("single", 1), [], Strategy("single", 1)),
+        (
+            ["training.per_device_train_batch_size=4"],
+            Strategy("ddp", 2),
+            ["training.per_device_train_batch_size=8"],
+            Strategy("single", 1),
+        ),
+        (
+            ["training.gradient_accumulation_steps=2"],
+            Strategy("single", 1),
+            ["training.gradient_accumulation_steps=1"],
+            Strategy("ddp", 2),
+        ),
+        (
+            ["training.global_batch_size=16"],
+            Strategy("ddp", 2),
+            ["training.global_batch_size=16"],
+            Strategy("ddp", 4),
+        ),
+        (
+            ["training.global_batch_size=16"],
+            Strategy("ddp", 2),
+            ["training.global_batch_size=16"],
+            Strategy("single", 1),
+        ),
+        ([], Strategy("zero2", 2), [], Strategy("zero2", 2)),
+        (
+            ["training.global_batch_size=16"],
+            Strategy("fsdp", 2),
+            ["training.global_batch_size=16"],
+            Strategy("fsdp", 2),
+        ),
+        (
+            ["data.batch_tokens=64", "training.gradient_accumulation_steps=2"],
+            Strategy("single", 1),
+            ["data.batch_tokens=64", "training.per_device_train_batch_size=3"],
+            Strategy("ddp", 2),
+        ),
+    ],
+)
+def test_a_run_goes_on_with_other_processes_where_a_step_stays_the_same(
+    recipe_of, before, processes, overrides, now
+):
+    folder = begun(recipe_of(*before), processes)
+    assert open_run_folder(recipe_of(*overrides), "rows", now) == folder
+
+
+@pytest.mark.parametrize(
+    ("before", "strategy", "overrides", "now", "said"),
+    [
+        (
+            [],
+            Strategy("single", 1),
+            [],
+            Strategy("ddp", 2),
+            "cannot go on: a step had 8 examples (processes x accumulation x examples: 1 x 1 x 8 = 8); now it has 16 "
+            "(2 x 1 x 8 = 16); change training.gradient_accumulation_steps, or begin anew in another "
+            "training.output_dir with training.global_batch_size",
+        ),
+        (
+            [],
+            Strategy("ddp", 2),
+            ["training.gradient_accumulation_steps=2"],
+            Strategy("ddp", 2),
+            "now it has 32",
+        ),
+        (
+            ["data.batch_tokens=64"],
+            Strategy("single", 1),
+            ["data.batch_tokens=64"],
+            Strategy("ddp", 2),
+            "a step had 1 micro-batches",
+        ),
+        (
+            ["training.global_batch_size=16"],
+            Strategy("zero2", 2),
+            ["training.global_batch_size=16"],
+            Strategy("zero2", 4),
+            "it was trained as zero2 by 2 processes, which each hold a part of the optimizer; now it is zero2, "
+            "4 processes. Only single and ddp can change into each other; start it as it was",
+        ),
+        ([], Strategy("zero2", 2), [], Strategy("zero3", 2), "now it is zero3, 2 processes."),
+        ([], Strategy("ddp", 2), [], Strategy("zero2", 2), "it was trained as ddp by 2 processes"),
+        ([], Strategy("fsdp", 2), [], Strategy("ddp", 2), "it was trained as fsdp by 2 processes"),
+    ],
+)
+def test_a_run_that_would_take_other_steps_or_cannot_read_its_optimizer_is_refused(
+    recipe_of, before, strategy, overrides, now, said
+):
+    folder = begun(recipe_of(*before), strategy)
+    with pytest.raises(UserError) as refused:
+        open_run_folder(recipe_of(*overrides), "rows", now)
+    assert str(refused.value).startswith(f"{folder} cannot go on: ") and said in str(refused.value)
+
+
+def test_the_last_launch_counts_not_the_first(recipe_of):
+    recipe = recipe_of("training.global_batch_size=16")
+    begun(recipe, Strategy("single", 1))
+    begun(recipe, Strategy("ddp", 2))
+    assert [
+        launch["processes"]
+        for launch in read_environment(begun(recipe, Strategy("ddp", 4)))["launches"]
+    ] == [
+        1,
+        2,
+        4,
+    ]
+    open_run_folder(recipe, "rows", Strategy("single", 1))
+
+
+def test_a_finished_run_is_left_alone_whatever_the_processes(recipe_of):
+    folder = begun(recipe_of(), Strategy("zero3", 8))
+    assert is_finished(folder) is None
+    write_finish(folder)
+    assert is_finished(folder).startswith("20")
+    assert open_run_folder(recipe_of(), "rows", Strategy("single", 1)) == folder
+
+
+@pytest.mark.parametrize("change", ["publish.subfolder=other", "publish=null"])
+def test_where_it_will_be_published_may_change_meanwhile(recipe_of, change):
+    before = ["publish.repo=you/models", "publish.subfolder=one"]
+    begun(recipe_of(*before), Strategy("single", 1))
+    folder = begun(recipe_of(*before, change), Strategy("single", 1))
+    assert load_recipe(folder / "recipe.yaml").publish == recipe_of(*before, change).publish
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fingerprint", "said"),
+    [
+        (["training.learning_rate=0.5"], "rows", "training.learning_rate was None, is 0.5"),
+        (["data.max_length=32"], "rows", "data.max_length was 64, is 32"),
+        (["training.global_batch_size=8"], "rows", "training.global_batch_size was None, is 8"),
+        ([], "other rows", "its data was not the same"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(recipe_of, overrides, fingerprint, said):
+    begun(recipe_of(), Strategy("single", 1))
+    with pytest.raises(UserError, match=f"belongs to another run: {said}"):
+        open_run_folder(recipe_of(*overrides), fingerprint, Strategy("single", 1))
+
+
+def test_a_run_that_was_refused_before_its_first_step_leaves_nothing_to_compare_with(recipe_of):
+    folder = open_run_folder(recipe_of(), "rows", Strategy("single", 1))
+    assert list(folder.iterdir()) == []
+    open_run_folder(recipe_of("training.learning_rate=0.5"), "other rows", Strategy("ddp", 2))
+
+
+def test_a_damaged_environment_is_named(recipe_of):
+    folder = begun(recipe_of(), Strategy("single", 1))
+    (folder / "environment.json").write_text('{"data": ')
+    with pytest.raises(
+        UserError, match=r"environment\.json is damaged; delete the folder, or choose another"
+    ):
+        open_run_folder(recipe_of(), "rows", Strategy("single", 1))
+
+
+# What is written
+
+
+def test_a_run_that_goes_on_keeps_what_was_written_first(recipe_of):
+    recipe = recipe_of("training.learning_rate=0.5")
+    first = read_environment(begun(recipe, Strategy("single", 1)))
+    folder = begun(recipe, Strategy("single", 1))
+    second = read_environment(folder)
+    assert {**second, "launches": second["launches"][:1]} == first and len(second["launches"]) == 2
+    assert load_recipe(folder / "recipe.yaml").resolved() == recipe.resolved()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors", "checkpoint-3"])
+def test_a_folder_with_weights_of_somebody_else_is_not_trained_into(recipe_of, name):
+    """A base model's, say."""
+    recipe = recipe_of()
+    folder = Path(recipe.training.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(b"")
+    with pytest.raises(UserError, match="and would be overwritten; choose another"):
+        open_run_folder(recipe, "data", None)
+
+
+def test_two_at_once_find_that_a_folder_can_be_written(tmp_path):
+    """Nodes, say, whose processes have the same number."""
+    with ThreadPoolExecutor(2) as pool:
+        assert set(pool.map(make_folder, [tmp_path] * 2000)) == {tmp_path}
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_metrics(tmp_path, [{"loss": 3.0}])
+    append_metrics(tmp_path, {"loss": 2.0})
+
+    def full(path, text, **kwargs):
+        path.write_bytes(text.encode()[:3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_metrics(tmp_path, [{"loss": 9.0}])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [3.0, 2.0]
+
+
+def test_samples_are_read_as_they_were_written(tmp_path):
+    assert read_samples(tmp_path) == []
+    samples = [Sample("首都は？", "a\nb", None), Sample("2 + 3?", "", "5")]
+    write_samples(tmp_path, samples)
+    assert read_samples(tmp_path) == samples
+    assert "Before:\n\n    a\n    b\n\nAfter:\n\n    (not yet)\n" in (
+        tmp_path / "samples.md"
+    ).read_text(encoding="utf-8")

@@ -1,0 +1,246 @@
+"""Two processes, shared out in every way that a CPU can run, train what one process trains."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+from peft import PeftModel
+from test_trainer import GLOBAL_BATCH, LORA_TARGETS, losses_of, recipe_of, trained, write_rows
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.cluster
+
+STEPS = 10
+# (architecture, method, layout, accumulation)
+CASES = [
+    ("gpt2", "full", "packed", 1),
+    ("gpt2", "full", "padded", 2),
+    ("gpt2", "lora", "packed", 2),
+    ("bloom", "full", "packed", 2),
+    ("llama", "full", "packed", 1),
+    ("llama", "lora", "padded", 1),
+]
+# accelerate config -> what runs, a class of the prepared model, the share that a process has of weights and moments
+STRATEGIES = {
+    "cpu_ddp": ("ddp, 2 processes", "DistributedDataParallel", 1.0, 1.0),
+    "zero1": ("zero1, 2 processes", "DeepSpeedEngine", 1.0, 0.5),
+    "zero2": ("zero2, 2 processes", "DeepSpeedEngine", 1.0, 0.5),
+    "zero3": ("zero3, 2 processes", "DeepSpeedEngine", 0.5, 0.5),
+    "fsdp2": ("fsdp, 2 processes", "FSDPModule", 0.5, 0.5),
+}
+
+
+def launch_command(config: str | Path, *command: object, processes: int = 2) -> list[str]:
+    """`accelerate launch` as a user gives it, on a port that is free."""
+    accelerate = [
+        str(Path(sys.executable).with_name("accelerate")),
+        "launch",
+        "--config_file",
+        str(config),
+    ]
+    return [
+        *accelerate,
+        "--num_processes",
+        str(processes),
+        "--main_process_port",
+        "0",
+        *map(str, command),
+    ]
+
+
+def launch(config: str | Path, *command: object, processes: int = 2) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        launch_command(config, *command, processes=processes),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, tuple[str, Path]]:
+    """{architecture: (architecture, folder)}, wide enough for ZeRO-3 to share out matrices: over 100,000 numbers."""
+    found = {}
+    for kind in ("gpt2", "llama", "bloom"):
+        folder = tmp_path_factory.mktemp(kind)
+        tokenizer = tiny.byte_level()
+        tiny.model_of(kind, vocab_size=len(tokenizer), width=256).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        found[kind] = kind, folder
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def overrides_of(case: tuple[str, str, str, int], processes: int) -> list[str]:
+    kind, method, layout, accumulation = case
+    lora = (
+        [f"lora={{r: 4, lora_alpha: 8, target_modules: {LORA_TARGETS[kind]}}}"]
+        if method == "lora"
+        else []
+    )
+    batch = [f"training.per_device_train_batch_size={GLOBAL_BATCH // accumulation // processes}"]
+    size = [f"training.global_batch_size={GLOBAL_BATCH}", f"training.max_steps={STEPS}"]
+    return [f"data.layout={layout}", *batch, *size, *lora]
+
+
+@pytest.fixture(scope="module")
+def alone(bases, rows, tmp_path_factory) -> dict:
+    """{case: trainer} of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {
+        case: trained(
+            recipe_of(
+                bases[case[0]], rows, folder / "-".join(map(str, case)), *overrides_of(case, 1)
+            )
+        )
+        for case in CASES
+    }
+
+
+@pytest.fixture(scope="module", params=STRATEGIES)
+def together(request, bases, rows, tmp_path_factory) -> tuple[str, Path]:
+    """(strategy, folder with what two processes found for each case)"""
+    folder = tmp_path_factory.mktemp(request.param)
+    cases = {}
+    for case in CASES:
+        name = "-".join(map(str, case))
+        recipe_of(bases[case[0]], rows, folder / name)
+        cases[name] = (str(folder / f"{name}.yaml"), overrides_of(case, 2))
+    (folder / "cases.json").write_text(json.dumps(cases))
+    config = f"accelerate_configs/{request.param}.yaml"
+    around = ["tests/fsdp_on_cpu.py"] if request.param == "fsdp2" else []
+    done = launch(config, *around, "tests/processes.py", folder / "cases.json", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_two_processes_train_what_one_trains(together, alone, bases, case):
+    strategy, folder = together
+    name = "-".join(map(str, case))
+    found, one = json.loads((folder / f"{name}.json").read_text()), alone[case]
+    runs, wrapper, weights, moments = STRATEGIES[strategy]
+    assert found["strategy"] == runs and wrapper in found["wrappers"]
+    assert (found["weights"], found["moments"]) == (
+        pytest.approx(weights, abs=0.03),
+        pytest.approx(moments, abs=0.03),
+    )
+
+    assert len(found["losses"]) == STEPS
+    assert found["losses"] == pytest.approx(losses_of(one), rel=1e-5)
+    evaluated = [entry["eval_loss"] for entry in one.state.log_history if "eval_loss" in entry]
+    assert found["eval"] == pytest.approx(evaluated, rel=1e-5)
+    trained_weights = one.model.state_dict()
+    reloaded = load(folder / name, bases[case[0]][1], case[1])
+    assert reloaded.keys() == trained_weights.keys()
+    for key, weight in trained_weights.items():
+        assert (reloaded[key] - weight).abs().max() <= 1e-5, key
+
+
+def load(folder: Path, base: Path, method: str) -> dict[str, torch.Tensor]:
+    """The saved weights, as anyone loads them."""
+    if method == "full":
+        assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
+        return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert (folder / "adapter_model.safetensors").stat().st_size < 300_000
+    return PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), folder
+    ).state_dict()
+
+
+GPUS = [
+    pytest.param(config, marks=pytest.mark.gpu) for config in ("single_gpu", "ddp", "zero3_offload")
+]
+
+
+@pytest.mark.parametrize("config", ["cpu", "cpu_ddp", "zero1", "zero2", "zero3", "fsdp2", *GPUS])
+def test_every_accelerate_config_trains_the_quickstart(config, tmp_path):
+    overrides = [f"training.output_dir={tmp_path / 'run'}", "training.max_steps=2"]
+    processes = 1 if config in ("cpu", "single_gpu") else 2
+    around = ["tests/fsdp_on_cpu.py"] if config == "fsdp2" and not torch.cuda.is_available() else []
+    command = [*around, "src/sft.py", "recipes/quickstart.yaml", *overrides]
+    done = launch(f"accelerate_configs/{config}.yaml", *command, processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    (ran,) = environment["launches"]
+    asked = {"fsdp2": "fsdp", "cpu_ddp": "ddp", "zero3_offload": "zero3"}
+    assert (ran["strategy"], ran["processes"]) == (
+        "single" if processes == 1 else asked.get(config, config),
+        processes,
+    )
+    assert environment["finished"]
+    assert done.stdout.count("held-out response loss") == 1
+
+
+# A process that dies, and one that hangs
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """(launcher, [rank 0, rank 1], log) of two processes in the middle of a long training."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    overrides = [
+        f"training.output_dir={folder}",
+        "training.logging_steps=1",
+        "training.ddp_timeout=15",
+    ]
+    with log.open("w") as stream:
+        launcher = psutil.Popen(
+            launch_command(
+                "accelerate_configs/cpu_ddp.yaml",
+                "src/sft.py",
+                "recipes/quickstart.yaml",
+                *overrides,
+            ),
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        deadline = time.monotonic() + 240
+        while (
+            not (folder / "metrics.jsonl").exists()
+            or len((folder / "metrics.jsonl").read_text().splitlines()) < 5
+        ):
+            assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.05)
+        ranks = sorted(launcher.children(), key=lambda process: process.environ()["RANK"])
+        yield launcher, ranks, log
+        for process in [launcher, *ranks]:
+            if process.is_running():
+                process.kill()
+
+
+def test_a_process_that_dies_takes_the_others_down_and_is_named_first(pair):
+    launcher, (first, second), log = pair
+    second.kill()
+    assert launcher.wait(60) != 0
+    assert not first.is_running() or first.wait(40) is not None
+    cause = log.read_text().split("Root Cause (first observed failure)")[1]
+    assert "rank      : 1" in cause and f"Signal 9 (SIGKILL) received by PID {second.pid}" in cause
+
+
+def test_a_process_that_waits_for_another_says_where(pair):
+    _, (_, second), log = pair
+    second.suspend()
+    deadline = time.monotonic() + 40
+    while "has waited" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.2)
+    said = r"rank 0 on \S+ has waited 5 s, after step \d+, in \w+ \(\w+\.py:\d+\) <- "
+    assert re.search(said, log.read_text())

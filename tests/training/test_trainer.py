@@ -1,0 +1,218 @@
+"""Our trainer against a plain loop that computes every example alone, with all logits, and steps a plain AdamW."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+
+from finetuning.data.cache import prepare
+from finetuning.model.loading import load_model
+from finetuning.model.tokenizer import load_tokenizer
+from finetuning.recipe.recipe import load_recipe
+from finetuning.training.callbacks import MetricsFile
+from finetuning.training.trainer import make_trainer
+
+STEPS, GLOBAL_BATCH, RATE = 5, 8, 3e-3
+# Softmax does not see the bias of a key, so its gradient is rounding noise, which AdamW would blow up to whole steps.
+EPSILON = 1e-4
+LORA_TARGETS = {"gpt2": "[c_attn, c_fc]", "llama": "[q_proj, v_proj]", "bloom": "[query_key_value]"}
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama", "bloom"])
+def base(request, tmp_path_factory) -> tuple[str, Path]:
+    """(architecture, folder with a small model and tokenizer of it)"""
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = tiny.byte_level()
+    tiny.model_of(request.param, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return request.param, folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def write_rows(folder: Path) -> Path:
+    """Rows of very different lengths."""
+    file = folder / "rows.jsonl"
+    lines = [
+        {
+            "prompt": f"What is {n} + {n}?" * (1 + n % 3),
+            "response": f"It is {2 * n}. " * (1 + (n * 7) % 11),
+        }
+        for n in range(60)
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return file
+
+
+def recipe_of(base: tuple[str, Path], rows: Path, output: Path, *overrides: str):
+    text = f"""
+model: {{name: {base[1]}}}
+data: {{path: {rows}, reader: prompt_response, template: question_answer, max_length: 200, eval: {{every: 6}}}}
+training:
+  output_dir: {output}
+  max_steps: {STEPS}
+  per_device_train_batch_size: {GLOBAL_BATCH}
+  learning_rate: {RATE}
+  lr_scheduler_type: constant
+  optim: adamw_torch
+  adam_epsilon: {EPSILON}
+  logging_steps: 1
+  save_strategy: "no"
+"""
+    file = output.with_suffix(".yaml")
+    file.write_text(text, encoding="utf-8")
+    return load_recipe(file, overrides)
+
+
+def trained(recipe):
+    tokenizer = load_tokenizer(recipe.model, [])
+    prepared = prepare(recipe.data, tokenizer)
+    folder = Path(recipe.training.output_dir)
+    folder.mkdir(exist_ok=True)
+    trainer = make_trainer(recipe, tokenizer, prepared)
+    trainer.add_callback(MetricsFile(folder))
+    trainer.train()
+    return trainer
+
+
+def losses_of(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def reference(recipe, trainer) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and trained weights of a loop without batches: one example after another, full logits, token-weighted."""
+    model = load_model(recipe.model, load_tokenizer(recipe.model, []), seed=42)
+    if recipe.lora:
+        from transformers import set_seed
+
+        set_seed(42)  # trl seeds before it makes the adapter
+        model = get_peft_model(
+            model, LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump(exclude_unset=True))
+        )
+    model.train()
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.AdamW(weights.values(), lr=RATE, eps=EPSILON, weight_decay=0.0)
+    loader = trainer.get_train_dataloader()
+    accumulation = trainer.args.gradient_accumulation_steps
+    micro_batches = [
+        numbers
+        for _, numbers in zip(range(STEPS * accumulation), loader.batch_sampler, strict=False)
+    ]
+    losses = []
+    for step in range(STEPS):
+        of_step = micro_batches[step * accumulation : (step + 1) * accumulation]
+        numbers = [number for micro_batch in of_step for number in micro_batch]
+        examples = [loader.dataset[number] for number in numbers]
+        tokens = sum(int((example["labels"] != -100).sum()) for example in examples)
+        total = 0.0
+        for example in examples:
+            ids, labels = (
+                torch.tensor(example[name].tolist())[None] for name in ("input_ids", "labels")
+            )
+            logits = model(input_ids=ids).logits
+            loss = (
+                F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum", ignore_index=-100)
+                / tokens
+            )
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_losses_and_weights_are_those_of_a_loop_over_single_examples(
+    base, rows, tmp_path, method, layout, accumulation
+):
+    overrides = [
+        f"data.layout={layout}",
+        f"training.gradient_accumulation_steps={accumulation}",
+        f"training.per_device_train_batch_size={GLOBAL_BATCH // accumulation}",
+    ]
+    if method == "lora":
+        overrides.append(f"lora={{r: 4, lora_alpha: 8, target_modules: {LORA_TARGETS[base[0]]}}}")
+    recipe = recipe_of(base, rows, tmp_path / "run", *overrides)
+    trainer = trained(recipe)
+    losses, weights = reference(recipe, trainer)
+    assert losses_of(trainer) == pytest.approx(losses, rel=1e-5)
+    found = {
+        name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad
+    }
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name].detach(), weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_batch_is_copied_without_waiting_and_without_its_labels(
+    base, rows, tmp_path, monkeypatch, layout
+):
+    recipe = recipe_of(base, rows, tmp_path / "run", f"data.layout={layout}")
+    tokenizer = load_tokenizer(recipe.model, [])
+    trainer = make_trainer(recipe, tokenizer, prepare(recipe.data, tokenizer))
+    batch = next(iter(trainer.get_train_dataloader()))
+    copies, copy = [], torch.Tensor.to
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            torch.Tensor,
+            "to",
+            lambda *args, **given: copies.append((args, given)) or copy(*args, **given),
+        )
+        inputs = trainer._prepare_inputs(batch)
+    assert inputs.keys() == batch.keys() - {"labels"} and inputs["lengths"] == batch["lengths"]
+    tensors = [name for name in inputs if name != "lengths"]
+    assert [args[1:] for args, _ in copies] == [(trainer.args.device,)] * len(tensors)
+    assert all(given == {"non_blocking": True} for _, given in copies)
+    assert all(torch.equal(inputs[name], batch[name]) for name in tensors)
+
+
+def test_evaluation_counts_every_response_token_once(base, rows, tmp_path):
+    recipe = recipe_of(
+        base,
+        rows,
+        tmp_path / "run",
+        "training.max_steps=1",
+        "training.per_device_eval_batch_size=3",
+    )
+    trainer = trained(recipe)
+    metrics = trainer.evaluate()
+    trainer.model.eval()
+    loss = tokens = correct = 0
+    for example in trainer.eval_examples:
+        ids, labels = (torch.tensor(example[name].tolist()) for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits = trainer.model(input_ids=ids[None]).logits[0, :-1]
+        wanted = labels[1:]
+        loss += F.cross_entropy(logits, wanted, reduction="sum", ignore_index=-100).item()
+        tokens += int((wanted != -100).sum())
+        correct += int((logits.argmax(-1) == wanted)[wanted != -100].sum())
+    assert metrics["eval_loss"] == pytest.approx(loss / tokens, rel=1e-5)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+    assert metrics["eval_mean_token_accuracy"] == pytest.approx(correct / tokens)
+
+
+def test_metrics_file_has_one_object_for_every_logged_step(base, rows, tmp_path):
+    trainer = trained(recipe_of(base, rows, tmp_path / "run", "training.max_steps=3"))
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert all(
+        line["padding_share"] == 0 and line["response_tokens_per_second"] > 0 for line in steps
+    )
+    assert any("eval_loss" in line for line in lines)
+    assert trainer.state.global_step == 3
