@@ -9,6 +9,9 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+from commands import FAKE_TORCH, ROOT, forks
+
 HOME = tempfile.mkdtemp(prefix="finetuning-tests-")
 # Before any Hugging Face library is imported: they read these once.
 os.environ.update(
@@ -17,10 +20,6 @@ os.environ.update(
 os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", NO_COLOR="1", COLUMNS="200")
 for name in ("HF_TOKEN", "WANDB_API_KEY", "RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
-
-import pytest  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -44,6 +43,21 @@ def run_script():
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def without_torch(tmp_path_factory):
+    """A folder that stands first on the path and holds a torch whose import ends the process."""
+    folder = tmp_path_factory.mktemp("without_torch")
+    (folder / "torch.py").write_text(FAKE_TORCH)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_fork(without_torch):
+    """run_script without torch and quicker: commands.forks."""
+    with forks(PYTHONPATH=str(without_torch)) as run:
+        yield run
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,11 @@
 """Runs a script as accelerate would run it with FSDP on GPUs, but on CPUs over gloo.
 
-accelerate takes FSDP's route for accelerators only, and runs DDP on CPUs without a word. PyTorch's FSDP2 itself does
-not mind: told that gloo's processes are GPUs, accelerate goes the very route, save for the device.
+accelerate takes FSDP's route for accelerators only, and silently runs DDP on CPUs. PyTorch's FSDP2
+itself does not mind: told that gloo's processes are GPUs, accelerate goes the very route, save for
+the device.
 
-accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 tests/fsdp_on_cpu.py src/sft.py ...
+accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 \\
+  tests/fsdp_on_cpu.py src/sft.py ...
 """
 
 import runpy
@@ -14,10 +16,6 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-sys.path[0] = str(Path(__file__).parents[1] / "src")
-
-from finetuning.launch import compatibility  # noqa: E402
-
 begin = AcceleratorState.__init__
 
 
@@ -27,7 +25,15 @@ def begin_as_if_on_gpus(self: AcceleratorState, *args: object, **kwargs: object)
     begin(self, *args, **kwargs)
 
 
-AcceleratorState.__init__ = begin_as_if_on_gpus
-compatibility.has_gpu = lambda: True
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+def main(script: str, *arguments: str) -> None:
+    sys.path[0] = str(Path(__file__).parents[1] / "src")
+    from finetuning.launch import compatibility
+
+    compatibility.has_gpu = lambda: True
+    AcceleratorState.__init__ = begin_as_if_on_gpus
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

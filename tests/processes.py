@@ -4,17 +4,14 @@ accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 2 
 """
 
 import json
-import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent)]
+from torch.distributed.tensor import DTensor
+from trainings import losses_of, trained
 
-from test_trainer import losses_of, trained  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
-
-from finetuning.launch.strategy import actual_strategy  # noqa: E402
-from finetuning.recipe.recipe import load_recipe  # noqa: E402
-from finetuning.script import run  # noqa: E402
+from finetuning.launch.strategy import actual_strategy
+from finetuning.recipe.recipe import load_recipe
+from finetuning.script import run
 
 
 def main(arguments: list[str]) -> None:

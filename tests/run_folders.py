@@ -1,8 +1,10 @@
 """Small finished runs of every kind, trained once in a session, and a base model that stands on the tests' Hub."""
 
+import importlib
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,16 @@ import publish
 import sft
 from finetuning.recipe.recipe import load_recipe
 
+# Before sft.main, which hides it from what peft imports for a run without quantization.
+importlib.import_module("bitsandbytes")
+
+FAST = (
+    "training.max_steps=2",
+    "generation.max_new_tokens=4",
+    "training.save_strategy=no",
+    "training.eval_strategy=no",
+)
+QUICKSTART = ROOT / "recipes/quickstart.yaml"
 BASE, S = "elith/tiny-base", "chapter05/sft_model"
 ROWS = [{"prompt": f"What is {n} + 1?", "response": f"It is {n + 1}."} for n in range(40)]
 LORA = "lora={r: 4, lora_alpha: 32, target_modules: [q_proj, v_proj]}"
@@ -49,7 +61,7 @@ def train(folder: Path, base: Path | str, *overrides: str) -> Path:
     model = ["model.from_scratch=null", f"model.name={base}"]
     sft.main(
         [
-            str(ROOT / "recipes/quickstart.yaml"),
+            str(QUICKSTART),
             f"training.output_dir={folder}",
             f"data.path={rows}",
             *model,
@@ -58,6 +70,34 @@ def train(folder: Path, base: Path | str, *overrides: str) -> Path:
         ]
     )
     return folder
+
+
+def run_folder(tmp_path, *overrides: str, recipe: str | Path = QUICKSTART) -> Path:
+    """The run folder tmp_path/run of a recipe, two steps short unless told."""
+    sft.main(
+        [
+            str(recipe),
+            f"training.output_dir={tmp_path / 'run'}",
+            "training.report_to=none",
+            *FAST,
+            *overrides,
+        ]
+    )
+    return tmp_path / "run"
+
+
+def losses_of(folder: Path, name: str = "loss") -> list[tuple[int, float]]:
+    """(step, loss) as logged."""
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(entry["step"], entry[name]) for entry in logged if name in entry]
+
+
+def interrupted(folder: Path, *lost: str) -> None:
+    """A finished run becomes one that was stopped before it had written these files or folders."""
+    for name in lost:
+        subprocess.run(["rm", "-rf", str(folder / name)], check=True)
+    environment = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps({**environment, "finished": None}))
 
 
 def make_runs(root: Path) -> dict[str, Path]:

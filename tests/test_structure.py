@@ -161,3 +161,11 @@ def test_help_is_the_docstring(script, flag, run_script):
     answer = run_script(f"{script}.py", flag)
     assert f"src/{script}.py" in manual
     assert (answer.stdout + answer.stderr).strip() == manual.strip()
+
+
+def test_test_modules_do_not_import_each_other():
+    """What several of them need is a fixture of conftest or a support module beside it."""
+    tests = Path(__file__).parent
+    for path in tests.rglob("test_*.py"):
+        names = {name.partition(".")[0] for name in imported_names(path, tests)}
+        assert not [name for name in names if name.startswith("test_")], path

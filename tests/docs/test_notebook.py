@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 from conftest import ROOT
-from test_pages import check_command, folders_made
+from page_commands import check_command, folders_made
 
 from finetuning.recipe.recipe import load_recipe
 

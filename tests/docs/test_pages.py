@@ -11,23 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.commands.launch import launch_command_parser
+from page_commands import RECIPES, check_command, folders_made, make_targets
 
-import publish
 from finetuning.data import readers, templates
-from finetuning.hub.address import parse_address
-from finetuning.launch.devices import GPUS
-from finetuning.launch.strategy import launch_environment
 from finetuning.recipe.recipe import Recipe, load_recipe
-from generate import OVERRIDES
-from preview import split_flags
 
 ROOT = Path(__file__).parents[2]
 READMES = ["README.md", "README.ja.md"]
 MANUALS = ["docs/slurm.md", "docs/slurm.ja.md"]
 PAGES = [*READMES, "CONTRIBUTING.md", *MANUALS]
-RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
-PULLED = "outputs/pulled/"  # what a command of ours pulls
 FOLDERS = "src|recipes|accelerate_configs|tests|benchmarks|slurm|docs|notebooks"
 
 
@@ -85,93 +77,7 @@ def file_map(page: str) -> list[str]:
     return paths
 
 
-def make_targets() -> set[str]:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    return set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-
-
 # Commands
-
-
-def check_command(command: str, known_folders: set[str]) -> None:
-    """Raises where the command could not be typed: a script, recipe, setting, target or folder that is not there."""
-    words = shlex.split(command)
-    if "<" in words:
-        words = words[: words.index("<")]
-    if re.match(r"[a-z]+=\$\(", words[0]):  # name=$(command)
-        words = [words[0].partition("(")[2], *words[1:-1], words[-1].removesuffix(")")]
-    while re.match(r"[A-Z_]+=", words[0]):
-        del words[0]
-    program, *arguments = words
-    program = program.removeprefix(".venv/bin/")
-    if program == "make":
-        assert {word for word in arguments if "=" not in word} <= make_targets()
-    elif program == "accelerate":
-        check_launch(arguments)
-    elif program == "python":
-        check_script(arguments, known_folders)
-    elif "--wrap" in arguments:
-        check_command(arguments[arguments.index("--wrap") + 1], known_folders)
-    elif program == "sbatch" or program.startswith("slurm/"):
-        check_job(words)
-    else:
-        assert words == ["source", ".venv/bin/activate"], f"nothing here checks {command}"
-
-
-def check_launch(arguments: list[str]) -> None:
-    assert arguments.pop(0) == "launch"
-    parsed = launch_command_parser().parse_args(arguments)
-    assert parsed.config_file is None or (ROOT / parsed.config_file).is_file()
-    assert parsed.training_script == "src/sft.py"
-    check_script([parsed.training_script, *parsed.training_script_args], set())
-
-
-def check_job(words: list[str]) -> None:
-    """sbatch [options] script [arguments], or script [--check] [options --] [arguments]."""
-    at = next(number for number, word in enumerate(words) if word.startswith("slurm/"))
-    script, arguments = words[at], words[at + 1 :]
-    if "--" in arguments:
-        assert at == 0, "options of sbatch stand before the script"
-        arguments = arguments[arguments.index("--") + 1 :]
-    if arguments[0] == "--check":
-        del arguments[0]
-    config, recipe, *overrides = arguments
-    files = [script, config, *([overrides.pop(0)] if script == "slurm/array.sh" else [])]
-    assert all((ROOT / file).is_file() for file in files)
-    load_recipe(ROOT / recipe, overrides)
-
-
-def check_script(words: list[str], known_folders: set[str]) -> None:
-    script, source, *arguments = words
-    assert (ROOT / script).is_file()
-    if script == "src/pull.py":
-        assert parse_address(f"{source}/{arguments[0]}").repo == source and len(arguments) <= 2
-        return
-    if source.startswith(PULLED):
-        source = "recipes/quickstart.yaml"
-    if script in ("src/sft.py", "src/preview.py"):
-        flags, overrides = split_flags(arguments) if script == "src/preview.py" else ({}, arguments)
-        load_recipe(ROOT / source, overrides)
-        launch_environment(flags.get("--config_file"), flags.get("--num_processes"))
-        assert flags.get("--gpu", "t4") in GPUS
-        return
-    if script == "src/publish.py":
-        _, (_, *arguments) = publish.read_arguments([source, *arguments])
-        assert source in known_folders, f"no command makes {source}"
-        load_recipe(ROOT / "recipes" / f"{Path(source).name}.yaml", arguments)
-        return
-    if source.startswith("hub:"):
-        assert parse_address(source)
-        return
-    assert source in known_folders or (ROOT / source).is_file(), f"no command makes {source}"
-    recipe = ROOT / source if source.endswith(".yaml") else ROOT / "recipes/quickstart.yaml"
-    load_recipe(recipe, [word for word in arguments if word.startswith(OVERRIDES)])
-
-
-def folders_made() -> set[str]:
-    """Run folders of the recipes, and the folders of sweeps."""
-    sweeps = {f"outputs/{path.stem}" for path in (ROOT / "slurm").glob("*.txt")}
-    return sweeps | {load_recipe(ROOT / "recipes" / name).training.output_dir for name in RECIPES}
 
 
 EVERY_COMMAND = [(name, command) for name in [*PAGES, *RECIPES] for command in commands(name)]

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from commands import assert_one_line
 from conftest import ROOT
-from test_wrong_input import assert_one_line, run_fork, without_torch  # noqa: F401
 
 import sft
 from finetuning.errors import UserError
@@ -151,7 +151,7 @@ def test_what_does_not_go_together_is_refused_before_torch_is_imported(
     what,
     overrides,
     environment,
-    run_fork,  # noqa: F811
+    run_fork,
     tmp_path,
 ):
     arguments = [QUICKSTART, f"training.output_dir={tmp_path / 'run'}", *overrides]

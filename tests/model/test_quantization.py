@@ -11,8 +11,8 @@ import tiny
 import torch
 from conftest import ROOT
 from peft import PeftModel
+from run_folders import run_folder
 from safetensors.torch import load_file
-from test_sft import run_folder
 from transformers import AutoModelForCausalLM
 
 import generate

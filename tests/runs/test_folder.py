@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from commands import RECIPE, ROWS, assert_one_line, write_files
 from conftest import ROOT
-from test_wrong_input import RECIPE, ROWS, assert_one_line, run_fork, without_torch, write_files  # noqa: F401
 
 from finetuning.errors import UserError
 from finetuning.launch.strategy import Strategy
@@ -82,7 +82,7 @@ def begun(recipe: Recipe, strategy: Strategy, fingerprint: str = "rows") -> Path
 def test_a_second_run_is_refused_in_one_line_before_torch_is_imported(
     recipe_of,
     held_elsewhere,
-    run_fork,  # noqa: F811
+    run_fork,
     tmp_path,
 ):
     refused = run_fork("sft.py", str(tmp_path / "recipe.yaml"))

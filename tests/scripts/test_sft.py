@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bitsandbytes  # noqa: F401 - before sft.main, which hides it from what peft imports for a plain run
 import pytest
 import tiny
 import torch
 from conftest import ROOT
+from run_folders import FAST, interrupted, losses_of, run_folder
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -53,44 +53,11 @@ ROWS = {
         for n in range(20)
     },
 }
-FAST = (
-    "training.max_steps=2",
-    "generation.max_new_tokens=4",
-    "training.save_strategy=no",
-    "training.eval_strategy=no",
-)
 
 
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-
-
-def run_folder(tmp_path, *overrides: str, recipe: str = "recipes/quickstart.yaml") -> Path:
-    sft.main(
-        [
-            recipe,
-            f"training.output_dir={tmp_path / 'run'}",
-            "training.report_to=none",
-            *FAST,
-            *overrides,
-        ]
-    )
-    return tmp_path / "run"
-
-
-def losses_of(folder: Path, name: str = "loss") -> list[tuple[int, float]]:
-    """(step, loss) as logged."""
-    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(entry["step"], entry[name]) for entry in logged if name in entry]
-
-
-def interrupted(folder: Path, *lost: str) -> None:
-    """A finished run becomes one that was stopped before it had written these files or folders."""
-    for name in lost:
-        subprocess.run(["rm", "-rf", str(folder / name)], check=True)
-    environment = json.loads((folder / "environment.json").read_text())
-    (folder / "environment.json").write_text(json.dumps({**environment, "finished": None}))
 
 
 def stand_in(recipe, folder: Path) -> list[str]:

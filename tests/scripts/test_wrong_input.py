@@ -6,36 +6,13 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from commands import RECIPE, ROOT, ROWS, assert_one_line, forks, write_files
 from tiny import byte_level
 
-ROOT = Path(__file__).parents[2]
-
-RECIPE = """\
-model:
-  from_scratch:
-    vocab_size: 300
-    config: {model_type: gpt2, n_layer: 1, n_embd: 8, n_head: 2, n_positions: 64}
-data:
-  path: FOLDER/rows.jsonl
-  reader: prompt_response
-  template: question_answer
-  max_length: 64
-training:
-  output_dir: FOLDER/run
-  max_steps: 2
-"""
 SCRATCH = RECIPE[RECIPE.index("  from_scratch") : RECIPE.index("data:")]
-ROWS = '{"prompt": "Hi", "response": "Hello", "n": 1}\n{"prompt": "Bye", "response": "See you", "n": 2}\n'
-
-# Stands where torch would be found. Nothing can catch this exit, and the code is nobody else's.
-FAKE_TORCH = (
-    'import os, sys; print("torch was imported", file=sys.stderr, flush=True); os._exit(99)\n'
-)
-
 
 PREVIEW = "preview.py FOLDER/recipe.yaml"
 TRAIN = "sft.py FOLDER/recipe.yaml"
@@ -744,37 +721,6 @@ LATE = [
     ),
 ]
 
-# Runs scripts as `python src/<script> arguments` would, each in a fork of one process that has imported what they
-# share: a start costs 0.1 s and not one or two. The fork ends as any Python does, so exit code and stderr are its own.
-FORKS = """
-import gc, json, os, runpy, signal, sys, tempfile
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # libraries print when they are imported
-
-sys.path[0] = "src"
-import finetuning.model.loading, finetuning.hub.access, finetuning.runs.terminal, finetuning.runs.folder, huggingface_hub, rich.console
-from transformers import PreTrainedTokenizerFast
-for name in sys.argv[1:]:
-    __import__(name)
-
-gc.freeze()  # a fork's end need not visit (and so copy) what it shares
-for line in sys.stdin:
-    script, arguments, environment = json.loads(line)
-    files = [tempfile.TemporaryFile() for _ in range(2)]
-    child = os.fork()
-    if not child:
-        signal.alarm(60)
-        os.environ.update(environment)
-        for number, file in zip((0, 1, 2), (open(os.devnull), *files)):
-            os.dup2(file.fileno(), number)
-        sys.argv = ["src/" + script, *arguments]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        break
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = [os.pread(file.fileno(), 1 << 20, 0).decode() for file in files]
-    print(json.dumps([code, *texts]), file=answers, flush=True)
-"""
-
 ALL = [
     *MISSPELT,
     *RENAMED,
@@ -785,43 +731,6 @@ ALL = [
     *MISSING,
     *FOLDERS,
 ]
-
-
-@pytest.fixture(scope="session")
-def without_torch(tmp_path_factory):
-    """A folder that stands first on the path and holds a torch whose import ends the process."""
-    folder = tmp_path_factory.mktemp("without_torch")
-    (folder / "torch.py").write_text(FAKE_TORCH)
-    return folder
-
-
-@contextmanager
-def forks(*modules, **environment):
-    """A function like run_script's, quicker; the modules are imported beforehand."""
-    pipes = {
-        "stdin": subprocess.PIPE,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.DEVNULL,
-        "text": True,
-    }
-    command, environment = [sys.executable, "-c", FORKS, *modules], {**os.environ, **environment}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
-
-        def run(script, *arguments, **environment):
-            process.stdin.write(json.dumps([script, arguments, environment]) + "\n")
-            process.stdin.flush()
-            return subprocess.CompletedProcess(
-                (script, *arguments), *json.loads(process.stdout.readline())
-            )
-
-        yield run
-        process.stdin.close()
-
-
-@pytest.fixture(scope="session")
-def run_fork(without_torch):
-    with forks(PYTHONPATH=str(without_torch)) as run:
-        yield run
 
 
 @pytest.fixture(scope="session")
@@ -837,29 +746,8 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
-def write_files(folder, files):
-    for name, content in files.items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(
-            content
-            if isinstance(content, bytes)
-            else content.replace("FOLDER", str(folder)).encode()
-        )
-
-
 def placed(text, folder, tokenizer):
     return text.replace("FOLDER", str(folder)).replace("TOKENIZER", str(tokenizer))
-
-
-def assert_one_line(process, words, code=2):
-    assert process.returncode == code, process.stderr
-    lines = [line for line in process.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, process.stderr
-    assert lines[0].startswith("error: ")
-    assert "Traceback" not in process.stdout + process.stderr
-    for word in words:
-        assert word in lines[0]
 
 
 @pytest.mark.parametrize(("words", "files", "script", "arguments"), ALL)

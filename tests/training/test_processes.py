@@ -14,7 +14,7 @@ import tiny
 import torch
 from conftest import ROOT
 from peft import PeftModel
-from test_trainer import GLOBAL_BATCH, LORA_TARGETS, losses_of, recipe_of, trained, write_rows
+from trainings import GLOBAL_BATCH, LORA_TARGETS, losses_of, recipe_of, trained, write_rows
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.cluster
@@ -61,7 +61,7 @@ def launch(config: str | Path, *command: object, processes: int = 2) -> subproce
     return subprocess.run(
         launch_command(config, *command, processes=processes),
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}/src:{ROOT}/tests"},
         capture_output=True,
         text=True,
         timeout=600,

@@ -9,18 +9,22 @@ import tiny
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from trainings import (
+    EPSILON,
+    GLOBAL_BATCH,
+    LORA_TARGETS,
+    RATE,
+    STEPS,
+    losses_of,
+    recipe_of,
+    trained,
+    write_rows,
+)
 
 from finetuning.data.cache import prepare
 from finetuning.model.loading import load_model
 from finetuning.model.tokenizer import load_tokenizer
-from finetuning.recipe.recipe import load_recipe
-from finetuning.training.callbacks import MetricsFile
 from finetuning.training.trainer import make_trainer
-
-STEPS, GLOBAL_BATCH, RATE = 5, 8, 3e-3
-# Softmax does not see the bias of a key, so its gradient is rounding noise, which AdamW would blow up to whole steps.
-EPSILON = 1e-4
-LORA_TARGETS = {"gpt2": "[c_attn, c_fc]", "llama": "[q_proj, v_proj]", "bloom": "[query_key_value]"}
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "bloom"])
@@ -36,55 +40,6 @@ def base(request, tmp_path_factory) -> tuple[str, Path]:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows"))
-
-
-def write_rows(folder: Path) -> Path:
-    """Rows of very different lengths."""
-    file = folder / "rows.jsonl"
-    lines = [
-        {
-            "prompt": f"What is {n} + {n}?" * (1 + n % 3),
-            "response": f"It is {2 * n}. " * (1 + (n * 7) % 11),
-        }
-        for n in range(60)
-    ]
-    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    return file
-
-
-def recipe_of(base: tuple[str, Path], rows: Path, output: Path, *overrides: str):
-    text = f"""
-model: {{name: {base[1]}}}
-data: {{path: {rows}, reader: prompt_response, template: question_answer, max_length: 200, eval: {{every: 6}}}}
-training:
-  output_dir: {output}
-  max_steps: {STEPS}
-  per_device_train_batch_size: {GLOBAL_BATCH}
-  learning_rate: {RATE}
-  lr_scheduler_type: constant
-  optim: adamw_torch
-  adam_epsilon: {EPSILON}
-  logging_steps: 1
-  save_strategy: "no"
-"""
-    file = output.with_suffix(".yaml")
-    file.write_text(text, encoding="utf-8")
-    return load_recipe(file, overrides)
-
-
-def trained(recipe):
-    tokenizer = load_tokenizer(recipe.model, [])
-    prepared = prepare(recipe.data, tokenizer)
-    folder = Path(recipe.training.output_dir)
-    folder.mkdir(exist_ok=True)
-    trainer = make_trainer(recipe, tokenizer, prepared)
-    trainer.add_callback(MetricsFile(folder))
-    trainer.train()
-    return trainer
-
-
-def losses_of(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def reference(recipe, trainer) -> tuple[list[float], dict[str, torch.Tensor]]:

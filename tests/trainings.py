@@ -1,0 +1,73 @@
+"""Short trainings of small models with our trainer, for tests that look at their losses."""
+
+import json
+from pathlib import Path
+
+from finetuning.data.cache import prepare
+from finetuning.model.tokenizer import load_tokenizer
+from finetuning.recipe.recipe import Recipe, load_recipe
+from finetuning.training.callbacks import MetricsFile
+from finetuning.training.trainer import ResponseTrainer, make_trainer
+
+STEPS, GLOBAL_BATCH, RATE = 5, 8, 3e-3
+# Softmax does not see the bias of a key, so its gradient is rounding noise, which AdamW would blow
+# up to whole steps.
+EPSILON = 1e-4
+LORA_TARGETS = {"gpt2": "[c_attn, c_fc]", "llama": "[q_proj, v_proj]", "bloom": "[query_key_value]"}
+
+
+def write_rows(folder: Path) -> Path:
+    """The file of rows of very different lengths."""
+    file = folder / "rows.jsonl"
+    lines = [
+        {
+            "prompt": f"What is {n} + {n}?" * (1 + n % 3),
+            "response": f"It is {2 * n}. " * (1 + (n * 7) % 11),
+        }
+        for n in range(60)
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return file
+
+
+def recipe_of(base: tuple[str, Path], rows: Path, output: Path, *overrides: str) -> Recipe:
+    """A recipe of STEPS steps on a (kind, folder) base; its run folder is `output`."""
+    text = f"""
+model: {{name: {base[1]}}}
+data:
+  path: {rows}
+  reader: prompt_response
+  template: question_answer
+  max_length: 200
+  eval: {{every: 6}}
+training:
+  output_dir: {output}
+  max_steps: {STEPS}
+  per_device_train_batch_size: {GLOBAL_BATCH}
+  learning_rate: {RATE}
+  lr_scheduler_type: constant
+  optim: adamw_torch
+  adam_epsilon: {EPSILON}
+  logging_steps: 1
+  save_strategy: "no"
+"""
+    file = output.with_suffix(".yaml")
+    file.write_text(text, encoding="utf-8")
+    return load_recipe(file, overrides)
+
+
+def trained(recipe: Recipe) -> ResponseTrainer:
+    """The trainer of this recipe when it has trained."""
+    tokenizer = load_tokenizer(recipe.model, [])
+    prepared = prepare(recipe.data, tokenizer)
+    folder = Path(recipe.training.output_dir)
+    folder.mkdir(exist_ok=True)
+    trainer = make_trainer(recipe, tokenizer, prepared)
+    trainer.add_callback(MetricsFile(folder))
+    trainer.train()
+    return trainer
+
+
+def losses_of(trainer: ResponseTrainer) -> list[float]:
+    """The loss of every logged step."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
