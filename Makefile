@@ -52,9 +52,10 @@ bench: $(VENV)/.base  ## speed and memory beside trl and transformers, about an 
 	$(RUN)/python benchmarks/data.py $(BENCH)
 	$(RUN)/python benchmarks/startup.py $(BENCH)
 
-lint: $(VENV)/.dev  ## ruff
+lint: $(VENV)/.dev  ## ruff and mypy
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/mypy
 
 format: $(VENV)/.dev  ## let ruff mend what it can
 	$(RUN)/ruff check --fix .
@@ -65,4 +66,4 @@ schema: $(VENV)/.base  ## write recipes/recipe.schema.json again, after an upgra
 	PYTHONPATH=src $(RUN)/python -m finetuning.recipe.recipe
 
 clean:  ## remove .venv and caches; outputs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
