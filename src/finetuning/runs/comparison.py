@@ -3,7 +3,6 @@
 import csv
 import math
 import os
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from finetuning.errors import UserError
-from finetuning.recipe.recipe import load_recipe
-from finetuning.runs.folder import read_environment, read_metrics
+from finetuning.runs.folder import RunFolder
 from finetuning.runs.plots import japanese_pyplot
 
 NOT_COMPARED = ("training.output_dir",)
@@ -28,35 +26,20 @@ FIGURES = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run folder."""
-
-    folder: Path
+class Run(RunFolder):
+    """One run of a comparison."""
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Every setting of recipe.yaml as section.key: value."""
-        return dict(flat(load_recipe(self.folder / "recipe.yaml").resolved()))
-
-    @cached_property
-    def metrics(self) -> list[dict[str, Any]]:
-        return read_metrics(self.folder)
+        return dict(flat(self.recipe.resolved()))
 
     @property
     def state(self) -> str:
         """finished, or how far it is."""
-        if read_environment(self.folder).get("finished"):
+        if self.is_finished:
             return "finished"
         return f"step {self.metrics[-1]['step']}" if self.metrics else "not begun"
-
-    def curve(self, figure: str) -> tuple[list[int], list[float]]:
-        """(steps, values) wherever the figure was logged."""
-        points = {line["step"]: line[figure] for line in self.metrics if figure in line}
-        return list(points), list(points.values())
-
-    def last(self, figure: str) -> float | None:
-        return next(iter(self.curve(figure)[1][::-1]), None)
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -90,7 +73,7 @@ def find_runs(names: list[str]) -> list[Run]:
 
 def common_folder(runs: list[Run]) -> Path:
     """The nearest folder that holds all of them."""
-    return Path(os.path.commonpath([run.folder.absolute().parent for run in runs]))
+    return Path(os.path.commonpath([run.path.absolute().parent for run in runs]))
 
 
 def differing(runs: list[Run]) -> list[str]:
@@ -122,7 +105,7 @@ def rank(run: Run) -> list[float]:
 
 def name_of(run: Run, runs: list[Run]) -> str:
     """The folder's path below what holds them all."""
-    return run.folder.absolute().relative_to(common_folder(runs)).as_posix()
+    return run.path.absolute().relative_to(common_folder(runs)).as_posix()
 
 
 def print_runs(console: Console, runs: list[Run]) -> None:

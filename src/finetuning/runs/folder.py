@@ -11,8 +11,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,38 @@ class Sample(NamedTuple):
     before: str
     after: str | None = None
     """None as long as the run is not finished"""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder that is only read: each of its files once, when it is first asked for."""
+
+    path: Path
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return load_recipe(self.path / "recipe.yaml")
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        return read_environment(self.path)
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.path)
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.environment.get("finished"))
+
+    def curve(self, figure: str) -> tuple[list[int], list[float]]:
+        """(steps, values) wherever the figure was logged."""
+        points = {line["step"]: line[figure] for line in self.metrics if figure in line}
+        return list(points), list(points.values())
+
+    def last(self, figure: str) -> float | None:
+        """The figure's last value, None where it was never logged."""
+        return next(iter(self.curve(figure)[1][::-1]), None)
 
 
 def open_run_folder(recipe: Recipe, fingerprint: str, strategy: Strategy | None) -> Path:
