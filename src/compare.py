@@ -8,19 +8,29 @@ comparison.csv and comparison.png to the folder that holds them all. Runs that a
 they are.
 """
 
+from argparse import Namespace
+
+from finetuning.command_line import ArgumentParser
 from finetuning.script import run
 
 
 def main(arguments: list[str]) -> None:
+    options = read_arguments(arguments)
     from rich.console import Console
 
     from finetuning.runs.comparison import common_folder, find_runs, print_runs, write_comparison
 
-    runs = find_runs(arguments)
+    runs = find_runs(options.folders)
     console, folder = Console(markup=False, emoji=False), common_folder(runs)
     print_runs(console, runs)
     write_comparison(runs, folder)
     console.print(f"written to {folder}: comparison.csv, comparison.png", soft_wrap=True)
+
+
+def read_arguments(arguments: list[str]) -> Namespace:
+    parser = ArgumentParser()
+    parser.add_argument("folders", nargs="+")
+    return parser.read(arguments)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ change them. An adapter is put on the base model it was trained on, quantised as
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 
+from finetuning.command_line import ArgumentParser, require_section
 from finetuning.errors import UserError
 from finetuning.script import run
-
-OVERRIDES = ("generation.", "model.quantization=")  # what may differ from training
 
 
 def main(arguments: list[str]) -> None:
@@ -31,15 +31,11 @@ def main(arguments: list[str]) -> None:
     from finetuning.model.quantization import hide_bitsandbytes
     from finetuning.recipe.recipe import load_recipe
 
-    overrides = [argument for argument in arguments[1:] if re.match(r"[a-z_]+(\.\w+)+=", argument)]
-    questions = [argument for argument in arguments[1:] if argument not in overrides]
-    if other := [override for override in overrides if not override.startswith(OVERRIDES)]:
-        raise UserError(
-            f"override {other[0]!r}: after training only generation.* and model.quantization may change"
-        )
-    folder, recipe_file = find_checkpoint(arguments[0])
-    recipe = load_recipe(recipe_file, overrides)
+    options = read_arguments(arguments)
+    folder, recipe_file = find_checkpoint(options.run)
+    recipe = load_recipe(recipe_file, options.overrides)
     require_hub(base_needs(recipe, folder))
+    questions = options.questions
     if not questions and not sys.stdin.isatty():
         raise UserError(
             "no question; give one, or - to read questions from standard input, one a line"
@@ -56,6 +52,18 @@ def main(arguments: list[str]) -> None:
         print(*asker(questions), sep="\n")
     elif sys.stdin.isatty():
         converse(asker)
+
+
+def read_arguments(arguments: list[str]) -> Namespace:
+    """run, questions and overrides; what reads like section.key=value is an override."""
+    parser = ArgumentParser()
+    parser.add_argument("run")
+    parser.add_argument("words", nargs="*", default=[])
+    options = parser.read(arguments)
+    options.overrides = [word for word in options.words if re.match(r"[a-z_]+(\.\w+)+=", word)]
+    options.questions = [word for word in options.words if word not in options.overrides]
+    require_section(options.overrides, "generation.*", "model.quantization")
+    return options
 
 
 def converse(asker: Callable[[list[str]], list[str]]) -> None:

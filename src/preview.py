@@ -13,12 +13,13 @@ examples.jsonl to <training.output_dir>/preview/.
 
 import json
 import os
+from argparse import Namespace
 
+from finetuning.command_line import ArgumentParser
 from finetuning.errors import UserError
 from finetuning.script import run
 
 SHOWN = 3  # examples printed
-FLAGS = ("--gpu", "--config_file", "--num_processes")
 
 
 def main(arguments: list[str]) -> None:
@@ -45,12 +46,12 @@ def main(arguments: list[str]) -> None:
         print_funnel,
     )
 
-    flags, overrides = split_flags(arguments[1:])
-    recipe = load_recipe(arguments[0], overrides)
-    os.environ |= launch_environment(flags.get("--config_file"), flags.get("--num_processes"))
+    options = read_arguments(arguments)
+    recipe = load_recipe(options.recipe, options.overrides)
+    os.environ |= launch_environment(options.config_file, options.num_processes)
     strategy = requested_strategy()
     require_compatible(recipe, strategy, trains_here=False)
-    gpu = devices.gpu_by_name(flags["--gpu"]) if "--gpu" in flags else None
+    gpu = devices.gpu_by_name(options.gpu) if options.gpu is not None else None
     require_hub(needs_of(recipe))
     recipe = pin_base_model(recipe)
     tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
@@ -86,7 +87,7 @@ def main(arguments: list[str]) -> None:
             recipe, prepared, tokenizer, strategy, gpu or devices.local_device(recipe)
         )
     except UserError as error:  # a tokenizer's folder is enough to look at the rows
-        if flags:
+        if options.gpu or options.config_file or options.num_processes:
             raise
         return console.print(f"no budget: {error}", soft_wrap=True)
     print_budget(
@@ -94,21 +95,14 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def split_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """{flag: value} of FLAGS, and the other arguments. Raises UserError for another flag, and one without a value."""
-    flags, others = {}, []
-    words = iter(arguments)
-    for word in words:
-        if not word.startswith("--"):
-            others.append(word)
-            continue
-        name, _, value = word.partition("=")
-        if name not in FLAGS:
-            raise UserError(f"unknown flag {name}; allowed are {', '.join(FLAGS)}")
-        flags[name] = value or next(words, "")
-        if not flags[name]:
-            raise UserError(f"{name} has no value")
-    return flags, others
+def read_arguments(arguments: list[str]) -> Namespace:
+    parser = ArgumentParser()
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", default=[])
+    parser.add_argument("--gpu")
+    parser.add_argument("--config_file")
+    parser.add_argument("--num_processes")
+    return parser.read(arguments)
 
 
 if __name__ == "__main__":

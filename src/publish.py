@@ -16,10 +16,10 @@ questions; published.json in the run folder keeps the result. publish.merged=tru
 A token with write access is needed: `hf auth login`, or HF_TOKEN. Publishing again changes only what is different.
 """
 
-from finetuning.errors import UserError
-from finetuning.script import run
+from argparse import Namespace
 
-FLAGS = ("--dry-run", "--replace", "--unfinished", "--unasked")
+from finetuning.command_line import ArgumentParser, require_section
+from finetuning.script import run
 
 
 def main(arguments: list[str]) -> None:
@@ -34,47 +34,39 @@ def main(arguments: list[str]) -> None:
     from finetuning.runs.folder import find_run_folder, lock
     from finetuning.runs.terminal import print_changes
 
-    flags, (name, *overrides) = read_arguments(arguments)
-    folder = find_run_folder(name)
-    recipe = load_recipe(folder / "recipe.yaml", overrides)
-    address, console = (
-        address_of(recipe),
-        Console(highlight=False, soft_wrap=True, markup=False, emoji=False),
-    )
-    require_publishable(folder, recipe, unfinished="--unfinished" in flags)
-    require_access(address.repo, write="--dry-run" not in flags)
+    options = read_arguments(arguments)
+    folder = find_run_folder(options.run)
+    recipe = load_recipe(folder / "recipe.yaml", options.overrides)
+    address = address_of(recipe)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    require_publishable(folder, recipe, unfinished=options.unfinished)
+    require_access(address.repo, write=not options.dry_run)
     with lock(folder), merged_if_wanted(folder, recipe) as weights:
         publication = gather_publication(folder, recipe, weights)
-        if "--dry-run" in flags:
-            todo = patiently(lambda: plan(publication, "--replace" in flags), address.repo)
+        if options.dry_run:
+            todo = patiently(lambda: plan(publication, options.replace), address.repo)
             return print_changes(console, todo.changes, unpublished_files(folder))
-        published = publish(publication, "--replace" in flags)
+        published = publish(publication, options.replace)
     console.print(
         f"{'published' if published.is_new else 'unchanged'}: {published.address}, tag {published.tag}"
     )
 
     from finetuning.publishing.verification import compare, require_agreement, write_record
 
-    answers = [] if "--unasked" in flags else compare(folder, recipe, published)
+    answers = [] if options.unasked else compare(folder, recipe, published)
     write_record(folder, published, answers)
     require_agreement(console, answers, is_exact=not weights)
 
 
-def read_arguments(arguments: list[str]) -> tuple[set[str], list[str]]:
-    """(flags, run folder and overrides). Raises UserError for anything else."""
-    flags = {argument for argument in arguments if argument.startswith("--")}
-    others = [argument for argument in arguments if argument not in flags]
-    if unknown := sorted(flags - set(FLAGS)):
-        raise UserError(f"unknown flag {unknown[0]}; allowed are {', '.join(FLAGS)}")
-    if not others:
-        raise UserError(
-            "which run folder? For example: src/publish.py outputs/dolly_gpt2 --dry-run"
-        )
-    if other := [override for override in others[1:] if not override.startswith("publish.")]:
-        raise UserError(
-            f"{other[0]} comes too late, the run is trained; only publish.* can be overridden here"
-        )
-    return flags, others
+def read_arguments(arguments: list[str]) -> Namespace:
+    parser = ArgumentParser()
+    parser.add_argument("run")
+    parser.add_argument("overrides", nargs="*", default=[])
+    for flag in ("--dry-run", "--replace", "--unfinished", "--unasked"):
+        parser.add_argument(flag, action="store_true")
+    options = parser.read(arguments)
+    require_section(options.overrides, "publish.*")
+    return options
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ it, src/sft.py trains its recipe.yaml again. HF_HUB_OFFLINE=1 takes what an earl
 """
 
 import re
+from argparse import Namespace
 from pathlib import Path
 
+from finetuning.command_line import ArgumentParser
 from finetuning.errors import UserError
 from finetuning.script import run
 
@@ -21,18 +23,25 @@ def main(arguments: list[str]) -> None:
     from finetuning.hub.download import copy, describe, pull
     from finetuning.inference.resolve import read_address
 
-    if not 2 <= len(arguments) <= 3:
+    options = read_arguments(arguments)
+    if not re.fullmatch(REPO, options.repo):
         raise UserError(
-            f"expected repository and subfolder, and perhaps a folder; found {len(arguments)} arguments"
+            f"{shortened(options.repo)} is no repository; "
+            "expected owner/name, such as elith/llm-book-models"
         )
-    repo, subfolder, *target = arguments
-    if not re.fullmatch(REPO, repo):
-        raise UserError(
-            f"{shortened(repo)} is no repository; expected owner/name, such as elith/llm-book-models"
-        )
-    snapshot = pull(read_address(f"{repo}/{subfolder}"))
-    folder = copy(snapshot, Path(target[0]).expanduser()) if target else snapshot.folder
+    snapshot = pull(read_address(f"{options.repo}/{options.subfolder}"))
+    folder = snapshot.folder
+    if options.folder:
+        folder = copy(snapshot, Path(options.folder).expanduser())
     print(*describe(snapshot), f"folder: {folder}", sep="\n")
+
+
+def read_arguments(arguments: list[str]) -> Namespace:
+    parser = ArgumentParser()
+    parser.add_argument("repo")
+    parser.add_argument("subfolder")
+    parser.add_argument("folder", nargs="?")
+    return parser.read(arguments)
 
 
 if __name__ == "__main__":

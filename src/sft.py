@@ -13,10 +13,11 @@ before torch is imported, when recipe, data and run folder are known to be right
 """
 
 import os
+from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
 
-from finetuning.errors import UserError
+from finetuning.command_line import ArgumentParser
 from finetuning.script import run
 
 
@@ -49,13 +50,9 @@ def main(arguments: list[str]) -> None:
 
     stop = Stop()
     stop.listen()
-    is_check = arguments[0] == "--check"
-    if not arguments[is_check:]:
-        raise UserError(
-            "--check takes a recipe, and overrides, such as: --check recipes/quickstart.yaml"
-        )
-    path, *overrides = arguments[is_check:]
-    recipe = load_recipe(path, overrides)
+    options = read_arguments(arguments)
+    is_check = options.check
+    recipe = load_recipe(options.recipe, options.overrides)
     strategy = requested_strategy()
     require_compatible(recipe, strategy, trains_here=not is_check)
     step_size(recipe, strategy.processes)
@@ -75,7 +72,7 @@ def main(arguments: list[str]) -> None:
         return
     with nullcontext() if console.quiet else lock(folder):
         print_funnel(console, prepared.report)
-        for difference in unlike_published(Path(path), prepared.fingerprint, versions()):
+        for difference in unlike_published(Path(options.recipe), prepared.fingerprint, versions()):
             console.print(f"not as published: {difference}", soft_wrap=True)
         if is_check:
             console.print(f"recipe, data and {folder} are right; nothing was trained")
@@ -89,6 +86,14 @@ def main(arguments: list[str]) -> None:
 
         template = load_template(recipe.data, tokenizer)
         train(recipe, tokenizer, template, prepared, strategy, stop, console)
+
+
+def read_arguments(arguments: list[str]) -> Namespace:
+    parser = ArgumentParser()
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", default=[])
+    parser.add_argument("--check", action="store_true")
+    return parser.read(arguments)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,22 @@ from pathlib import Path
 from accelerate.commands.launch import launch_command_parser
 from commands import ROOT
 
+import compare
+import generate
+import preview
 import publish
+import pull
+import sft
 from finetuning.hub.address import parse_address
 from finetuning.launch.devices import GPUS
 from finetuning.launch.strategy import launch_environment
 from finetuning.recipe.recipe import load_recipe
-from generate import OVERRIDES
-from preview import split_flags
 
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+READ = {
+    f"src/{script.__name__}.py": script.read_arguments
+    for script in (compare, generate, preview, publish, pull, sft)
+}
 PULLED = "outputs/pulled/"  # what a command of ours pulls
 
 
@@ -76,30 +83,31 @@ def check_job(words: list[str]) -> None:
 
 
 def check_script(words: list[str], known_folders: set[str]) -> None:
-    script, source, *arguments = words
-    assert (ROOT / script).is_file()
+    script, *arguments = words
+    assert script in READ
+    options = READ[script](arguments)
+    source = next(word for word in arguments if not word.startswith("--"))
     if script == "src/pull.py":
-        assert parse_address(f"{source}/{arguments[0]}").repo == source and len(arguments) <= 2
+        assert parse_address(f"{options.repo}/{options.subfolder}").repo == options.repo
         return
     if source.startswith(PULLED):
         source = "recipes/quickstart.yaml"
     if script in ("src/sft.py", "src/preview.py"):
-        flags, overrides = split_flags(arguments) if script == "src/preview.py" else ({}, arguments)
-        load_recipe(ROOT / source, overrides)
-        launch_environment(flags.get("--config_file"), flags.get("--num_processes"))
-        assert flags.get("--gpu", "t4") in GPUS
+        load_recipe(ROOT / source, options.overrides)
+        if script == "src/preview.py":
+            launch_environment(options.config_file, options.num_processes)
+            assert options.gpu is None or options.gpu in GPUS
         return
     if script == "src/publish.py":
-        _, (_, *arguments) = publish.read_arguments([source, *arguments])
         assert source in known_folders, f"no command makes {source}"
-        load_recipe(ROOT / "recipes" / f"{Path(source).name}.yaml", arguments)
+        load_recipe(ROOT / "recipes" / f"{Path(source).name}.yaml", options.overrides)
         return
     if source.startswith("hub:"):
         assert parse_address(source)
         return
     assert source in known_folders or (ROOT / source).is_file(), f"no command makes {source}"
     recipe = ROOT / source if source.endswith(".yaml") else ROOT / "recipes/quickstart.yaml"
-    load_recipe(recipe, [word for word in arguments if word.startswith(OVERRIDES)])
+    load_recipe(recipe, options.overrides if script == "src/generate.py" else [])
 
 
 def folders_made() -> set[str]:

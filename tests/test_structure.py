@@ -27,7 +27,7 @@ ORDER = [
     ["inference"],
     ["training", "publishing"],
 ]
-BESIDE = ["script"]  # how a script starts and ends: for scripts only
+BESIDE = ["script", "command_line"]  # how a script starts and ends: for scripts only
 MODULES = sorted(
     path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
     for path in PACKAGE.rglob("*.py")

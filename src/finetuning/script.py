@@ -31,7 +31,7 @@ def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = 
 def run_main(main: Callable[[list[str]], None], manual: str, when_interrupted: str) -> int:
     """The exit code, after everything that is to be said has been said; see run."""
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(manual.strip(), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     write_exit_note(1, "a process was killed", at=math.inf)  # what stands there if it is

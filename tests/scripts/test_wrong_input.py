@@ -286,10 +286,26 @@ WRONG_VALUES = [
     ),
     case(
         "flag that is not known",
-        "unknown flag --graphics; allowed are --gpu",
+        "unrecognized arguments: --graphics t4; usage: ",
+        "[--gpu GPU] [--config_file",
         command=f"{PREVIEW} --graphics t4",
     ),
-    case("flag without a value", "--gpu has no value", command=f"{PREVIEW} --gpu"),
+    override("no section", "max_steps=3", "did you mean training.max_steps=3?"),
+    override("no section and no such key", "lr=3", "such as", "training.learning_rate="),
+    override("stray word", "quick", "expected section.key=value"),
+    case(
+        "flag misspelt behind the recipe",
+        "unrecognized arguments: --chek; usage: ",
+        command=f"{TRAIN} --chek",
+    ),
+    case(
+        "flag of generate that is not known",
+        "unrecognized arguments: --graphics",
+        command="generate.py FOLDER/run --graphics Hi",
+    ),
+    case(
+        "flag without a value", "argument --gpu: expected one argument", command=f"{PREVIEW} --gpu"
+    ),
     *(
         case(
             f"{count} processes",

@@ -146,11 +146,15 @@ def unknown_key(root: Fields, key: KeyPath) -> str:
         return f"{said} has a new name: write {RENAMED[name]}"
     if near := difflib.get_close_matches(name, allowed, n=1):
         return f"unknown key {said}; did you mean {'.'.join(filter(None, (section, near[0])))}?{listed(allowed)}"
-    for other in root:
-        if name in section_at(root, (other,)):
-            return f"unknown key {said}; did you mean {other}.{name}?"
+    if other := owner_of(root, name):
+        return f"unknown key {said}; did you mean {other}.{name}?"
     near = ", ".join(difflib.get_close_matches(name, allowed, n=3, cutoff=0.0))
     return f"unknown key {said}{listed(allowed) or f' (nearest are {near})'}"
+
+
+def owner_of(root: Fields, name: str) -> str | None:
+    """The first section that has a key of this name."""
+    return next((section for section in root if name in section_at(root, (section,))), None)
 
 
 def listed(names: list[str]) -> str:

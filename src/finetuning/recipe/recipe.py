@@ -13,7 +13,7 @@ from ruamel.yaml.error import YAMLError
 
 from finetuning.data.section import Data
 from finetuning.errors import UserError
-from finetuning.recipe.error_messages import KeyPath, explain, is_inside, shown
+from finetuning.recipe.error_messages import KeyPath, explain, is_inside, owner_of, shown
 from finetuning.recipe.library_fields import as_json
 from finetuning.recipe.sections import Generation, Lora, Model, Publish, Training
 from finetuning.section import Section
@@ -204,7 +204,7 @@ def apply_override(settings: dict[str, Any], places: dict[KeyPath, str], overrid
     keys = name.split(".")
     if not equals or not all(keys) or (len(keys) < 2 and name not in Recipe.model_fields):
         raise UserError(
-            f"override {override!r}: expected section.key=value, such as training.max_steps=10"
+            f"override {override!r}: expected section.key=value{with_section(name, text)}"
         )
     try:
         value = YAML(typ="safe", pure=True).load(text) if text.strip() else None
@@ -226,6 +226,14 @@ def apply_override(settings: dict[str, Any], places: dict[KeyPath, str], overrid
     for replaced in [key for key in places if is_inside(key, tuple(keys))]:
         del places[replaced]
     places[tuple(keys)] = f"override {override!r}"
+
+
+def with_section(name: str, text: str) -> str:
+    """What an override without a section may have meant."""
+    owner = owner_of(Recipe.model_fields, name)
+    if owner:
+        return f"; did you mean {owner}.{name}={text}?"
+    return ", such as training.max_steps=10 or training.learning_rate=1e-4"
 
 
 if __name__ == "__main__":  # make schema
