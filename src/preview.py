@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> None:
     from finetuning.budget.savings import remedies
     from finetuning.data.cache import cache_folder, prepare
     from finetuning.data.prepare import training_texts
+    from finetuning.files import write_text
     from finetuning.hub.access import require_hub
     from finetuning.inference.resolve import pin_base_model
     from finetuning.launch import devices
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> None:
     from finetuning.model.quantization import hide_bitsandbytes
     from finetuning.model.tokenizer import load_tokenizer
     from finetuning.recipe.recipe import load_recipe
-    from finetuning.runs.folder import make_folder, output_folder, write_text
+    from finetuning.runs.folder import make_folder, output_folder
     from finetuning.runs.plots import plot_lengths
     from finetuning.runs.terminal import (
         examples_in_order,

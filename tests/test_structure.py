@@ -17,7 +17,7 @@ SCRIPTS = sorted(path.stem for path in SOURCE.glob("*.py"))
 PACKAGE = SOURCE / "finetuning"
 # Each imports itself and what stands before it; publishing and training do not know each other.
 ORDER = [
-    ["errors", "section"],
+    ["errors", "files", "section"],
     ["data", "hub"],
     ["recipe"],
     ["launch"],

@@ -1,6 +1,5 @@
 """A run folder belongs to one run, is written to by one process, and goes on only with steps of the same size."""
 
-import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,6 @@ from finetuning.launch.strategy import Strategy
 from finetuning.recipe.recipe import Recipe, load_recipe
 from finetuning.runs.folder import (
     Sample,
-    append_metrics,
     is_finished,
     lock,
     make_folder,
@@ -23,7 +21,6 @@ from finetuning.runs.folder import (
     read_environment,
     read_samples,
     write_finish,
-    write_metrics,
     write_samples,
     write_start,
 )
@@ -303,21 +300,6 @@ def test_two_at_once_find_that_a_folder_can_be_written(tmp_path):
     """Nodes, say, whose processes have the same number."""
     with ThreadPoolExecutor(2) as pool:
         assert set(pool.map(make_folder, [tmp_path] * 2000)) == {tmp_path}
-
-
-def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
-    write_metrics(tmp_path, [{"loss": 3.0}])
-    append_metrics(tmp_path, {"loss": 2.0})
-
-    def full(path, text, **kwargs):
-        path.write_bytes(text.encode()[:3])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_metrics(tmp_path, [{"loss": 9.0}])
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["loss"] for line in lines] == [3.0, 2.0]
 
 
 def test_samples_are_read_as_they_were_written(tmp_path):

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from finetuning.errors import UserError
+from finetuning.files import write_text
 from finetuning.hub.download import pull
 from finetuning.inference.answers import load_asker
 from finetuning.publishing.card import QUESTION
 from finetuning.publishing.commit import Published
 from finetuning.recipe.recipe import Recipe, load_recipe
 from finetuning.recipe.sections import Generation
-from finetuning.runs.folder import now, write_text
+from finetuning.runs.folder import now
 
 if TYPE_CHECKING:
     from rich.console import Console

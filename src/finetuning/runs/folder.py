@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from finetuning.errors import UserError
+from finetuning.files import write_text
 from finetuning.hub.access import cached_commit
 from finetuning.launch.software import git_revision, versions
 from finetuning.launch.step_size import step_size
@@ -310,13 +311,6 @@ def means_folder(name: str) -> bool:
 
 def has_model(folder: Path) -> bool:
     return any((folder / weights).exists() for weights in WEIGHTS)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Whole or not at all: written aside, then renamed."""
-    unfinished = file.with_name(f".{file.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
 
 
 def now() -> str:

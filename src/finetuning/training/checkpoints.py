@@ -4,13 +4,14 @@
 checkpoint-20/sealed.json   {file: {bytes, sha256}}; without it, or where a file differs, it is not used
 """
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from finetuning.files import sha256_of
 
 UNFINISHED = ".unfinished"
 
@@ -134,7 +135,7 @@ def digest(file: Path) -> str:
     """SHA-256 of a file whose bytes are on the disk by then, not only in the memory of the machine."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_of(file)
 
 
 def sync(path: Path) -> None:
