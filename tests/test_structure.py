@@ -6,6 +6,7 @@ together just as well.
 
 import ast
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -130,6 +131,71 @@ def test_packages_import_only_what_stands_before_them():
             ):
                 wrong.append(f"{module} imports {other}")
     assert not wrong
+
+
+# What a person searches for: the beginning of the word as it stands in a path.
+SEARCHED = {
+    "mask": "mask",
+    "collator": "collat",
+    "sampler": "sampler",
+    "packing": "packing",
+    "resume": "resum",
+    "checkpoint": "checkpoint",
+    "LoRA": "lora",
+    "precision": "precision",
+    "tokenizer": "tokenizer",
+    "chat template": "chat_template",
+    "generate": "generat",
+    "eval": "eval",
+    "download": "download",
+    "upload": "upload",
+    "publish": "publish",
+    "distributed": "distributed",
+    "launch": "launch",
+    "OOM/memory check": "memory",
+    "signal": "signal",
+    "stop": "stop",
+    "merge": "merg",
+    "FLOPs": "flops",
+    "throughput": "throughput",
+    "attention": "attention",
+    "loss": "loss",
+    "quantization": "quantiz",
+    "reader": "reader",
+    "template": "template",
+    "cache": "cache",
+    "manifest": "manifest",
+    "model card": "card",
+    "recipe": "recipe",
+    "schema": "schema",
+    "device": "device",
+    "strategy": "strateg",
+    "callbacks": "callback",
+    "logger": "logger",
+    "plot": "plot",
+    "compare": "compar",
+    "retry": "retr",
+}
+
+
+def test_what_people_search_for_is_found_in_paths():
+    """Prints the table: pytest -s -k search."""
+    paths = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+    found = {
+        word: [path for path in paths if re.search(rf"(^|[/_]){stem}", path)]
+        for word, stem in SEARCHED.items()
+    }
+    for word, files in found.items():
+        print(f"{word:18}{' '.join(files[:3]) or '-'}")
+    assert len(SEARCHED) == 40
+    assert sum(map(bool, found.values())) >= 30
+
+
+@pytest.mark.parametrize("room", [name for names in ORDER for name in names if (PACKAGE / name).is_dir()])
+def test_a_room_says_what_it_is_for_and_which_file_to_read_first(room):
+    text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text("utf-8")))
+    (first,) = re.findall(r"^Read `(\w+\.py)` first", text, re.MULTILINE)
+    assert (PACKAGE / room / first).is_file()
 
 
 @pytest.mark.parametrize("module", MODULES)
