@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
 
     hide_bitsandbytes(recipe)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see sft.py
-    from finetuning.inference.answers import load_asker
+    from finetuning.inference.generation import load_asker
 
     asker = load_asker(folder, recipe)
     if questions:

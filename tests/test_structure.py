@@ -191,7 +191,9 @@ def test_what_people_search_for_is_found_in_paths():
     assert sum(map(bool, found.values())) >= 30
 
 
-@pytest.mark.parametrize("room", [name for names in ORDER for name in names if (PACKAGE / name).is_dir()])
+@pytest.mark.parametrize(
+    "room", [name for names in ORDER for name in names if (PACKAGE / name).is_dir()]
+)
 def test_a_room_says_what_it_is_for_and_which_file_to_read_first(room):
     text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text("utf-8")))
     (first,) = re.findall(r"^Read `(\w+\.py)` first", text, re.MULTILINE)

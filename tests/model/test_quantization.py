@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import generate
 from finetuning.data.cache import prepare
 from finetuning.errors import UserError
-from finetuning.inference.answers import load_trained
+from finetuning.inference.generation import load_trained
 from finetuning.model.precision import precision
 from finetuning.model.tokenizer import read_tokenizer
 from finetuning.publishing.merging import merge

@@ -751,7 +751,7 @@ ALL = [
 
 @pytest.fixture(scope="session")
 def run_fork_with_torch():
-    with forks("peft", "finetuning.inference.answers", "finetuning.training.trainer") as run:
+    with forks("peft", "finetuning.inference.generation", "finetuning.training.trainer") as run:
         yield run
 
 

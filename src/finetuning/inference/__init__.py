@@ -1,4 +1,4 @@
 """Which trained model a name means (run folder, recipe, Hub address), and asking it.
 
-Read `answers.py` first.
+Read `generation.py` first.
 """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from finetuning.errors import UserError
 from finetuning.files import write_text
 from finetuning.hub.download import pull
-from finetuning.inference.answers import load_asker
+from finetuning.inference.generation import load_asker
 from finetuning.publishing.card import QUESTION
 from finetuning.publishing.commit import Published
 from finetuning.recipe.recipe import Recipe, load_recipe

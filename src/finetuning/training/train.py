@@ -8,7 +8,7 @@ from rich.console import Console
 from finetuning.data.chat_template import ChatTemplate
 from finetuning.data.prepare import Prepared
 from finetuning.data.templates import MarkerTemplate
-from finetuning.inference.answers import ask
+from finetuning.inference.generation import ask
 from finetuning.launch.strategy import Strategy
 from finetuning.recipe.recipe import Recipe
 from finetuning.runs.folder import read_samples, write_finish, write_samples
