@@ -1,9 +1,9 @@
-"""Data preparation and packing: rows per second beside trl and the tokenizer alone, seconds for many lengths.
+"""Data preparation and packing beside trl, beside the tokenizer alone, and for many lengths.
 
 python benchmarks/data.py --data dolly.jsonl --tokenizer gpt2-folder
 
-Preparation is everything from the file to ids and labels: read, render, tokenize, mask, cut. The floor is one batch
-encoding of the same texts by the tokenizer. CPU seconds of the whole process part, best of the repeats.
+Preparation is everything from the file to ids and labels: read, render, tokenize, mask, cut. The
+floor is one batch encoding of the same texts by the tokenizer. CPU seconds, best of the repeats.
 """
 
 import argparse
@@ -69,7 +69,8 @@ def main() -> None:
     for name, seconds in (("trl", theirs), ("ours", ours), ("one batch encoding (floor)", floor)):
         rate, faster = len(texts) / seconds, theirs / seconds
         print(
-            f"| {name} | {seconds:.2f} | {rate:.0f} | {seconds / floor:.2f} times | {faster:.1f} times faster |"
+            f"| {name} | {seconds:.2f} | {rate:.0f} | {seconds / floor:.2f} times "
+            f"| {faster:.1f} times faster |"
         )
     print(f"\nours again, from the cache: {cached:.3f} s (wall)")
     print(f"ids and labels equal to trl's: {same(prepared.train, dataset)}\n")

@@ -1,11 +1,11 @@
-"""The budget of src/preview.py beside what a run really takes: resident memory on a CPU, allocated memory on a GPU.
+"""The budget of src/preview.py beside what a run takes: resident memory (CPU), allocated (GPU).
 
-python benchmarks/memory.py                                    # every model, method and length, on the CPU
+python benchmarks/memory.py                      # every model, method and length, on the CPU
 python benchmarks/memory.py --cases gpt2-full-64 bloom-lora8bit-256
 python benchmarks/memory.py --device cuda --json benchmarks/results/memory_cuda.json
 
-Every case is a process of its own. It trains a very small model of the same kind first, so that nothing is left to
-import; what the case then takes above that, at its peak in training, is what is measured.
+Every case is a process of its own. It trains a very small model of the same kind first, so that
+nothing is left to import; measured is what the case then takes above that at its peak in training.
 """
 
 import argparse
@@ -49,8 +49,8 @@ CASES = [
     f"{model}-{method}-{length}" for model in MODELS for method in METHODS for length in LENGTHS
 ]
 BATCH, EXAMPLES = 8, 16
-# glibc raises its threshold to the largest piece that was freed and keeps all pieces below it: up to half as much again
-# stays resident, of which nothing is in use. Held fixed, what is freed is given back.
+# glibc raises its threshold to the largest piece freed and keeps all pieces below it: up to
+# half as much again stays resident, unused. With a fixed threshold what is freed is given back.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 
 
@@ -115,7 +115,8 @@ def table(found: dict[str, dict[str, float]]) -> str:
     for case, figures in found.items():
         budget, measured = figures["budget"], figures["measured"]
         lines.append(
-            f"| {case.replace('-', ', ')} | {budget:.0f} | {measured:.0f} | {budget / measured:.2f} |"
+            f"| {case.replace('-', ', ')} | {budget:.0f} | {measured:.0f} "
+            f"| {budget / measured:.2f} |"
         )
     return "\n".join(lines)
 
@@ -124,7 +125,7 @@ def measure(kind: str, method: str, length: str, folder: Path) -> dict[str, floa
     """One case, in this process: {budget, measured} in MiB."""
     import torch
 
-    from finetuning.budget.step_memory import build, footprint
+    from finetuning.budget.step_memory import measure_step, meta_model
 
     fields = {**MODELS[kind], **SMALL[kind], "vocab_size": 300}
     small = recipe_of(kind, method, 32, write_model(folder / "small", fields), folder)
@@ -136,8 +137,8 @@ def measure(kind: str, method: str, length: str, folder: Path) -> dict[str, floa
     from transformers import AutoConfig
 
     batch = next(iter(trainer.get_train_dataloader()))
-    model = build(recipe, AutoConfig.from_pretrained(recipe.model.name))
-    parts = footprint(recipe, model, batch, None, torch.cuda.is_available()).peak()
+    model = meta_model(recipe, AutoConfig.from_pretrained(recipe.model.name))
+    parts = measure_step(recipe, model, batch, None, torch.cuda.is_available()).peak()
     sizes = {"budget": sum(parts.values()), "measured": measured, **parts}
     return {name: round(size / 2**20, 1) for name, size in sizes.items()}
 
@@ -146,7 +147,8 @@ def write_model(folder: Path, fields: dict) -> Path:
     """A folder with a random model; written by another process, lest its memory be counted."""
     code = (
         "import sys, json; from transformers import AutoConfig, AutoModelForCausalLM as M; "
-        "M.from_config(AutoConfig.for_model(**json.loads(sys.argv[1]))).save_pretrained(sys.argv[2])"
+        "config = AutoConfig.for_model(**json.loads(sys.argv[1])); "
+        "M.from_config(config).save_pretrained(sys.argv[2])"
     )
     fields = {**fields, "bos_token_id": 0, "eos_token_id": 0}
     subprocess.run(

@@ -2,8 +2,8 @@
 
 python benchmarks/startup.py --data dolly.jsonl --tokenizer gpt2-folder
 
-Both train a very small GPT-2 for one step through `accelerate launch` on the CPU: cold, with nothing prepared, and
-again. Wall seconds; the ratio is what counts. Then what each part of ours costs.
+Both train a very small GPT-2 for one step through `accelerate launch` on the CPU: cold, with
+nothing prepared, and again. Wall seconds; the ratio is what counts. Then what each part costs.
 """
 
 import argparse
@@ -26,17 +26,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 data, model, output = sys.argv[1:]
-rows = load_dataset("json", data_files=data, split="train") if ".json" in data else load_dataset(data, split="train")
+source = {"path": "json", "data_files": data} if ".json" in data else {"path": data}
+rows = load_dataset(**source, split="train")
 rows = rows.filter(lambda row: row["context"] == "")
 rows = rows.map(
-    lambda row: {"prompt": f"### Question: {row['instruction']}\\n### Answer:", "completion": f" {row['response']}"},
+    lambda row: {
+        "prompt": f"### Question: {row['instruction']}\\n### Answer:",
+        "completion": f" {row['response']}",
+    },
     remove_columns=rows.column_names,
 )
 trainer = SFTTrainer(
     model=AutoModelForCausalLM.from_pretrained(model),
     args=SFTConfig(
-        output_dir=output, max_length=512, max_steps=1, per_device_train_batch_size=8, use_cpu=True, bf16=False,
-        gradient_checkpointing=False, save_strategy="no", report_to="none",
+        output_dir=output, max_length=512, max_steps=1, per_device_train_batch_size=8,
+        use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no",
+        report_to="none",
     ),
     processing_class=AutoTokenizer.from_pretrained(model),
     train_dataset=rows,
@@ -93,10 +98,12 @@ def main() -> None:
     (work / "stock.py").write_text(TRL)
     commands = {
         "trl": [str(work / "stock.py"), options.data, str(work / "model"), str(work / "out")],
-        "ours": ["src/sft.py", "recipes/dolly_gpt2.yaml", f"model.name={work / 'model'}", f"data.path={options.data}",
-                 "training.max_steps=1", "training.save_strategy=no", "data.eval=null", "training.eval_strategy=no",
-                 "generation.prompts=[]"],
-    }  # fmt: skip
+        "ours": [
+            *("src/sft.py", "recipes/dolly_gpt2.yaml", f"data.path={options.data}"),
+            *(f"model.name={work / 'model'}", "training.max_steps=1", "training.save_strategy=no"),
+            *("data.eval=null", "training.eval_strategy=no", "generation.prompts=[]"),
+        ],
+    }
     print("| command to the end of the run of one step | cold s | warm s |")
     print("|---|---|---|")
     for name, command in commands.items():

@@ -1,14 +1,14 @@
-"""Training speed and memory, side by side with trl and transformers: same rows, model, optimizer and losses.
+"""Training speed and memory beside trl and transformers: same rows, model, optimizer and losses.
 
-python benchmarks/train.py --data dolly.jsonl --tokenizer gpt2-folder                 # GPT-2 124M, all weights, CPU
-python benchmarks/train.py --model small --method full ...                            # 4 layers x 256
-python benchmarks/train.py --model bloom --method lora ...                            # vocabulary 250,880
+python benchmarks/train.py --data dolly.jsonl --tokenizer gpt2-folder    # GPT-2, all weights, CPU
+python benchmarks/train.py --model small --method full ...               # 4 layers x 256
+python benchmarks/train.py --model bloom --method lora ...               # vocabulary 250,880
 python benchmarks/train.py --device cuda --rows 800 --repeats 3 ...
 
-Every run is a process of its own, the modes take turns, and the best of the repeats counts. On a CPU one thread is used
-and CPU seconds are counted, which a busy machine changes least; on a GPU seconds between two synchronisations, after
-some steps to warm up. The sample of rows is drawn so that its padding and its share of response tokens are those of the
-whole data set.
+Every run is a process of its own, the modes take turns, and the best of the repeats counts. On a
+CPU one thread is used and CPU seconds are counted, which a busy machine changes least; on a GPU
+seconds between two synchronisations, after some steps to warm up. The sample of rows is drawn so
+that its padding and its share of response tokens are those of the whole data set.
 """
 
 import argparse
@@ -114,10 +114,11 @@ def table(best: dict[str, dict], options: argparse.Namespace) -> str:
     first = next(iter(best.values()))
     unit = "CPU s" if options.device == "cpu" else "s"
     lines = [
-        f"{options.model}, {options.method}, {options.device}: {first['rows']} rows in batches of {BATCH}, "
-        f"{first['tokens']} tokens, {first['responses']} of them response",
+        f"{options.model}, {options.method}, {options.device}: {first['rows']} rows in batches of "
+        f"{BATCH}, {first['tokens']} tokens, {first['responses']} of them response",
         "",
-        f"| run | {unit} | faster than the first | response tokens/s | peak MiB | share of the first | losses |",
+        f"| run | {unit} | faster than the first | response tokens/s | peak MiB "
+        "| share of the first | losses |",
         "|---|---|---|---|---|---|---|",
     ]
     for mode, run in best.items():
@@ -248,7 +249,7 @@ def make_trainer(options: argparse.Namespace, model, examples, callbacks):
     from trl import SFTConfig, SFTTrainer
 
     from finetuning.data.batching import Collator
-    from finetuning.model.attention import isolate
+    from finetuning.model.attention import use_packed_attention
     from finetuning.model.loading import fuse_gelu
     from finetuning.training.trainer import ResponseTrainer, as_dataset
 
@@ -303,7 +304,7 @@ def make_trainer(options: argparse.Namespace, model, examples, callbacks):
     layout = mode.removeprefix("ours_")
     fuse_gelu(model)
     if layout == "packed":
-        isolate(model)
+        use_packed_attention(model)
     return ResponseTrainer(
         **shared, data_collator=Collator(layout, 0), train_examples=examples, order="sequential"
     )

@@ -11,7 +11,13 @@ from accelerate.utils import convert_outputs_to_fp32
 from finetuning.budget.gpu_stand_ins import PaddedPacking
 from finetuning.errors import UserError
 from finetuning.model import attention
-from finetuning.model.attention import Packing, attend, isolate, packed_as, require_isolation
+from finetuning.model.attention import (
+    Packing,
+    attend,
+    packed_as,
+    require_isolation,
+    use_packed_attention,
+)
 
 LENGTHS = (7, 1, 12, 5)
 # A window of 8 tokens, in every layer or in some.
@@ -42,7 +48,7 @@ def logits_of(model, ids, positions, lengths) -> torch.Tensor:
 
 
 def computing_in(model, dtype):
-    """The model as accelerate prepares it for bf16 or fp16: float32 weights, autocast and float32 logits."""
+    """The model as accelerate prepares it for bf16 or fp16: autocast, and logits in float32."""
     if dtype is not None:
         model.forward = convert_outputs_to_fp32(
             torch.autocast(model.device.type, dtype)(model.forward)
@@ -58,7 +64,7 @@ def test_packed_examples_get_the_logits_they_get_alone(kind, device):
     alone = [
         model(input_ids=part.to(device)).logits.detach().cpu() for part in ids.split(LENGTHS, dim=1)
     ]
-    isolate(model)
+    use_packed_attention(model)
     together = logits_of(model, ids, positions, LENGTHS)
     torch.testing.assert_close(
         together, torch.cat(alone, dim=1), rtol=0, atol=1e-5 if device == "cpu" else 1e-3
@@ -69,7 +75,7 @@ def test_packed_examples_get_the_logits_they_get_alone(kind, device):
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_changing_one_packed_example_changes_no_other(kind, device):
     model = tiny.model_of(kind).to(device)
-    isolate(model)
+    use_packed_attention(model)
     ids, positions = flat()
     before = logits_of(model, ids, positions, LENGTHS)
     ids[0, 8:20] = torch.randint(5, 500, (12,))  # the third
@@ -81,7 +87,7 @@ def test_changing_one_packed_example_changes_no_other(kind, device):
 
 @pytest.fixture(params=["one by one", "padded rows", "kernel"])
 def way(request, monkeypatch) -> type[Packing]:
-    """Each way to attend, on the CPU: the kernel is one of ours, which does what varlen_attn's manual says."""
+    """Each way to attend, on the CPU: the kernel is ours, by the manual of varlen_attn."""
     if request.param == "kernel":
         monkeypatch.setattr(attention, "has_flash", lambda query: True)
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
@@ -109,7 +115,7 @@ def test_a_packed_example_longer_than_the_window_sees_the_window(kind, way):
     lengths = (40, 3, 12, 8)
     ids, positions = flat(lengths)
     alone = [model(input_ids=part).logits.detach() for part in ids.split(lengths, dim=1)]
-    isolate(model)
+    use_packed_attention(model)
     with torch.no_grad(), packed_as(way(lengths, model.device)):
         together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
@@ -129,7 +135,7 @@ def test_padding_on_the_right_changes_no_logit_of_a_model_with_windows_or_sinks(
 
 def test_windows_that_the_packed_path_would_drop_are_refused(monkeypatch):
     model = tiny.model_of("mistral", **WINDOWED["mistral"])
-    isolate(model)
+    use_packed_attention(model)
     one = attention.attend
     monkeypatch.setattr(attention, "attend", lambda *args, window: one(*args))
     assert require_isolation(model, longest=8) is None  # no example outgrows the window
@@ -141,7 +147,7 @@ def test_a_model_that_attends_in_chunks_is_refused_where_an_example_outgrows_the
     model = tiny.model_of(
         "llama4_text", attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=64
     )
-    isolate(model)
+    use_packed_attention(model)
     assert require_isolation(model, longest=8) is None
     with pytest.raises(UserError, match="get alone"):
         require_isolation(model, longest=12)
@@ -152,7 +158,7 @@ def test_a_model_whose_attention_is_more_than_sdpa_is_refused():
     with pytest.raises(
         UserError, match=r"^data\.layout: packed, but gpt_oss .*eager.*sinks.*data\.layout=padded$"
     ):
-        isolate(model)
+        use_packed_attention(model)
 
 
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
@@ -161,7 +167,7 @@ def test_what_attends_under_autocast_is_half_precision_as_the_kernel_needs_it(ki
     asked = []
     monkeypatch.setattr(attention, "has_flash", lambda query: asked.append(query.dtype))
     model = tiny.model_of(kind).train()
-    isolate(model)
+    use_packed_attention(model)
     ids, positions = flat()
     with packed_as(Packing(LENGTHS, model.device)), torch.autocast("cpu", torch.bfloat16):
         model(input_ids=ids, position_ids=positions, use_cache=False)
@@ -174,7 +180,7 @@ def test_what_attends_under_autocast_is_half_precision_as_the_kernel_needs_it(ki
 @pytest.mark.parametrize("kind", ["bloom", "mistral"])
 def test_all_layers_keep_one_and_the_same_mask_for_backward(kind, dtype):
     model = tiny.model_of(kind, **WINDOWED.get(kind, {})).train()
-    isolate(model)
+    use_packed_attention(model)
     ids, positions = flat()
     packing = Packing(LENGTHS, model.device)
     kept = []
@@ -205,7 +211,7 @@ def test_attention_under_autocast_rounds_as_sdpa_does():
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_half_precision_on_a_gpu_isolates_too(kind, dtype):
     model = computing_in(tiny.model_of(kind).to("cuda"), dtype)
-    isolate(model)
+    use_packed_attention(model)
     require_isolation(model, is_half=True)
     ids, positions = flat()
     before = logits_of(model, ids, positions, LENGTHS)
@@ -227,7 +233,7 @@ def test_the_flash_kernel_and_padded_rows_give_the_same_gradients(kind, monkeypa
         model = computing_in(
             tiny.model_of(kind, **WINDOWED.get(kind, {})).to("cuda"), torch.bfloat16
         )
-        isolate(model)
+        use_packed_attention(model)
         monkeypatch.setattr(attention, "has_flash", has_flash)
         with packed_as(Packing(lengths, model.device)):
             output = model(input_ids=ids.cuda(), position_ids=positions.cuda(), use_cache=False)
@@ -240,7 +246,7 @@ def test_the_flash_kernel_and_padded_rows_give_the_same_gradients(kind, monkeypa
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_the_real_model_is_asked_and_passes(kind):
     model = tiny.model_of(kind)
-    isolate(model)
+    use_packed_attention(model)
     assert require_isolation(model) is None  # it raises otherwise
 
 
@@ -248,7 +254,7 @@ def test_the_real_model_is_asked_and_passes(kind):
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_a_model_that_is_asked_under_autocast_may_round_as_autocast_does(kind, dtype):
     model = computing_in(tiny.model_of(kind), dtype)
-    isolate(model)
+    use_packed_attention(model)
     assert require_isolation(model, is_half=True) is None  # it raises otherwise
 
 
@@ -269,7 +275,7 @@ def test_bloom_as_it_is_leaks_and_is_refused(std, dtype):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_broken_isolation_is_refused(kind, dtype, monkeypatch):
     model = computing_in(tiny.model_of(kind), dtype)
-    isolate(model)
+    use_packed_attention(model)
     one = attention.attend
     whole = lambda query, key, value, packing, *rest, window: one(  # noqa: E731
         query, key, value, Packing((query.shape[2],), packing.device), *rest
@@ -286,7 +292,7 @@ def test_generation_is_what_it_was(kind):
     mask = (ids != 0).long()
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     before = model.generate(input_ids=ids, attention_mask=mask, **settings)
-    isolate(model)
+    use_packed_attention(model)
     assert torch.equal(before, model.generate(input_ids=ids, attention_mask=mask, **settings))
 
 
@@ -296,7 +302,7 @@ def test_checkpointed_layers_attend_in_isolation_when_they_run_again(kind):
     grads = []
     for checkpointing in (False, True):
         model = tiny.model_of(kind, **WINDOWED.get(kind, {})).train()
-        isolate(model)
+        use_packed_attention(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         with packed_as(Packing(LENGTHS, model.device)):

@@ -30,7 +30,7 @@ def problem(
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 20, 128])
 def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, rows, bias):
-    monkeypatch.setattr(loss, "TILE", 0)
+    monkeypatch.setattr(loss, "TILE_LOGITS", 0)
     monkeypatch.setattr(loss, "TILE_ROWS", rows)
     hidden, weight, offset, tokens = problem(bias=bias)
     wanted = F.cross_entropy(F.linear(hidden, weight, offset), tokens, reduction="sum")
@@ -38,7 +38,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, rows, bias):
     given = [part for part in (hidden, weight, offset) if part is not None]
     assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
     assert correct.item() == (F.linear(hidden, weight, offset).argmax(1) == tokens).sum().item()
-    # The factor stands for what comes after the loss: tokens of the step, accumulation, fp16 loss scale.
+    # The factor stands for what follows the loss: tokens of the step, accumulation, fp16's scale.
     for mine, theirs in zip(
         torch.autograd.grad(found * 7, given), torch.autograd.grad(wanted * 7, given), strict=True
     ):

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetuning.budget.gpu_stand_ins import hold_linear_layers
+from finetuning.budget.gpu_stand_ins import quantize_linear_layers
 from finetuning.model.flops import matmul_params_of
 from finetuning.model.loading import load_model
 from finetuning.model.loss import ResponseHead, Targets
@@ -26,12 +26,13 @@ def adapted(model, kind: str):
     model = get_peft_model(
         model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS[kind])
     )
-    model.enable_input_require_grads()  # else a first layer that is frozen has nothing to go back for
+    # Else the backward ends before a frozen first layer.
+    model.enable_input_require_grads()
     return model
 
 
 def multiplied(model) -> int:
-    """FLOPs of the matrix products of a training step, but for those among the tokens: attention's are batched."""
+    """FLOPs of a training step's matrix products, without attention's, which are batched."""
     ids = torch.randint(5, 500, (2, 9), generator=torch.Generator().manual_seed(1))
     targets = Targets(torch.tensor([3, 4, 9, 16]), ids.flatten()[[4, 5, 10, 17]])
     aten = torch.ops.aten
@@ -52,14 +53,14 @@ def test_they_are_those_of_a_step(kind, method):
     model = tiny.model_of(kind).train()
     if method == "lora":
         model = adapted(model, kind)
-    products = matmul_params_of(model)
-    assert products.flops(TOKENS, RESPONSES) == multiplied(model)
+    params = matmul_params_of(model)
+    assert params.flops(TOKENS, RESPONSES) == multiplied(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    # Not quite a whole forward more: torch ends it at the last tensor of a layer that backward needs.
+    # Not quite a whole forward more: torch ends it at the last tensor that backward needs.
     assert (
-        products.flops(TOKENS, RESPONSES)
+        params.flops(TOKENS, RESPONSES)
         < multiplied(model)
-        <= products.flops(TOKENS, RESPONSES, forwards=2)
+        <= params.flops(TOKENS, RESPONSES, forwards=2)
     )
 
 
@@ -88,7 +89,7 @@ def test_a_base_in_few_bits_multiplies_as_much_as_a_plain_one(kind, bits, tmp_pa
     real = load_model(Model(name=str(tmp_path), quantization=f"{bits}bit"), tokenizer, seed=0)
     assert real.is_quantized and matmul_params_of(adapted(real, kind)) == expected
     held = tiny.model_of(kind, vocab_size=len(tokenizer), width=64)
-    hold_linear_layers(held, bits)
+    quantize_linear_layers(held, bits)
     for weight in held.parameters():
         weight.requires_grad_(False)
     assert matmul_params_of(held).head == expected.head
@@ -105,6 +106,6 @@ def test_what_zero_3_leaves_of_a_weight_does_not_matter():
     assert (
         shared_out.flops_of(batch)
         == whole.flops_of(batch)
-        == whole.products.flops(TOKENS, RESPONSES)
+        == whole.matmul_params.flops(TOKENS, RESPONSES)
         > 0
     )

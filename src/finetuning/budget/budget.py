@@ -1,4 +1,4 @@
-"""What a run will take, before it is run: memory of a process, steps, time, disk. No weights are loaded."""
+"""What a run will need: memory of a process, steps, time and disk, without loading any weights."""
 
 import math
 import shutil
@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from finetuning.budget.step_memory import Footprint, build, footprint, optimizer_bytes
+from finetuning.budget.step_memory import (
+    StepMemory,
+    measure_step,
+    meta_model,
+    optimizer_bytes,
+)
 from finetuning.data.batching import BatchSampler, Collator
 from finetuning.data.prepare import Prepared
 from finetuning.data.tokenization import IGNORE_INDEX
@@ -24,21 +29,13 @@ from finetuning.recipe.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-
-# Of the device's peak, over a whole run: from a step that waits for its host, or unpacks 8 bits, to a good one.
+# Shares of the device's peak FLOP/s, over a whole run: from one whose steps wait for the host, or
+# unpack 8 bits, to a good one.
 UTILISATION = (0.15, 0.5)
-
-
 CPU_UTILISATION = (0.4, 0.95)  # of the product that was timed
-
-
-FULL, TIGHT = (
-    0.95,
-    0.85,
-)  # shares of a device's memory; CUDA's own context and gaps between tensors take the rest
-
-
-REDUCE_BUCKET = 500_000_000  # numbers: DeepSpeed's default of zero_optimization.reduce_bucket_size
+# Shares of a device's memory; CUDA's own context and gaps between tensors take the rest.
+FULL, TIGHT = 0.95, 0.85
+REDUCE_BUCKET = 500_000_000  # numbers; DeepSpeed's default of zero_optimization.reduce_bucket_size
 
 
 @dataclass(frozen=True)
@@ -49,17 +46,17 @@ class Budget:
     strategy: Strategy
     step: StepSize
     parts: dict[str, int]
-    """at the moment when they are most together: weights, adapters, gradients, optimizer, activations, logits,
-    communication"""
+    """at the moment when their sum is largest: weights, adapters, gradients, optimizer,
+    activations, logits, communication"""
     longest: tuple[int, int, int]
     """of the longest micro-batch: examples, tokens computed (padding too), response tokens"""
     steps: int
     tokens: int
-    """that are trained on in all steps, repeated ones too; without padding"""
+    """trained on in all steps, repeated ones too; without padding"""
     seconds: tuple[float, float] | None
-    """at least and at most, without start and evaluation; None for a GPU whose peak is not known"""
+    """at least and at most, without start and evaluation; None if the GPU's peak is unknown"""
     disk: int
-    """checkpoints that are kept, one that is being written, and the final weights"""
+    """checkpoints that are kept, the one that is being written, and the final weights"""
     free: int
     """on the disk of training.output_dir"""
 
@@ -69,7 +66,7 @@ class Budget:
 
     @property
     def available(self) -> int:
-        """To one process: a GPU is its own, a CPU's memory is everybody's."""
+        """To one process: a GPU is its own, a CPU's memory is shared by all."""
         return self.device.memory // (1 if self.device.is_gpu else self.strategy.processes)
 
     @property
@@ -86,42 +83,52 @@ def make_budget(
     strategy: Strategy,
     device: Device,
 ) -> Budget:
-    """Raises UserError where the recipe's number format cannot work on the device, or its model has no config."""
+    """Raises UserError for a model without a config, and a format that the device cannot have."""
     step = step_size(recipe, strategy.processes)
     training = recipe.training.model_copy(update={"gradient_accumulation_steps": step.accumulation})
     recipe = recipe.model_copy(update={"training": training})
     sampler = sampler_of(recipe, prepared, step)
-    steps_of_epoch = math.ceil(len(sampler) / step.accumulation)
-    steps = steps_of(recipe, steps_of_epoch)
+    steps_per_epoch = math.ceil(len(sampler) / step.accumulation)
+    steps = steps_of(recipe, steps_per_epoch)
     is_padded = recipe.data.layout == "padded"
-    numbers = sampler.longest(steps * step.accumulation, is_padded)
+    numbers = np.array(sampler.longest(steps * step.accumulation, is_padded))
     examples = list(prepared.train.select(numbers))
     batch = Collator(recipe.data.layout, tokenizer.pad_token_id or 0)(examples)
-    formats = precision(recipe, torch.device("cuda" if device.is_gpu else "cpu"), device.capability)
-    autocast = torch.bfloat16 if formats["bf16"] else torch.float16 if formats["fp16"] else None
 
-    model = build(recipe, load_config(recipe.model, tokenizer))
-    taken = footprint(recipe, model, batch, autocast, device.is_gpu)
-    epochs = steps / steps_of_epoch
-    computed_tokens = sampler.computed_tokens(is_padded) * epochs
+    model = meta_model(recipe, load_config(recipe.model, tokenizer))
+    autocast = autocast_dtype(recipe, device)
+    memory = measure_step(recipe, model, batch, autocast, device.is_gpu)
+    epochs = steps / steps_per_epoch
+    computed = sampler.computed_tokens(is_padded) * epochs
     responses = np.count_nonzero(prepared.train.labels != IGNORE_INDEX) * epochs
     forwards = 2 if recipe.training.activation_checkpointing else 1
-    flops = matmul_params_of(model).flops(computed_tokens, responses, forwards) / strategy.processes
-    slow, fast = UTILISATION if device.is_gpu else CPU_UTILISATION
+    flops = matmul_params_of(model).flops(computed, responses, forwards) / strategy.processes
     return Budget(
         device=device,
         strategy=strategy,
         step=step,
-        parts=parts_of(taken, model, strategy),
+        parts=parts_of(memory, model, strategy),
         longest=(len(examples), batch["input_ids"].numel(), len(batch["targets"])),
         steps=steps,
         tokens=round(prepared.train.lengths.sum() * epochs),
-        seconds=(flops / device.flops / fast, flops / device.flops / slow)
-        if device.flops
-        else None,
-        disk=disk_of(recipe, model, steps, steps_of_epoch),
+        seconds=seconds_of(flops, device),
+        disk=disk_of(recipe, model, steps, steps_per_epoch),
         free=shutil.disk_usage(existing(Path(recipe.training.output_dir).expanduser())).free,
     )
+
+
+def autocast_dtype(recipe: Recipe, device: Device) -> torch.dtype | None:
+    kind = torch.device("cuda" if device.is_gpu else "cpu")
+    formats = precision(recipe, kind, device.capability)
+    return torch.bfloat16 if formats["bf16"] else torch.float16 if formats["fp16"] else None
+
+
+def seconds_of(flops: float, device: Device) -> tuple[float, float] | None:
+    """At least and at most, of one process; None where the device's peak is unknown."""
+    slow, fast = UTILISATION if device.is_gpu else CPU_UTILISATION
+    if not device.flops:
+        return None
+    return flops / device.flops / fast, flops / device.flops / slow
 
 
 def sampler_of(recipe: Recipe, prepared: Prepared, step: StepSize) -> BatchSampler:
@@ -138,17 +145,20 @@ def sampler_of(recipe: Recipe, prepared: Prepared, step: StepSize) -> BatchSampl
     )
 
 
-def steps_of(recipe: Recipe, of_epoch: int) -> int:
+def steps_of(recipe: Recipe, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole run, as Trainer counts them."""
-    given = recipe.training.max_steps
-    return given if given > 0 else math.ceil(recipe.training.num_train_epochs * of_epoch)
+    max_steps: int = recipe.training.max_steps
+    if max_steps > 0:
+        return max_steps
+    return math.ceil(recipe.training.num_train_epochs * steps_per_epoch)
 
 
-def parts_of(taken: Footprint, model: "PreTrainedModel", strategy: Strategy) -> dict[str, int]:
-    """What of the step one process holds, and what it takes to exchange the rest.
+def parts_of(memory: StepMemory, model: "PreTrainedModel", strategy: Strategy) -> dict[str, int]:
+    """What of the step one process holds, and what it needs to exchange the rest.
 
-    DDP copies gradients into buckets. ZeRO keeps float32 copies of the trained weights, and a bucket for gradients on
-    their way; ZeRO-3 and FSDP gather a layer while another is computed. From their sources; only one process measured.
+    DDP copies gradients into buckets. ZeRO keeps float32 copies of the trained weights, and a
+    bucket for gradients that are sent; ZeRO-3 and FSDP gather a layer while another is computed.
+    From their sources; measured with one process only.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     share = 1 / strategy.processes
@@ -158,7 +168,7 @@ def parts_of(taken: Footprint, model: "PreTrainedModel", strategy: Strategy) -> 
         "zero3": ("optimizer", "gradients", "weights", "adapters"),
         "fsdp": ("optimizer", "gradients", "weights", "adapters"),
     }
-    parts = taken.peak(dict.fromkeys(sharded.get(strategy.name, ()), share))
+    parts = memory.peak(dict.fromkeys(sharded.get(strategy.name, ()), share))
     communication = 0
     if strategy.name == "ddp":
         communication += sum(weight.nbytes for weight in trained)
@@ -173,30 +183,26 @@ def parts_of(taken: Footprint, model: "PreTrainedModel", strategy: Strategy) -> 
 
 
 def largest_layer(model: "PreTrainedModel") -> int:
-    """Bytes of the largest part that is gathered as one: a layer, or a weight outside of them, such as embeddings."""
-    layers = [
-        module
-        for module in model.modules()
-        if type(module).__name__ in (model._no_split_modules or ())
-    ]
+    """Bytes of the largest part that is gathered as one.
+
+    That is a layer, or a weight outside of the layers, such as embeddings.
+    """
+    names = model._no_split_modules or ()
+    layers = [module for module in model.modules() if type(module).__name__ in names]
     sizes = [sum(weight.nbytes for weight in layer.parameters()) for layer in layers]
     return max([*sizes, *(weight.nbytes for weight in model.parameters())])
 
 
-def disk_of(recipe: Recipe, model: "PreTrainedModel", steps: int, steps_of_epoch: int) -> int:
-    """The checkpoints that are kept, the one that is written before an old one goes, and the trained weights."""
+def disk_of(recipe: Recipe, model: "PreTrainedModel", steps: int, steps_per_epoch: int) -> int:
+    """Bytes of the checkpoints that are kept, one that is being written, and the final weights."""
     training = recipe.training
     weights = [weight for weight in model.parameters() if weight.requires_grad or not recipe.lora]
     whole = sum(weight.nbytes for weight in weights)
-    every = {
-        "epoch": steps_of_epoch,
-        "steps": training.save_steps if training.save_steps >= 1 else training.save_steps * steps,
-    }
-    saves = (
-        math.ceil(steps / every[training.save_strategy]) if training.save_strategy in every else 0
-    )
+    save_steps = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
+    interval = {"epoch": steps_per_epoch, "steps": save_steps}.get(training.save_strategy)
+    saves = math.ceil(steps / interval) if interval else 0
     kept = min(saves, (training.save_total_limit or saves) + 1)
-    return whole + kept * (whole + optimizer_bytes(recipe, weights))
+    return int(whole + kept * (whole + optimizer_bytes(recipe, weights)))
 
 
 def existing(folder: Path) -> Path:

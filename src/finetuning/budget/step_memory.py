@@ -1,12 +1,13 @@
-"""Recipe, config and batch -> the memory that one training step takes: the step itself, on tensors without memory.
+"""Recipe, config and batch -> the memory of one training step: the step itself, on fake tensors.
 
-Model, adapter, attention and loss are those of training, so nothing is estimated but what happens inside of a kernel.
-torch's FakeTensorMode gives a tensor shape, number format and device, but no bytes. Every storage that comes and goes
-is written down, and the peak is looked up afterwards, for whatever share of it a process holds.
+Model, adapter, attention and loss are those of training, so that only what happens inside of a
+kernel is estimated. torch's FakeTensorMode gives a tensor shape, number format and device, but no
+bytes. Every storage that comes and goes is recorded, and the peak is looked up afterwards, for
+whatever share of it a process holds.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from finetuning.budget.gpu_stand_ins import LayerNormInFloat32, PaddedPacking, hold_linear_layers
+from finetuning.budget.gpu_stand_ins import (
+    LayerNormInFloat32,
+    PaddedPacking,
+    quantize_linear_layers,
+)
 from finetuning.data.batching import Batch
-from finetuning.model.attention import Packing, isolate, packed_as
+from finetuning.model.attention import Packing, packed_as, use_packed_attention
 from finetuning.model.loading import fuse_gelu
 from finetuning.model.lora import lora_config
 from finetuning.model.loss import ResponseHead, Targets, require_plain_head
@@ -28,11 +33,8 @@ from finetuning.recipe.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-
 KINDS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits")
-
-
-# Bytes that an optimizer keeps for a byte of trained weights; where it is not listed, the two averages of AdamW.
+# Bytes that an optimizer keeps per byte of trained weights; of others, AdamW's two averages.
 OPTIMIZER_SHARES = {
     "sgd": 0.0,
     "adafactor": 0.01,
@@ -43,66 +45,50 @@ OPTIMIZER_SHARES = {
 
 
 @dataclass(frozen=True)
-class Footprint:
+class StepMemory:
     """What one step allocates, in order."""
 
-    kinds: np.ndarray  # (storages,) index into KINDS
-    sizes: np.ndarray  # (storages,) bytes
-    events: np.ndarray  # (events,) number n of a storage that comes, ~n (negative) of one that goes
+    kinds: np.ndarray
+    """(storages,) index into KINDS"""
+    sizes: np.ndarray
+    """(storages,) bytes"""
+    events: np.ndarray
+    """(events,) n where storage number n is allocated, ~n (negative) where it is freed"""
 
     def peak(self, shares: dict[str, float] | None = None) -> dict[str, int]:
-        """{kind: bytes} at the moment when they are most, all together.
+        """{kind: bytes} at the moment when their sum is largest.
 
-        `shares` says which part of a kind a process holds, 0..1; all of it where nothing is said.
+        `shares` says which part of a kind a process holds, 0..1; where a kind is not in it, all.
         """
         share = np.array([(shares or {}).get(kind, 1.0) for kind in KINDS])
         storages = np.where(self.events < 0, ~self.events, self.events)
-        change = (
-            np.where(self.events < 0, -1, 1) * self.sizes[storages] * share[self.kinds[storages]]
-        )
+        bytes_held = self.sizes[storages] * share[self.kinds[storages]]
+        change = np.where(self.events < 0, -bytes_held, bytes_held)
         until = int(np.cumsum(change).argmax()) + 1
-        kinds = self.kinds[storages[:until]]
-        return {
-            kind: round(change[:until][kinds == number].sum()) for number, kind in enumerate(KINDS)
-        }
+        kinds, change = self.kinds[storages[:until]], change[:until]
+        return {kind: round(change[kinds == index].sum()) for index, kind in enumerate(KINDS)}
 
 
-def footprint(
-    recipe: Recipe,
-    model: "PreTrainedModel",
-    batch: Batch,
-    autocast: torch.dtype | None,
-    on_gpu: bool,
-) -> Footprint:
-    """What a training step of a model that `build` made allocates. `autocast` is that of training.bf16 or fp16."""
-    tracker = StorageTracker()
-    with FakeTensorMode() as mode:
-        tag_weights(tracker, model)
-        head = TrackedHead(model, tracker)
-        with tracker:
-            tensors = {
-                name: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v
-                for name, v in batch.items()
-            }
-            step(recipe, model, head, tensors, autocast, on_gpu)
-        head.tie()
-    return tracker.footprint()
+def meta_model(recipe: Recipe, config: "PreTrainedConfig") -> "PreTrainedModel":
+    """The model as make_trainer has it, its weights on the meta device.
 
-
-def build(recipe: Recipe, config: "PreTrainedConfig") -> "PreTrainedModel":
-    """The model as make_trainer has it, its weights on the meta device. Raises UserError where that refuses it."""
+    Raises UserError where make_trainer does.
+    """
+    dtype = getattr(torch, recipe.model.dtype)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, recipe.model.dtype))
-        return prepare(recipe, model)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        prepared: PreTrainedModel = as_trained(recipe, model)
+    return prepared
 
 
-def prepare(recipe: Recipe, model: "PreTrainedModel") -> "PreTrainedModel":
+def as_trained(recipe: Recipe, model: Any) -> Any:
+    """The model with what make_trainer and trl change of it: attention, adapter, checkpointing."""
     require_plain_head(model, recipe.lora)
     fuse_gelu(model)
     if recipe.data.layout == "packed":
-        isolate(model)
+        use_packed_attention(model)
     if recipe.model.quantization:
-        hold_linear_layers(model, bits=int(recipe.model.quantization[0]))
+        quantize_linear_layers(model, bits=int(recipe.model.quantization[0]))
     if recipe.lora:
         from peft import get_peft_model
 
@@ -114,12 +100,37 @@ def prepare(recipe: Recipe, model: "PreTrainedModel") -> "PreTrainedModel":
     return model.train()
 
 
-def optimizer_bytes(recipe: Recipe, trained: list[torch.Tensor]) -> int:
+def optimizer_bytes(recipe: Recipe, trained: Sequence[torch.Tensor]) -> int:
     share = OPTIMIZER_SHARES.get(recipe.training.optim, 2.0)
     return round(share * sum(weight.nbytes for weight in trained))
 
 
-def step(
+def measure_step(
+    recipe: Recipe,
+    model: "PreTrainedModel",
+    batch: Batch,
+    autocast: torch.dtype | None,
+    on_gpu: bool,
+) -> StepMemory:
+    """What a training step of a model by `meta_model` allocates.
+
+    `autocast` is the format of training.bf16 or fp16.
+    """
+    tracker = StorageTracker()
+    with FakeTensorMode() as mode:
+        make_weights_fake(model, tracker)
+        head = TrackedHead(model, tracker)
+        with tracker:
+            tensors = {
+                name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+                for name, value in batch.items()
+            }
+            run_step(recipe, model, head, tensors, autocast, on_gpu)
+        head.tie_again()
+    return tracker.step_memory()
+
+
+def run_step(
     recipe: Recipe,
     model: "PreTrainedModel",
     head: "TrackedHead",
@@ -127,48 +138,50 @@ def step(
     autocast: torch.dtype | None,
     on_gpu: bool,
 ) -> None:
-    """A micro-batch of a later step: the optimizer has its averages, and gradients are there if they are added up."""
+    """Computes a micro-batch as a later step does.
+
+    The optimizer has its averages by then, and with accumulation there are gradients to add to.
+    """
     tracker = head.tracker
-    trained = [
-        weight
-        for weight in model.parameters()
-        if weight.requires_grad and (head.tied is None or weight is not head.head.weight)
-    ]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    if head.tied is not None:
+        trained = [weight for weight in trained if weight is not head.head.weight]
     with tracker.tagging("optimizer"):
         state = torch.empty(optimizer_bytes(recipe, trained), dtype=torch.uint8)
     if recipe.training.gradient_accumulation_steps > 1:
         for weight in trained:
             weight.grad = torch.empty_like(weight)
     kind = PaddedPacking if on_gpu else Packing
-    packing = (
-        kind(tuple(batch["lengths"]), torch.device("cpu")) if "position_ids" in batch else None
-    )
+    is_packed = "position_ids" in batch
+    packing = kind(tuple(batch["lengths"]), torch.device("cpu")) if is_packed else None
     arguments = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     targets = Targets(batch["positions"], batch["targets"])
-    with packed_as(packing), head.scoring(targets), LayerNormInFloat32(on_gpu and autocast):
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+    is_half = autocast is not None
+    with packed_as(packing), head.scoring(targets), LayerNormInFloat32(on_gpu and is_half):
+        with torch.autocast("cpu", autocast, enabled=is_half):
             loss = model(**arguments, use_cache=False).logits
         loss.backward()
     for weight in trained:
-        tracker.tag(weight.grad, "gradients")
+        if weight.grad is not None:
+            tracker.tag(weight.grad, "gradients")
     del state
 
 
 class StorageTracker(TorchDispatchMode):
-    """Writes down every storage that an operation allocates, and when it is freed."""
+    """Records every storage that an operation allocates, and when it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.numbers: weakref.WeakKeyDictionary[Any, int] = (
-            weakref.WeakKeyDictionary()
-        )  # of storages that are there
+        # Numbers of the storages that are alive.
+        self.numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.kinds: list[str] = []
         self.sizes: list[int] = []
         self.events: list[int] = []
-        self.kind = "activations"  # of what is allocated now
+        self.kind = "activations"
+        """of what is allocated now"""
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         for tensor in output if isinstance(output, (tuple, list)) else [output]:
@@ -177,6 +190,7 @@ class StorageTracker(TorchDispatchMode):
         return output
 
     def number_of(self, tensor: torch.Tensor) -> int:
+        """The number of the tensor's storage, which is recorded when it is first seen."""
         storage = tensor.untyped_storage()
         if storage not in self.numbers:
             number = self.numbers[storage] = len(self.sizes)
@@ -187,7 +201,7 @@ class StorageTracker(TorchDispatchMode):
         return self.numbers[storage]
 
     def tag(self, tensor: torch.Tensor, kind: str) -> None:
-        """Says of which kind a tensor's storage is, which may have been allocated before that was known."""
+        """Sets the kind of a tensor's storage, which may have been allocated before."""
         self.kinds[self.number_of(tensor)] = kind
 
     @contextmanager
@@ -198,51 +212,50 @@ class StorageTracker(TorchDispatchMode):
         finally:
             self.kind = before
 
-    def footprint(self) -> Footprint:
+    def step_memory(self) -> StepMemory:
         kinds = np.array([KINDS.index(kind) for kind in self.kinds])
-        return Footprint(kinds, np.array(self.sizes, np.int64), np.array(self.events, np.int64))
+        return StepMemory(kinds, np.array(self.sizes, np.int64), np.array(self.events, np.int64))
 
 
-def tag_weights(tracker: StorageTracker, model: "PreTrainedModel") -> None:
-    """Puts a fake tensor in the place of every weight, the same one wherever a weight has several places."""
+def make_weights_fake(model: "PreTrainedModel", tracker: StorageTracker) -> None:
+    """Replaces every weight by a fake tensor, the same one wherever a weight is shared."""
     trained = "adapters" if hasattr(model, "peft_config") else "weights"
-    made: dict[int, torch.Tensor] = {}
+    fakes: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in held:
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue
-                if id(tensor) not in made:
+                if id(tensor) not in fakes:
                     fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    is_weight = isinstance(tensor, torch.nn.Parameter)
-                    made[id(tensor)] = (
-                        torch.nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
-                    )
+                    if isinstance(tensor, torch.nn.Parameter):
+                        fake = torch.nn.Parameter(fake, tensor.requires_grad)
+                    fakes[id(tensor)] = fake
                     tracker.tag(fake, trained if tensor.requires_grad else "weights")
-                tensors[name] = made[id(tensor)]
+                tensors[name] = fakes[id(tensor)]
 
 
 class TrackedHead(ResponseHead):
-    """Books what the loss allocates as logits, but for what it leaves behind: the gradients it forms.
+    """Tags what the loss allocates as logits, and the gradients it leaves behind as activations.
 
-    Autograd adds the two gradients of a tied weight in place, but not on fake tensors, where it would make a third. So
-    the head has a weight of its own meanwhile, in the same memory.
+    Autograd adds the two gradients of a tied weight in place, but not on fake tensors, where it
+    would make a third. So the head has a weight of its own meanwhile, in the same memory.
     """
 
     def __init__(self, model: "PreTrainedModel", tracker: StorageTracker) -> None:
         super().__init__(model)
         self.tracker = tracker
-        self.tied = (
-            self.head.weight if self.head.weight is model.get_input_embeddings().weight else None
-        )
+        embeddings: Any = model.get_input_embeddings()
+        self.tied = self.head.weight if self.head.weight is embeddings.weight else None
         if self.tied is not None:
             self.head.weight = torch.nn.Parameter(self.tied.detach(), self.tied.requires_grad)
 
-    def tie(self) -> None:
+    def tie_again(self) -> None:
         if self.tied is not None:
             self.head.weight = self.tied
 
-    def forward(self, head: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, head: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         first = len(self.tracker.sizes)
         with self.tracker.tagging("logits"):
             loss = super().forward(head, hidden_states)

@@ -1,4 +1,4 @@
-"""The base model: tokenizer, weights, precision, quantization, LoRA, attention over packed examples, the loss.
+"""The base model: tokenizer, weights, precision, quantization, LoRA, attention and the loss.
 
-Read `loss.py` first, then `attention.py`: together they are what a training step computes differently.
+Read `loss.py` first, then `attention.py`: what a training step computes differently.
 """

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.errors import UserError, is_out_of_memory, one_line
 from finetuning.model.location import location
-from finetuning.model.quantization import disable_bnb_cpu_repacking, quantized
+from finetuning.model.quantization import disable_bnb_cpu_repacking, quantization_arguments
 from finetuning.recipe.sections import FromScratch, Model
 
 if TYPE_CHECKING:
@@ -19,18 +19,18 @@ def load_model(
     seed: int,
     device: "torch.device | str" = "cpu",
 ) -> "PreTrainedModel":
-    """The base model, every weight in model.dtype, on the CPU; quantised, it is put on the device while it is read.
+    """The base model, every weight in model.dtype: on the CPU, or on the device if quantised.
 
-    Raises UserError where it cannot be had.
+    Raises UserError where it cannot be loaded, and where it embeds fewer tokens than its tokenizer
+    has.
     """
     if model.from_scratch:
         return make_model(model, tokenizer, seed)
     loaded = read_model(model, device)
     disable_bnb_cpu_repacking(loaded)
-    embeddings = loaded.get_input_embeddings()
-    embeddings.padding_idx = (
-        None  # it would keep the gradient from the end mark where that is the pad token too
-    )
+    embeddings: Any = loaded.get_input_embeddings()
+    # It would keep the gradient from the EOS token where that is the pad token too.
+    embeddings.padding_idx = None
     rows = embeddings.num_embeddings  # its weight is an empty shell under ZeRO-3
     if len(tokenizer) > rows:
         raise UserError(
@@ -40,46 +40,57 @@ def load_model(
 
 
 def make_model(model: Model, tokenizer: "PreTrainedTokenizerFast", seed: int) -> "PreTrainedModel":
-    """A model of model.from_scratch, its weights random. Raises UserError where its config makes none."""
+    """A model of model.from_scratch with random weights.
+
+    Raises UserError for a config that no model can be made of.
+    """
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, set_seed
 
     config = load_config(model, tokenizer)
     set_seed(seed)
     try:
-        # Not from_config: under ZeRO-3 that fills each process's part with random numbers of its own.
-        made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(getattr(torch, model.dtype))
+        # Not from_config: under ZeRO-3 that fills each process's shard with other random numbers.
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        made: PreTrainedModel = kind(config).to(getattr(torch, model.dtype))
     except (ValueError, TypeError) as error:
         raise UserError(f"model.from_scratch.config: {one_line(error)}") from None
-    made.config.pad_token_id = made.generation_config.pad_token_id = tokenizer.pad_token_id
+    for settings in (made.config, made.generation_config):
+        settings.pad_token_id = tokenizer.pad_token_id
     return made
 
 
 def read_model(model: Model, device: "torch.device | str") -> "PreTrainedModel":
-    """The model of model.name with all its weights. Raises UserError where it cannot be read, or lacks some."""
+    """The model of model.name with all its weights.
+
+    Raises UserError where it cannot be read, and where weights are missing or of another shape.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
+        result: Any = AutoModelForCausalLM.from_pretrained(
             location(model),
             revision=model.revision,
             dtype=getattr(torch, model.dtype),
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in what is found
-            **quantized(model, device),
+            ignore_mismatched_sizes=True,  # they are named in the loading info
+            **quantization_arguments(model, device),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
         raise UserError(f"model.name: {model.name} cannot be loaded: {one_line(error)}") from None
-    # transformers fills them with random numbers.
-    if bad := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
-        what = f"{len(bad)} of its weights, such as {bad[0]}"
+    loaded: PreTrainedModel
+    loaded, info = result
+    # transformers fills these with random numbers.
+    mismatched = (name for name, *_ in info["mismatched_keys"])
+    if bad := sorted({*info["missing_keys"], *mismatched}):
         raise UserError(
-            f"model.name: {model.name} lacks {what}, or has them in a shape that is not in its config"
+            f"model.name: {model.name} lacks {len(bad)} of its weights, such as {bad[0]}, or has "
+            "them in a shape that is not in its config"
         )
     return loaded
 
@@ -102,7 +113,7 @@ def scratch_config(settings: FromScratch, tokenizer: "PreTrainedTokenizerFast") 
 
     fields = dict(settings.config)
     end = tokenizer.eos_token_id
-    # No pad token yet: a Llama would make its embedding, that of the end mark, zero and keep it there.
+    # No pad token yet: a Llama would set its embedding, that of EOS, to zero and keep it there.
     special = {
         "vocab_size": len(tokenizer),
         "bos_token_id": end,
@@ -129,7 +140,7 @@ def scratch_config(settings: FromScratch, tokenizer: "PreTrainedTokenizerFast") 
 
 
 def fuse_gelu(model: "PreTrainedModel") -> None:
-    """Puts torch's one-kernel GELU in place of GPT-2's and BLOOM's eight: the same function (to 2e-7)."""
+    """Replaces GPT-2's and BLOOM's GELU of eight kernels by torch's one (equal to 2e-7)."""
     from torch.nn import GELU
     from transformers.activations import NewGELUActivation
     from transformers.models.bloom.modeling_bloom import BloomGelu

@@ -7,9 +7,9 @@ from finetuning.recipe.sections import Model
 
 
 def location(model: Model) -> str:
-    """What the libraries load it from: a Hub id or a folder; a checkpoint that was published from here is pulled."""
-    if model.name.startswith(PREFIX):
+    """A Hub id or a folder; for a model published from here, the folder it is pulled to."""
+    if model.name is not None and model.name.startswith(PREFIX):
         from finetuning.hub.download import cached_folder
 
         return str(cached_folder(parse_address(model.name)))
-    return str(Path(model.name).expanduser())
+    return str(Path(model.name or "").expanduser())

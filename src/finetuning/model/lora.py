@@ -25,29 +25,27 @@ def lora_config(recipe: Recipe) -> "LoraConfig | None":
 
 
 def require_modules(model: "PreTrainedModel", lora: dict[str, Any]) -> None:
-    """Raises UserError for a listed name that no module has: peft leaves it out in silence if it finds another one.
+    """Raises UserError for a listed name that no module has.
 
-    Not for a mixture of experts: peft still takes the names that they had before they became one parameter.
+    peft silently leaves it out if it finds another one. Not for a mixture of experts: peft still
+    takes the names that experts had before they became one parameter.
     """
     if any(len(shape_of(weight)) == 3 for weight in model.parameters()):
         return
     modules = dict(model.named_modules())
+    own = {path.rpartition(".")[2] for path, module in modules.items() if hasattr(module, "weight")}
     for field in ("target_modules", "exclude_modules"):
-        listed = lora.get(field)
-        for name in listed if isinstance(listed, list) else ():
-            if not any(f".{module}".endswith(f".{name}") for module in modules):
-                own = {
-                    module.rpartition(".")[2]
-                    for module, found in modules.items()
-                    if hasattr(found, "weight")
-                }
-                near = difflib.get_close_matches(name, sorted(own), n=1, cutoff=0.0)[0]
-                kind = model.config.model_type
-                raise UserError(
-                    f"lora.{field}: no module of the {kind} model is called {name}; did you mean {near}?"
-                )
+        names = lora.get(field)
+        for name in names if isinstance(names, list) else ():
+            if any(f".{path}".endswith(f".{name}") for path in modules):
+                continue
+            near = difflib.get_close_matches(name, sorted(own), n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"lora.{field}: no module of the {model.config.model_type} model is called {name}; "
+                f"did you mean {near}?"
+            )
 
 
 def shape_of(weight: "torch.Tensor") -> tuple[int, ...]:
-    """(out, in), or (experts, out, in) for a mixture; of what ZeRO-3 has shared out, too, whose shell is empty."""
+    """(out, in), or (experts, out, in) for a mixture; of a weight that ZeRO-3 has sharded, too."""
     return tuple(getattr(weight, "ds_shape", weight.shape))

@@ -9,40 +9,41 @@ if TYPE_CHECKING:
     import torch
 
 
+NATIVE_BF16 = (8, 0)  # compute capability from which a GPU computes bfloat16 in hardware
+
+
 def precision(
     recipe: Recipe, device: "torch.device", capability: tuple[int, int] | None
 ) -> dict[str, bool]:
-    """{bf16, fp16} for the trainer: what the recipe says, else what the device computes in hardware.
+    """{bf16, fp16} for the trainer: what the recipe says, else what the device has hardware for.
 
-    `capability` is the CUDA compute capability: bf16 from 8.0 on. torch.cuda.is_bf16_supported() is of no use, it says
-    yes on a T4 (7.5), which emulates; and trl turns bf16 on everywhere, 70 times slower on a CPU without it. Raises
-    UserError for what cannot work.
+    `capability` is the CUDA compute capability, None on a CPU; from 8.0 on a GPU has bf16.
+    torch.cuda.is_bf16_supported() is of no use: it is true on a T4 (7.5), which emulates. trl turns
+    bf16 on everywhere, 70 times slower on a CPU without it. Raises UserError for what cannot work.
     """
     bf16, fp16, dtype = recipe.training.bf16, recipe.training.fp16, recipe.model.dtype
-    is_gpu = device.type == "cuda"
-    lacks_bf16 = is_gpu and capability < NATIVE_BF16
-    this = (
-        f"this GPU (compute capability {'.'.join(map(str, capability))})" if is_gpu else "the CPU"
-    )
+    is_gpu = capability is not None and device.type == "cuda"
+    lacks_bf16 = capability is not None and is_gpu and capability < NATIVE_BF16
+    version = ".".join(map(str, capability or ()))
+    name = f"this GPU (compute capability {version})" if is_gpu else "the CPU"
     if bf16 and fp16:
         raise UserError("training.bf16 and training.fp16 are both true; at most one can be")
     if fp16 and not is_gpu:
         raise UserError(
-            "training.fp16: the CPU has no fp16 training (it would silently be float32); leave it out"
+            "training.fp16: the CPU has no fp16 training (it would silently be float32); "
+            "leave it out"
         )
     if bf16 and lacks_bf16:
-        raise UserError(f"training.bf16: {this} only emulates it; use training.fp16=true")
+        raise UserError(f"training.bf16: {name} only emulates it; use training.fp16=true")
     if dtype == "bfloat16" and lacks_bf16:
         raise UserError(
-            f"model.dtype: bfloat16, which {this} only emulates; use float32, or float16 with lora"
+            f"model.dtype: bfloat16, which {name} only emulates; use float32, or float16 with lora"
         )
     if bf16 is None and not fp16:
         bf16, fp16 = is_gpu and not lacks_bf16, lacks_bf16
     if dtype == "float16" and not fp16:
         raise UserError(
-            f"model.dtype: float16 needs the loss scaling of fp16, which is off on {this}; use float32"
+            f"model.dtype: float16 needs the loss scaling of fp16, which is off on {name}; "
+            "use float32"
         )
     return {"bf16": bool(bf16), "fp16": bool(fp16)}
-
-
-NATIVE_BF16 = (8, 0)  # compute capability from which a GPU computes bfloat16 in hardware

@@ -1,6 +1,6 @@
 """Base models in 8 or 4 bits, by bitsandbytes, under an adapter in float32.
 
-Every function here that changes a model is for a defect of the libraries that was measured, and says which.
+Every function here that changes a model is for a measured defect of the libraries and names it.
 """
 
 import logging
@@ -17,21 +17,23 @@ if TYPE_CHECKING:
 
 
 def hide_bitsandbytes(recipe: Recipe) -> None:
-    """Keeps peft from importing bitsandbytes (1 to 2 s of every start) for a run that has no use for it.
+    """Keeps peft from importing bitsandbytes (1 to 2 s of every start) where a run has no use.
 
-    For one that has, keeps it from saying of every layer that it casts the input.
+    Where it does, keeps it from warning, for every layer, that it casts the input.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     optim = recipe.training.optim
     if recipe.model.quantization is None and optim.startswith(("adamw_torch", "adafactor", "sgd")):
-        sys.modules.setdefault("bitsandbytes", None)  # to Python and to peft: not installed
+        modules: dict[str, Any] = sys.modules
+        modules.setdefault("bitsandbytes", None)  # to Python and to peft: not installed
 
 
-def quantized(model: Model, device: "torch.device | str") -> dict[str, Any]:
-    """What from_pretrained needs to quantise, layer by layer as they are read; nothing for a plain model.
+def quantization_arguments(model: Model, device: "torch.device | str") -> dict[str, Any]:
+    """What from_pretrained needs to quantise each layer as it is read; nothing for a plain model.
 
-    The output layer stays plain, and so do embeddings: peft's prepare_model_for_kbit_training would make them float32,
-    which costs bloomz-1b1 0.7 GiB on a float16 base and gains nothing where they are frozen.
+    The output layer stays plain, and embeddings keep their format: peft's
+    prepare_model_for_kbit_training would make them float32, which costs bloomz-1b1 0.7 GiB on a
+    float16 base and gains nothing where they are frozen.
     """
     if model.quantization is None:
         return {}
@@ -50,33 +52,38 @@ def quantized(model: Model, device: "torch.device | str") -> dict[str, Any]:
 
 
 def disable_bnb_cpu_repacking(model: "PreTrainedModel") -> None:
-    """Keeps 4-bit layers on the CPU trainable through after they have answered.
+    """Lets gradients pass through 4-bit layers on the CPU after the model has generated.
 
-    bitsandbytes 0.50 repacks their weights in the first forward pass in evaluation on a CPU with AVX512-BF16, for a
-    product without a backward. Measured: asked before training, a Llama's adapter on q_proj never moves.
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks their weights in the first forward pass in
+    evaluation, for a product without a backward. Measured: where the model answers before training,
+    a Llama's adapter on q_proj never moves.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
 def compute_dtype(model: Model, device: "torch.device | str") -> "torch.dtype":
-    """In which 4-bit weights are multiplied: a GPU's fast format, whatever autocast says; their default is float32."""
+    """The format in which 4-bit weights are multiplied: on a GPU its fast one.
+
+    Autocast does not reach them, and bitsandbytes' default is float32.
+    """
     import torch
 
     if torch.device(device).type != "cuda":
-        return getattr(torch, model.dtype)
-    return (
-        torch.bfloat16 if torch.cuda.get_device_capability(device) >= NATIVE_BF16 else torch.float16
-    )
+        dtype: torch.dtype = getattr(torch, model.dtype)
+        return dtype
+    has_bf16 = torch.cuda.get_device_capability(device) >= NATIVE_BF16
+    return torch.bfloat16 if has_bf16 else torch.float16
 
 
 def cast_adapter_to_float32(model: "PreTrainedModel") -> None:
     """Makes every trained weight of a quantised model float32 again.
 
-    trl 1.16 casts them to bfloat16, whatever the recipe says (sft_trainer.py, behind get_peft_model). Measured: fp16's
-    gradient scaler fails on them, and as a checkpoint gives them back in float32, a resumed run is no longer exact
-    (1.4e-3 in the weights).
+    trl 1.16 casts them to bfloat16, whatever the recipe says (sft_trainer.py, after
+    get_peft_model). Measured: fp16's gradient scaler fails on them, and as a checkpoint gives them
+    back in float32, a resumed run is no longer exact (1.4e-3 in the weights).
     """
     if getattr(model, "is_quantized", False):
         for weight in model.parameters():

@@ -1,4 +1,4 @@
-"""How much was computed, how fast, and how well: counted on the host or left on the device until it is logged."""
+"""Loss, accuracy, tokens per second and share of the device's peak FLOP/s since the last log."""
 
 import time
 from typing import TYPE_CHECKING, Any
@@ -15,22 +15,24 @@ if TYPE_CHECKING:
 
 
 class Throughput:
-    """Sums over micro-batches since the last log. No figure leaves the device in between."""
+    """Sums over micro-batches since the last log.
+
+    Counted on the host, or left on the device until they are logged: no step waits for a figure.
+    """
 
     def __init__(self, model: "PreTrainedModel", device: torch.device) -> None:
-        self.products = matmul_params_of(model)
+        self.matmul_params = matmul_params_of(model)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = peak_of(name)
         self.device = device
         self.reset()
 
     def reset(self) -> None:
-        self.loss = torch.zeros(
-            (), dtype=torch.float64 if self.device.type != "mps" else torch.float32
-        )
-        self.loss = self.loss.to(self.device)
+        dtype = torch.float64 if self.device.type != "mps" else torch.float32
+        self.loss = torch.zeros((), dtype=dtype, device=self.device)
         self.correct = torch.zeros((), dtype=torch.long, device=self.device)
-        self.responses = self.tokens = self.slots = 0
+        self.responses = self.tokens = 0
+        self.slots = 0  # positions computed, those that are padding too
         self.since = time.perf_counter()
 
     def count(self, inputs: dict[str, Any], scores: Scores) -> None:
@@ -52,22 +54,19 @@ class Throughput:
         }
 
     def restore(self, states: list[dict[str, float]]) -> None:
-        """Goes on with the sums of these states: one, or several or none where the number of processes has changed."""
+        """Continues from these states: one, or several or none if there were other processes."""
 
-        def sum_of(name: str) -> float:
+        def total(name: str) -> float:
             return sum(state[name] for state in states)
 
-        self.loss.fill_(sum_of("loss"))
-        self.correct.fill_(sum_of("correct"))
-        self.responses, self.tokens, self.slots = (
-            sum_of("responses"),
-            sum_of("tokens"),
-            sum_of("slots"),
-        )
+        self.loss.fill_(total("loss"))
+        self.correct.fill_(total("correct"))
+        self.responses = int(total("responses"))
+        self.tokens, self.slots = int(total("tokens")), int(total("slots"))
         self.since = time.perf_counter() - max((state["seconds"] for state in states), default=0.0)
 
     def flops_of(self, inputs: dict[str, Any]) -> int:
-        return self.products.flops(sum(inputs["lengths"]), len(inputs["targets"]))
+        return int(self.matmul_params.flops(sum(inputs["lengths"]), len(inputs["targets"])))
 
     def totals(self, accelerator: "Accelerator") -> list[float]:
         """[loss, correct, responses, tokens, slots] over all processes."""
@@ -75,10 +74,11 @@ class Throughput:
             [self.responses, self.tokens, self.slots], dtype=self.loss.dtype, device=self.device
         )
         sums = torch.cat([torch.stack([self.loss, self.correct.to(self.loss.dtype)]), counts])
-        return accelerator.reduce(sums).tolist()
+        reduced: list[float] = accelerator.reduce(sums).tolist()
+        return reduced
 
     def loss_and_accuracy(self, accelerator: "Accelerator") -> tuple[float, float]:
-        """Mean cross-entropy of a response token, and the share of them that is the likeliest token."""
+        """Mean cross-entropy of a response token, and the share that is the likeliest token."""
         loss, correct, responses, _, _ = self.totals(accelerator)
         return loss / max(1.0, responses), correct / max(1.0, responses)
 
@@ -93,6 +93,6 @@ class Throughput:
             "padding_share": 1 - tokens / max(1.0, slots),
         }
         if self.peak:
-            used = self.products.flops(tokens, responses) / seconds
+            used = self.matmul_params.flops(tokens, responses) / seconds
             figures["model_flops_share"] = used / (self.peak * accelerator.num_processes)
         return figures

@@ -1,7 +1,7 @@
 """The base model's tokenizer, or one trained from scratch."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetuning.errors import UserError, one_line
 from finetuning.model.location import location
@@ -29,13 +29,14 @@ def read_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
     # AutoTokenizer imports torch (3 s) to find a class that knows what the files do not say.
     from transformers import PreTrainedTokenizerFast
 
+    which: dict[str, Any] = {"revision": revision}
+    tokenizer: PreTrainedTokenizerFast
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **which)
     except (OSError, ValueError, TypeError):
         tokenizer = convert_tokenizer(name, revision)
-    if (
-        tokenizer.eos_token is None
-    ):  # as in openai-community/gpt2, whose files name no special token
+    # As in openai-community/gpt2, whose files name no special token.
+    if tokenizer.eos_token is None:
         tokenizer = convert_tokenizer(name, revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -43,13 +44,15 @@ def read_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
 
 
 def convert_tokenizer(name: str, revision: str | None) -> "PreTrainedTokenizerFast":
-    """A tokenizer as the Auto class makes it: without tokenizer.json (of a SentencePiece model, say), or of a class
-    with special tokens of its own.
+    """A tokenizer as the Auto class makes it.
+
+    It converts one without tokenizer.json (a SentencePiece model, say), and knows classes that have
+    special tokens of their own. Raises UserError where none can be read.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(
             f"model.name: {name} has no tokenizer that can be read: {one_line(error)}"
@@ -62,9 +65,11 @@ def convert_tokenizer(name: str, revision: str | None) -> "PreTrainedTokenizerFa
         )
     if not tokenizer.is_fast:
         raise UserError(
-            f"model.name: {name} has only a slow tokenizer; one that converts to tokenizer.json is needed"
+            f"model.name: {name} has only a slow tokenizer; one that converts to tokenizer.json is "
+            "needed"
         )
-    return tokenizer
+    fast: PreTrainedTokenizerFast = tokenizer
+    return fast
 
 
 def train_tokenizer(settings: FromScratch, texts: Iterable[str]) -> "PreTrainedTokenizerFast":

@@ -11,7 +11,7 @@ from finetuning.data.batching import Batch, BatchSampler, Collator, ExampleSet
 from finetuning.data.prepare import Prepared
 from finetuning.data.tokenization import Examples
 from finetuning.errors import UserError, one_line
-from finetuning.model.attention import Packing, isolate, packed_as
+from finetuning.model.attention import Packing, packed_as, use_packed_attention
 from finetuning.model.loading import fuse_gelu, load_model
 from finetuning.model.lora import lora_config
 from finetuning.model.loss import ResponseHead, Targets, require_plain_head
@@ -198,7 +198,7 @@ def make_trainer(
     require_plain_head(model, recipe.lora)
     fuse_gelu(model)
     if recipe.data.layout == "packed":
-        isolate(model)
+        use_packed_attention(model)
     try:
         return ResponseTrainer(
             train_examples=prepared.train,
