@@ -26,17 +26,10 @@ def main(arguments: list[str]) -> None:
     from rich.console import Console
 
     from finetuning.budget.savings import remedies
-    from finetuning.data.cache import cache_folder, prepare
-    from finetuning.data.prepare import training_texts
     from finetuning.files import write_text
-    from finetuning.hub.access import require_hub
-    from finetuning.inference.resolve import pin_base_model
     from finetuning.launch import devices
-    from finetuning.launch.compatibility import require_compatible
-    from finetuning.launch.hub_needs import needs_of
     from finetuning.launch.strategy import launch_environment, requested_strategy
     from finetuning.model.quantization import hide_bitsandbytes
-    from finetuning.model.tokenizer import load_tokenizer
     from finetuning.recipe.recipe import load_recipe
     from finetuning.runs.folder import make_folder, output_folder
     from finetuning.runs.plots import plot_lengths
@@ -46,17 +39,15 @@ def main(arguments: list[str]) -> None:
         print_example,
         print_funnel,
     )
+    from finetuning.training.prepared_run import prepare_run
 
     options = read_arguments(arguments)
     recipe = load_recipe(options.recipe, options.overrides)
     os.environ |= launch_environment(options.config_file, options.num_processes)
     strategy = requested_strategy()
-    require_compatible(recipe, strategy, trains_here=False)
     gpu = devices.gpu_by_name(options.gpu) if options.gpu is not None else None
-    require_hub(needs_of(recipe))
-    recipe = pin_base_model(recipe)
-    tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
-    prepared = prepare(recipe.data, tokenizer, cache_folder())
+    run = prepare_run(recipe, strategy, trains_here=False)
+    recipe, tokenizer, prepared = run.recipe, run.tokenizer, run.examples
     folder = make_folder(output_folder(recipe) / "preview")
     examples = examples_in_order(prepared.train, prepared.eval)
 

@@ -24,17 +24,10 @@ from finetuning.script import run
 def main(arguments: list[str]) -> None:
     from rich.console import Console
 
-    from finetuning.data.cache import cache_folder, prepare
-    from finetuning.data.prepare import load_template, training_texts
-    from finetuning.hub.access import require_hub
-    from finetuning.inference.resolve import pin_base_model
-    from finetuning.launch.compatibility import require_compatible
-    from finetuning.launch.hub_needs import needs_of
     from finetuning.launch.software import versions
     from finetuning.launch.step_size import step_size
     from finetuning.launch.strategy import requested_strategy
     from finetuning.model.quantization import hide_bitsandbytes
-    from finetuning.model.tokenizer import load_tokenizer
     from finetuning.publishing.provenance import unlike_published
     from finetuning.recipe.recipe import load_recipe
     from finetuning.runs.folder import (
@@ -45,7 +38,8 @@ def main(arguments: list[str]) -> None:
         take_publish,
     )
     from finetuning.runs.terminal import print_funnel
-    from finetuning.training.loggers import hide_wandb, require_loggers
+    from finetuning.training.loggers import require_loggers
+    from finetuning.training.prepared_run import prepare_run
     from finetuning.training.signals import Stop
 
     stop = Stop()
@@ -54,14 +48,11 @@ def main(arguments: list[str]) -> None:
     is_check = options.check
     recipe = load_recipe(options.recipe, options.overrides)
     strategy = requested_strategy()
-    require_compatible(recipe, strategy, trains_here=not is_check)
     step_size(recipe, strategy.processes)
     require_loggers(recipe, output_folder(recipe))
-    require_hub(needs_of(recipe))
-    recipe = pin_base_model(recipe)
-    tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
-    prepared = prepare(recipe.data, tokenizer, cache_folder())
-    folder = open_run_folder(recipe, prepared.fingerprint, None if is_check else strategy)
+    run = prepare_run(recipe, strategy, trains_here=not is_check)
+    recipe, examples = run.recipe, run.examples
+    folder = open_run_folder(recipe, examples.fingerprint, None if is_check else strategy)
     console = Console(quiet=os.environ.get("RANK", "0") != "0", markup=False, emoji=False)
     if finished := is_finished(folder):
         if not (is_check or console.quiet):
@@ -71,21 +62,21 @@ def main(arguments: list[str]) -> None:
         )
         return
     with nullcontext() if console.quiet else lock(folder):
-        print_funnel(console, prepared.report)
-        for difference in unlike_published(Path(options.recipe), prepared.fingerprint, versions()):
+        print_funnel(console, examples.report)
+        for difference in unlike_published(Path(options.recipe), examples.fingerprint, versions()):
             console.print(f"not as published: {difference}", soft_wrap=True)
         if is_check:
             console.print(f"recipe, data and {folder} are right; nothing was trained")
             return
-        hide_wandb(recipe)
         hide_bitsandbytes(recipe)
-        # On a CPU that others use too, threads that spin while they wait for each other cost eight times the seconds.
+        # On a CPU that others use too, threads that spin while they wait for each other cost eight
+        # times the seconds.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # Torch and trl take ten seconds to import: only now, when recipe and data are known to be right.
+        # Torch and transformers take seconds to import: only now, when recipe and data are known
+        # to be right.
         from finetuning.training.train import train
 
-        template = load_template(recipe.data, tokenizer)
-        train(recipe, tokenizer, template, prepared, strategy, stop, console)
+        train(run, stop, console)
 
 
 def read_arguments(arguments: list[str]) -> Namespace:

@@ -8,8 +8,9 @@ from finetuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
+    from trl import SFTConfig
 
 
 def lora_config(recipe: Recipe) -> "LoraConfig | None":
@@ -22,6 +23,32 @@ def lora_config(recipe: Recipe) -> "LoraConfig | None":
         return LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump(exclude_unset=True))
     except (TypeError, ValueError) as error:
         raise UserError(f"lora: {one_line(error)}") from None
+
+
+def add_adapter(
+    model: "PreTrainedModel", config: "LoraConfig | None", args: "SFTConfig"
+) -> "PreTrainedModel | PeftModel":
+    """The model under a new adapter, or as it is without a config.
+
+    The adapter's weights are float32, whatever the base model's are: fp16's gradient scaler fails on others, and a
+    checkpoint gives bfloat16 ones back as float32, so that a resumed run would not be exact (1.4e-3 in the weights).
+    """
+    if config is None:
+        return model
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    set_seed(args.seed)  # peft draws the adapter's weights
+    is_zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    # ZeRO-3 gathers small weights into one buffer of one dtype (deepspeedai/DeepSpeed#8072).
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=not is_zero3)
+    if args.activation_checkpointing:
+        # Trainer does so itself, but not for a peft model (huggingface/transformers#42489).
+        adapted.enable_input_require_grads()
+        if is_zero3:  # else backward finds weights that are not gathered (huggingface/trl#2514)
+            settings = args.activation_checkpointing_kwargs or {}
+            args.activation_checkpointing_kwargs = {**settings, "use_reentrant": True}
+    return adapted
 
 
 def require_modules(model: "PreTrainedModel", lora: dict[str, Any]) -> None:

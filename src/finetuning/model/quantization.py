@@ -76,16 +76,3 @@ def compute_dtype(model: Model, device: "torch.device | str") -> "torch.dtype":
         return dtype
     has_bf16 = torch.cuda.get_device_capability(device) >= NATIVE_BF16
     return torch.bfloat16 if has_bf16 else torch.float16
-
-
-def cast_adapter_to_float32(model: "PreTrainedModel") -> None:
-    """Makes every trained weight of a quantised model float32 again.
-
-    trl 1.16 casts them to bfloat16, whatever the recipe says (sft_trainer.py, after
-    get_peft_model). Measured: fp16's gradient scaler fails on them, and as a checkpoint gives them
-    back in float32, a resumed run is no longer exact (1.4e-3 in the weights).
-    """
-    if getattr(model, "is_quantized", False):
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.data = weight.data.float()

@@ -5,32 +5,29 @@ it leaves is thrown away and the random numbers are put back, so that training i
 """
 
 import contextlib
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import DistributedType
 
 from finetuning.budget.savings import remedies
-from finetuning.data.batching import Batch, ExampleSet
+from finetuning.data.batching import Batch
 from finetuning.errors import UserError, is_out_of_memory
 from finetuning.launch.step_size import smaller
 from finetuning.model.attention import packed_as
-from finetuning.recipe.recipe import Recipe
-
-if TYPE_CHECKING:
-    from trl import SFTTrainer
+from finetuning.training.prepared_run import PreparedRun
+from finetuning.training.trainer import ResponseTrainer
 
 
 class TooLarge(Exception):
     """The longest micro-batch does not fit, and the recipe lets it be made smaller (training.auto_find_batch_size)."""
 
 
-def check_memory(trainer: "SFTTrainer", recipe: Recipe) -> None:
+def check_memory(trainer: ResponseTrainer, run: PreparedRun) -> None:
     """Computes the longest micro-batch of the whole run. Raises UserError where it does not fit, or TooLarge."""
-    args = trainer.args
-    batch = longest_batch(trainer, recipe)
+    args, recipe = trainer.args, run.recipe
+    batch = longest_batch(trainer, is_padded=recipe.data.layout == "padded")
     fits_here = fits(trainer, batch)
-    # All processes go on, or none does.
+    # All processes continue, or none does.
     if all(trainer.accelerator.gather(torch.tensor([int(fits_here)], device=args.device)).tolist()):
         return
     examples, tokens = len(batch["lengths"]), batch["input_ids"].numel()
@@ -43,15 +40,16 @@ def check_memory(trainer: "SFTTrainer", recipe: Recipe) -> None:
     )
 
 
-def longest_batch(trainer: "SFTTrainer", recipe: Recipe) -> Batch:
+def longest_batch(trainer: ResponseTrainer, is_padded: bool) -> Batch:
     loader = trainer.get_train_dataloader()
     micro_batches = trainer.state.max_steps * trainer.args.gradient_accumulation_steps
-    numbers = loader.batch_sampler.longest(micro_batches, is_padded=recipe.data.layout == "padded")
-    examples = ExampleSet(trainer.train_examples)
-    return trainer.data_collator([examples[number] for number in numbers])
+    numbers = loader.batch_sampler.longest(micro_batches, is_padded)
+    examples = [trainer.train_dataset[number] for number in numbers]
+    batch: Batch = trainer.data_collator(examples)
+    return batch
 
 
-def fits(trainer: "SFTTrainer", batch: Batch) -> bool:
+def fits(trainer: ResponseTrainer, batch: Batch) -> bool:
     """Whether the batch fits. Leaves no trace."""
     device = trainer.args.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -69,8 +67,8 @@ def fits(trainer: "SFTTrainer", batch: Batch) -> bool:
     return fits
 
 
-def compute(trainer: "SFTTrainer", batch: Batch) -> None:
-    """Forward and backward, without a word to other processes where that can be."""
+def compute(trainer: ResponseTrainer, batch: Batch) -> None:
+    """Forward and backward, without communication with other processes where that can be."""
     model, kind = trainer.model_wrapped, trainer.accelerator.distributed_type
     if (
         kind == DistributedType.DEEPSPEED
@@ -101,7 +99,7 @@ def optimizer_slots(optim: str, has_state: bool) -> int:
     return 2 if optim.startswith("adamw_torch") and not has_state else 0
 
 
-def halve_micro_batch(trainer: "SFTTrainer") -> None:
+def halve_micro_batch(trainer: ResponseTrainer) -> None:
     """Halves the micro-batch (an odd one is divided by more) and makes up for it by accumulation."""
     args = trainer.args
     size = args.per_device_train_batch_size

@@ -18,7 +18,8 @@ from finetuning.recipe.recipe import Recipe
 def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     """The training section as SFTConfig, with what other sections decide."""
     if is_set("ACCELERATE_USE_DEEPSPEED"):
-        # It compiles with ninja, which pip puts beside this Python: not on the PATH unless the environment is active.
+        # It compiles with ninja, which pip puts beside this Python: not on the PATH unless the
+        # environment is active.
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     on_gpu = uses_gpu(recipe)
     capability = torch.cuda.get_device_capability() if on_gpu else None
@@ -29,28 +30,18 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     settings["per_device_train_batch_size"] = step.micro_batch
     settings["gradient_accumulation_steps"] = step.accumulation
     settings |= precision(recipe, torch.device("cuda" if on_gpu else "cpu"), capability)
-    settings |= {
-        # Examples come tokenized and masked; trl would tokenize, cut and pack them again.
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "max_length": None,
-        "packing": False,
-        "padding_free": False,
-        # The balance of a mixture's experts is no part of our loss; asking for it breaks the answers before training.
-        "router_aux_loss_coef": 0.0,
-    }
-    # Two gloo processes find each other only with this flag, and with ACCELERATE_USE_CPU alone Trainer would put the
-    # model of one process on the GPU.
+    # Two gloo processes find each other only with this flag, and with ACCELERATE_USE_CPU alone
+    # Trainer would put the model of one process on the GPU.
     settings["use_cpu"] = not on_gpu
     settings.setdefault("dataloader_pin_memory", on_gpu)
-    settings.setdefault(
-        "ddp_find_unused_parameters", False
-    )  # every parameter is used; looking costs a walk a step
-    # trl's default of recomputing every activation costs a third of the speed; a recipe asks for it where it must.
+    # Every parameter is used; looking costs a walk over the graph in every step.
+    settings.setdefault("ddp_find_unused_parameters", False)
+    # trl's default of recomputing every activation costs a third of the speed; a recipe asks for it
+    # where it must.
     settings["activation_checkpointing"] = bool(settings.get("activation_checkpointing"))
     settings["logging_nan_inf_filter"] = recipe.training.logging_nan_inf_filter
-    settings["eval_on_start"] = (
-        has_eval  # the loss before training: the summary and the card compare with it
-    )
+    # The loss before training: the summary and the card compare with it.
+    settings["eval_on_start"] = has_eval
     settings["per_device_eval_batch_size"] = (
         recipe.training.per_device_eval_batch_size or step.micro_batch
     )
@@ -58,7 +49,6 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
         args = SFTConfig(**settings)
     except (TypeError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"training: {one_line(error)}") from None
-    args._n_gpu = min(
-        args.n_gpu, 1
-    )  # a process has one GPU; of more that it sees Trainer would make a DataParallel
+    # A process has one GPU; of more that it sees Trainer would make a DataParallel.
+    args._n_gpu = min(args.n_gpu, 1)
     return args

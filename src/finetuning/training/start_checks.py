@@ -1,67 +1,72 @@
 """What is asked of the prepared model before its first step."""
 
 import socket
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import TrainerCallback
 
 from finetuning.launch.software import require_same_software, software
-from finetuning.launch.strategy import Strategy, launch_of, require_strategy
+from finetuning.launch.strategy import launch_of, require_strategy
 from finetuning.model.attention import require_isolation
-from finetuning.recipe.recipe import Recipe
-from finetuning.runs.folder import Sample, write_samples, write_start
+from finetuning.runs.folder import write_start
 from finetuning.training.memory_check import check_memory
+from finetuning.training.prepared_run import PreparedRun
+from finetuning.training.samples import ask_before_training
+from finetuning.training.trainer import ResponseTrainer
 
-if TYPE_CHECKING:
-    from finetuning.training.trainer import ResponseTrainer
+
+def check_strategy(trainer: ResponseTrainer, run: PreparedRun) -> None:
+    """Do the processes share the work as they were asked to?"""
+    require_strategy(trainer, run.strategy)
+
+
+def check_software(trainer: ResponseTrainer, run: PreparedRun) -> None:
+    """Is the software the same on every machine?"""
+    require_same_software(gather_object([(socket.gethostname(), software())]))
+
+
+def check_logits(trainer: ResponseTrainer, run: PreparedRun) -> None:
+    """Is what the head scores the model's loss?"""
+    trainer.head.require_unmodified_logits(trainer.model)
+
+
+def check_packing(trainer: ResponseTrainer, run: PreparedRun) -> None:
+    """Do packed examples not see each other?"""
+    if run.recipe.data.layout == "packed":
+        longest = int(run.examples.train.lengths.max())
+        is_half = trainer.args.bf16 or trainer.args.fp16
+        require_isolation(trainer.model, longest, is_half=is_half)
+
+
+CHECKS = (
+    check_strategy,
+    check_software,
+    check_logits,
+    check_packing,
+    check_memory,  # Does the longest batch fit?
+)
 
 
 class StartChecks(TrainerCallback):
-    """Does the run do what was asked for, is the software the same everywhere, is what the head scores the loss, do
-    packed examples see each other, does the longest batch fit, how does the untrained model answer?
+    """Raises UserError where one of CHECKS fails; then begins the run folder.
 
-    On the prepared model, because under ZeRO-3 and FSDP no process can ask one of its parts alone. Then the run folder
-    is begun: one that is refused here leaves nothing behind.
+    On the prepared model, because under ZeRO-3 and FSDP no process can ask its part of it alone. A run that is refused
+    here leaves nothing behind.
     """
 
-    def __init__(
-        self,
-        trainer: "ResponseTrainer",
-        recipe: Recipe,
-        strategy: Strategy,
-        fingerprint: str,
-        ask: Callable[[], list[str]],
-        console: Console,
-    ) -> None:
-        self.trainer, self.recipe, self.strategy = trainer, recipe, strategy
-        self.fingerprint, self.ask, self.console = fingerprint, ask, console
+    def __init__(self, trainer: ResponseTrainer, run: PreparedRun, console: Console) -> None:
+        self.trainer, self.run, self.console = trainer, run, console
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
-        require_strategy(self.trainer, self.strategy)
-        require_same_software(gather_object([(socket.gethostname(), software())]))
-        self.trainer.head.require_unmodified_logits(model)
-        if self.recipe.data.layout == "packed":
-            longest = int(self.trainer.train_examples.lengths.max())
-            require_isolation(model, longest, is_half=args.bf16 or args.fp16)
-        check_memory(self.trainer, self.recipe)
-        folder = self.trainer.run_folder
-        # A run that goes on was asked before its first step; the model has learnt since.
-        answers = [] if state.global_step else self.ask()
-        if not state.is_world_process_zero:
-            return
-        if not state.global_step:
-            write_samples(
-                folder,
-                [
-                    Sample(*pair)
-                    for pair in zip(self.recipe.generation.prompts, answers, strict=True)
-                ],
-            )
-        launch = launch_of(self.trainer, self.strategy)
-        write_start(folder, self.recipe, self.fingerprint, launch)
-        self.console.print(f"runs as {self.strategy}, {launch['precision']}, on {launch['device']}")
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for check in CHECKS:
+            check(self.trainer, self.run)
+        if not state.global_step:  # else the model has learnt since
+            ask_before_training(self.trainer, self.run)
+        if state.is_world_process_zero:
+            launch = launch_of(self.trainer, self.run.strategy)
+            fingerprint = self.run.examples.fingerprint
+            write_start(self.trainer.run_folder, self.run.recipe, fingerprint, launch)
+            how = f"{self.run.strategy}, {launch['precision']}, on {launch['device']}"
+            self.console.print(f"runs as {how}")

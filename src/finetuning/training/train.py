@@ -5,71 +5,109 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from finetuning.data.chat_template import ChatTemplate
-from finetuning.data.prepare import Prepared
-from finetuning.data.templates import MarkerTemplate
-from finetuning.inference.generation import ask
-from finetuning.launch.strategy import Strategy
-from finetuning.recipe.recipe import Recipe
-from finetuning.runs.folder import read_samples, write_finish, write_samples
+from finetuning.data.batching import Collator, ExampleSet
+from finetuning.errors import UserError, one_line
+from finetuning.model.attention import use_packed_attention
+from finetuning.model.loading import fuse_gelu, leave_out_router_loss, load_model
+from finetuning.model.lora import add_adapter, lora_config
+from finetuning.model.loss import require_plain_head
+from finetuning.runs.folder import write_finish
 from finetuning.runs.terminal import print_answers
 from finetuning.training.callbacks import MetricsFile, Watchdog
 from finetuning.training.loggers import log_samples
+from finetuning.training.prepared_run import PreparedRun
+from finetuning.training.resume import resume_or_train
+from finetuning.training.samples import ask_after_training
+from finetuning.training.sft_config import make_arguments
 from finetuning.training.signals import Stop
 from finetuning.training.start_checks import StartChecks
 from finetuning.training.stopping import SynchronizedStop
-from finetuning.training.trainer import loss_before_and_after, make_trainer
+from finetuning.training.trainer import ResponseTrainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
 
-def train(
-    recipe: Recipe,
-    tokenizer: "PreTrainedTokenizerFast",
-    template: MarkerTemplate | ChatTemplate,
-    prepared: Prepared,
-    strategy: Strategy,
-    stop: Stop,
-    console: Console,
-) -> None:
+def train(run: PreparedRun, stop: Stop, console: Console) -> None:
     """Trains, from the last checkpoint if there is one, and fills the run folder.
 
     Raises UserError where model, data, strategy and machine do not go together, Stopped where a signal asked for it.
     """
     # DeepSpeed's collectives warn in every call, hundreds of lines a minute, about names that torch will drop.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    trainer = make_trainer(recipe, tokenizer, prepared)
-    # Where each process holds a part of the weights, all of them have to answer.
-    questions = (
-        recipe.generation.prompts if trainer.is_world_process_zero() or strategy.is_sharded else []
-    )
-
-    def answers() -> list[str]:
-        return ask(trainer.model, tokenizer, template, recipe.generation, questions)
-
-    trainer.add_callback(
-        StartChecks(trainer, recipe, strategy, prepared.fingerprint, answers, console)
-    )
+    trainer = make_trainer(run)
+    trainer.add_callback(StartChecks(trainer, run, console))
     trainer.add_callback(MetricsFile(trainer.run_folder))
     trainer.add_callback(Watchdog())
     trainer.add_callback(SynchronizedStop(stop))
     with stop.after_a_step():
-        trainer.resume_or_train()
+        resume_or_train(trainer)
         losses = loss_before_and_after(trainer)
     trainer.save_trained()
-    after = answers()
-
+    samples = ask_after_training(trainer, run)
     if trainer.is_world_process_zero():
-        before = read_samples(trainer.run_folder)
-        samples = [
-            sample._replace(after=answer) for sample, answer in zip(before, after, strict=True)
-        ]
-        write_samples(trainer.run_folder, samples)
-        log_samples(recipe, trainer.run_folder, samples, trainer.state.global_step)
+        log_samples(run.recipe, trainer.run_folder, samples, trainer.state.global_step)
         write_finish(trainer.run_folder)
         print_answers(console, samples)
     console.print(losses)
     console.print(f"run folder: {trainer.run_folder}")
     # Torch asks for it, lest a process leaves while another still has something to receive from it by NCCL.
     trainer.accelerator.end_training()
+
+
+def make_trainer(run: PreparedRun) -> ResponseTrainer:
+    """A trainer ready to train. Raises UserError where model, data and machine do not go together."""
+    recipe, examples = run.recipe, run.examples
+    args = make_arguments(recipe, has_eval=examples.eval is not None)
+    model = load_model(recipe.model, run.tokenizer, args.seed, args.device)
+    require_positions(model, examples.report["tokens"]["max"])
+    require_plain_head(model, recipe.lora)
+    fuse_gelu(model)
+    leave_out_router_loss(model)
+    if recipe.data.layout == "packed":
+        use_packed_attention(model)
+    try:
+        return ResponseTrainer(
+            model=add_adapter(model, lora_config(recipe), args),
+            args=args,
+            train_dataset=ExampleSet(examples.train),
+            eval_dataset=ExampleSet(examples.eval) if examples.eval else None,
+            data_collator=Collator(recipe.data.layout, run.tokenizer.pad_token_id or 0),
+            processing_class=run.tokenizer,
+            order=recipe.data.order,
+            batch_tokens=recipe.data.batch_tokens,
+        )
+    except ValueError as error:  # what transformers and peft find wrong with the settings
+        section = "lora" if recipe.lora else "training"
+        raise UserError(f"{section}: {one_line(error)}") from error
+
+
+def require_positions(model: "PreTrainedModel", longest: int) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise UserError(
+            f"data.max_length: the longest example has {longest} tokens, the model reads at most "
+            f"{positions}; use data.max_length={positions}"
+        )
+
+
+def loss_before_and_after(trainer: ResponseTrainer) -> str:
+    """How far the loss of the evaluation set fell, evaluated anew unless that was just done with these weights."""
+    if trainer.eval_dataset is None:
+        return "no evaluation: data.eval is null"
+    history = evaluations(trainer)
+    is_done = history and history[-1]["step"] == trainer.state.global_step
+    # The weights of the best step are not those of the last one.
+    if not is_done or trainer.args.load_best_model_at_end:
+        trainer.evaluate()
+        history = evaluations(trainer)
+    first, last = history[0], history[-1]
+    return (
+        f"held-out response loss {first['eval_loss']:.3f} -> {last['eval_loss']:.3f}, "
+        f"perplexity {first['eval_perplexity']:.1f} -> {last['eval_perplexity']:.1f} "
+        f"({len(trainer.eval_dataset):,} examples)"
+    )
+
+
+def evaluations(trainer: ResponseTrainer) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if "eval_loss" in entry]

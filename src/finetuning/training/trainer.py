@@ -1,72 +1,75 @@
-"""Recipe, model and examples -> a trl.SFTTrainer whose steps do only the work the loss needs."""
+"""A transformers.Trainer with our batches, our loss, and checkpoints that can be trusted."""
 
+import json
 import math
+import os
+import shutil
+import signal
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from transformers import Trainer
+from trl import SFTConfig
 
-from finetuning.data.batching import Batch, BatchSampler, Collator, ExampleSet
-from finetuning.data.prepare import Prepared
-from finetuning.data.tokenization import Examples
-from finetuning.errors import UserError, one_line
-from finetuning.model.attention import Packing, packed_as, use_packed_attention
-from finetuning.model.loading import fuse_gelu, load_model
-from finetuning.model.lora import lora_config
-from finetuning.model.loss import ResponseHead, Targets, require_plain_head
-from finetuning.model.quantization import cast_adapter_to_float32
+from finetuning.data.batching import Batch, BatchSampler, ExampleSet
+from finetuning.errors import Stopped
+from finetuning.model.attention import Packing, packed_as
+from finetuning.model.loss import ResponseHead, Targets
 from finetuning.model.throughput import Throughput
-from finetuning.recipe.recipe import Recipe
-from finetuning.training.memory_check import TooLarge, halve_micro_batch
-from finetuning.training.resumable import ResumableTrainer
-from finetuning.training.sft_config import make_arguments
-from finetuning.training.signals import block_signals, worker_ignores_signals
+from finetuning.training.checkpoints import (
+    UNFINISHED,
+    clear_unfinished,
+    move_into,
+    seal_and_rotate,
+)
+from finetuning.training.signals import SIGNALS, block_signals, worker_ignores_signals
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+Counters = dict[str, Any]
 
 
-class ResponseTrainer(ResumableTrainer):
-    """trl's trainer with our batches, our loss and an evaluation that counts every response token once.
+class ResponseTrainer(Trainer):
+    """transformers' trainer, where a step does only the work that the loss needs, and a run survives being killed.
 
-    Overridden because, measured: trl scores every position outside of CUDA and recomputes logits in backward; it asks
-    the device for metrics in every micro-batch; Trainer optimizer_slots evaluation losses over batches, so that a token of a
-    short answer weighs more than one of a long answer.
+    Overridden because, measured: Trainer averages evaluation losses over batches, so that a token of a short answer
+    weighs more than one of a long answer; accelerate repeats examples to share them out; checkpoints are written in
+    place, and the one with the highest number is resumed, whole or not, silently also where optimizer or random numbers
+    are missing; the losses since the last log are forgotten. Not trl.SFTTrainer: it wants a datasets.Dataset, casts
+    adapters of quantized models to bfloat16 and asks the device for metrics in every micro-batch.
     """
 
+    args: SFTConfig
+    train_dataset: ExampleSet
+    eval_dataset: ExampleSet | None
+
+    evaluation_is_due = False
+    """of a checkpoint: the evaluation of its step was cut short"""
+
     def __init__(
-        self,
-        *,
-        train_examples: Examples,
-        eval_examples: Examples | None = None,
-        order: str = "random",
-        batch_tokens: int | None = None,
-        **kwargs: Any,
+        self, *, order: str = "random", batch_tokens: int | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        cast_adapter_to_float32(self.model)
-        self.train_examples, self.eval_examples = train_examples, eval_examples
         self.order, self.batch_tokens = order, batch_tokens
         self.head = ResponseHead(self.accelerator.unwrap_model(self.model))
         self.throughput = Throughput(self.model, self.args.device)
-        self.model_accepts_loss_kwargs = (
-            True  # the loss is divided by num_items_in_batch, in compute_loss
-        )
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch
+        self.offloading = activation_offloading(self.model, self.args)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        while True:
-            try:
-                return super().train(*args, **kwargs)
-            except TooLarge:
-                pass  # its traceback holds what did not fit
-            halve_micro_batch(self)
+    @property
+    def run_folder(self) -> Path:
+        return Path(str(self.args.output_dir)).expanduser()
 
-    def get_train_dataloader(self) -> DataLoader:
+    # Batches
+
+    def get_train_dataloader(self) -> "EpochLoader":
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return self.load(
-            self.train_examples,
+            self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
             tokens=self.batch_tokens,
             accumulation=self.args.gradient_accumulation_steps,
@@ -74,17 +77,17 @@ class ResponseTrainer(ResumableTrainer):
             by_length=self.order == "by_length",
         )
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        return self.load(self.eval_examples, batch_size=self.args.per_device_eval_batch_size)
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> "EpochLoader":
+        assert self.eval_dataset is not None
+        return self.load(self.eval_dataset, batch_size=self.args.per_device_eval_batch_size)
 
-    def load(self, examples: Examples, **kwargs: Any) -> DataLoader:
-        """A loader of this process's batches. accelerate does not share them out again: it would repeat examples."""
+    def load(self, examples: ExampleSet, **settings: Any) -> "EpochLoader":
+        """A loader of this process's batches; accelerate does not share them out again."""
         processes, process = self.args.world_size, self.args.process_index
+        lengths = examples.examples.lengths
         return EpochLoader(
-            ExampleSet(examples),
-            batch_sampler=BatchSampler(
-                examples.lengths, processes=processes, process=process, **kwargs
-            ),
+            examples,
+            batch_sampler=BatchSampler(lengths, processes=processes, process=process, **settings),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -93,16 +96,38 @@ class ResponseTrainer(ResumableTrainer):
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
             worker_init_fn=worker_ignores_signals,
-            generator=torch.Generator(),  # its own, lest the loader draw from the random numbers of training
+            # Its own, lest the loader draw from the random numbers of training.
+            generator=torch.Generator(),
         )
 
-    def training_step(
-        self, model: Any, inputs: Batch, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        with packed_as(
-            self.packing(inputs)
-        ):  # until backward is done: checkpointed layers attend again
-            return super().training_step(model, inputs, num_items_in_batch)
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see _run_epoch
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """On the device, without the labels: they are counted by now, and the loss takes its targets.
+
+        Without waiting: transformers copies one tensor after another to its end, pinned or not.
+        """
+        device = self.args.device
+        return {
+            name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            for name, value in inputs.items()
+            if name != "labels"
+        }
+
+    def packing(self, inputs: Batch) -> Packing | None:
+        """How the examples lie in the batch's one row; None for padded rows."""
+        is_packed = "position_ids" in inputs
+        return Packing(tuple(inputs["lengths"]), self.args.device) if is_packed else None
+
+    # Loss
+
+    def training_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Until backward is done: checkpointed layers attend again.
+        with self.offloading, packed_as(self.packing(inputs)):
+            loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+            return loss
 
     def compute_loss(
         self,
@@ -111,11 +136,12 @@ class ResponseTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> torch.Tensor:
-        """Cross-entropy of the response tokens; over the tokens of the whole step, on all processes, in training."""
+        """() cross-entropy of the response tokens; in training, over those of the step on all processes."""
         targets = Targets(inputs["positions"], inputs["targets"])
         arguments = {name: inputs[name] for name in ("input_ids", "position_ids") if name in inputs}
         with self.head.scoring(targets):
-            loss = model(**arguments, use_cache=False).logits
+            loss: torch.Tensor = model(**arguments, use_cache=False).logits
+        assert self.head.scores is not None
         self.throughput.count(inputs, self.head.scores)
         if num_items_in_batch is None:
             return loss / max(1, len(targets.tokens))
@@ -130,16 +156,17 @@ class ResponseTrainer(ResumableTrainer):
             return self.compute_loss(model, inputs).detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """With the loss of every response token counted once, whatever batch it is in."""
         training, self.throughput = self.throughput, Throughput(self.model, self.args.device)
         try:
             output = super().evaluation_loop(*args, **kwargs)
             loss, accuracy = self.throughput.loss_and_accuracy(self.accelerator)
         finally:
-            training.since += (
-                time.perf_counter() - self.throughput.since
-            )  # evaluating is no training time
+            # Evaluating is no training time.
+            training.since += time.perf_counter() - self.throughput.since
             self.throughput = training
         prefix = kwargs.get("metric_key_prefix", "eval")
+        assert output.metrics is not None
         output.metrics[f"{prefix}_loss"] = loss
         output.metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
         output.metrics[f"{prefix}_mean_token_accuracy"] = accuracy
@@ -148,37 +175,152 @@ class ResponseTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self.throughput.since_last_log(self.accelerator)
+        if "train_loss" in logs:
+            # transformers divides the losses of all steps by the steps since the run was resumed.
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
         super().log(logs, start_time)
 
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """On the device, without the labels: they are counted by now, and the loss takes its targets."""
-        return super()._prepare_inputs(
-            {name: value for name, value in inputs.items() if name != "labels"}
-        )
-
-    def _prepare_input(self, data: Any) -> Any:
-        """Without waiting: transformers' copies one tensor after another to its end, pinned or not."""
-        if isinstance(data, torch.Tensor):
-            return data.to(self.args.device, non_blocking=True)
-        return super()._prepare_input(data)
-
-    def packing(self, inputs: Batch) -> Packing | None:
-        return (
-            Packing(tuple(inputs["lengths"]), self.args.device)
-            if "position_ids" in inputs
-            else None
-        )
-
     def floating_point_ops(self, inputs: Batch) -> int:
-        """trl's walks over all modules, in every micro-batch, to count parameters."""
+        """transformers' walks over all modules, in every micro-batch, to count parameters."""
         return self.throughput.flops_of(inputs)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """trl writes one with every checkpoint, with loading code that does not fit a subfolder; not wanted."""
+    # Checkpoints
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Not beyond the last step: transformers would train on where a run is resumed at its very end.
+
+        Signals are blocked until the first batch is asked for. By then the processes that load batches have started; in
+        the first epoch of a resumed run they are of a loader that accelerate makes.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        with block_signals():
+            super()._run_epoch(*args, **kwargs)
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """Where a signal cuts it short, its step is saved; a run that is resumed from there evaluates first.
+
+        transformers skips the scheduler for the evaluation at a start: here that may be the one that was cut short.
+        """
+        at_start, is_overdue = skip_scheduler, skip_scheduler and self.state.global_step > 0
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, at_start and not is_overdue)
+        except Stopped:
+            if not at_start:
+                self.evaluation_is_due = True
+                self._save_checkpoint(self.model, trial)
+            raise
+        if is_overdue:
+            self._determine_best_metric(metrics, trial)
+            self.name_best()
+        return metrics
+
+    def name_best(self) -> None:
+        """The best step's checkpoint where it will lie: transformers names, when it saves, the place aside."""
+        if self.state.best_global_step:
+            best = self.run_folder / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Checkpoints are written aside."""
+        return str(self.run_folder / UNFINISHED)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Killed at any instant, a run finds whole checkpoints only: one is put in place when all of it is there.
+
+        transformers writes in place and removes old ones by their number, whole or not.
+        """
+        try:
+            self.begin_saving()
+            super()._save_checkpoint(model, trial)
+            self.name_best()
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                self.put_in_place(
+                    self.run_folder / UNFINISHED / f"checkpoint-{self.state.global_step}"
+                )
+        except Exception:  # a full disk: what was begun takes room
+            shutil.rmtree(self.run_folder / UNFINISHED, ignore_errors=True)
+            raise
+        self.accelerator.wait_for_everyone()
+
+    def begin_saving(self) -> None:
+        if self.is_world_process_zero():
+            clear_unfinished(self.run_folder)
+        self.accelerator.wait_for_everyone()
+
+    def put_in_place(self, written: Path) -> None:
+        self.state.save_to_json(str(written / "trainer_state.json"))
+        limit, best = self.args.save_total_limit, self.state.best_global_step
+        seal_and_rotate(written, self.run_folder, limit, best)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """With it, for each process, what was counted since the last log."""
+        super()._save_rng_state(output_dir)
+        file = Path(output_dir, f"counted_{self.args.process_index}.json")
+        file.write_text(json.dumps(self.counters()), encoding="utf-8")
+
+    def counters(self) -> Counters:
+        """What transformers begins anew after a resume."""
+        return {
+            "loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "total_loss": self._total_loss_scalar,
+            "throughput": self.throughput.state(),
+            "evaluation_is_due": self.evaluation_is_due,
+        }
+
+    def restore_counters(self, counted: list[Counters]) -> None:
+        """Counts on from what each process of the checkpoint had counted, of whatever number they were.
+
+        A logged loss is the mean of the processes' losses, throughput the sum of what each has counted.
+        """
+        rank, world_size = self.args.process_index, self.args.world_size
+        losses = [each["loss"] for each in counted]
+        self._tr_loss += losses[rank] if len(counted) == world_size else fmean(losses)
+        self._globalstep_last_logged = counted[0]["last_logged"]
+        self._total_loss_scalar = counted[0]["total_loss"]
+        self.throughput.restore([each["throughput"] for each in counted[rank::world_size]])
+
+    def save_trained(self) -> None:
+        """Weights or adapter, whole, and the tokenizer into the run folder, by way of a folder aside."""
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        self.begin_saving()
+        self.save_model(str(self.run_folder / UNFINISHED))
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            move_into(self.run_folder / UNFINISHED, self.run_folder)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """As transformers does, but without three things that it leaves behind.
+
+        training_args.bin, a pickle; under ZeRO-1 and 2 a copy of the output layer's tied weight; mode 0600 of the
+        weights, which keeps a group from reading them.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if state_dict and getattr(model.config, "tie_word_embeddings", False):
+            tied = getattr(model, "_tied_weights_keys", None) or {}
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.run_folder)
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            umask = os.umask(0)
+            os.umask(umask)
+            for file in folder.glob("*.safetensors"):
+                file.chmod(0o666 & ~umask)
 
 
-class EpochLoader(DataLoader):
+class EpochLoader(DataLoader[Any]):
     """A DataLoader that tells its batch sampler the epoch, as Trainer expects of accelerate's."""
+
+    batch_sampler: BatchSampler
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
@@ -188,72 +330,10 @@ class EpochLoader(DataLoader):
             return super().__iter__()
 
 
-def make_trainer(
-    recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", prepared: Prepared
-) -> ResponseTrainer:
-    """A trainer ready to train. Raises UserError where model, data and machine do not go together."""
-    args = make_arguments(recipe, has_eval=prepared.eval is not None)
-    model = load_model(recipe.model, tokenizer, args.seed, args.device)
-    require_positions(model, prepared)
-    require_plain_head(model, recipe.lora)
-    fuse_gelu(model)
-    if recipe.data.layout == "packed":
-        use_packed_attention(model)
-    try:
-        return ResponseTrainer(
-            train_examples=prepared.train,
-            eval_examples=prepared.eval,
-            order=recipe.data.order,
-            batch_tokens=recipe.data.batch_tokens,
-            model=model,
-            args=args,
-            data_collator=Collator(recipe.data.layout, tokenizer.pad_token_id or 0),
-            train_dataset=as_dataset(prepared.train),
-            eval_dataset=as_dataset(prepared.eval) if prepared.eval else None,
-            processing_class=tokenizer,
-            peft_config=lora_config(recipe),
-        )
-    except ValueError as error:  # what trl and peft find wrong with the settings
-        section = "lora" if recipe.lora else "training"
-        raise UserError(f"{section}: {one_line(error)}") from error
+def activation_offloading(model: Any, args: SFTConfig) -> Any:
+    """A context of a training step: trl's, where the recipe asks for it."""
+    if not args.activation_offloading:
+        return nullcontext()
+    from trl.models import get_act_offloading_ctx_manager
 
-
-def as_dataset(examples: Examples) -> "Dataset":
-    """The examples as a datasets.Dataset (trl takes no other), without copying their tokens."""
-    import pyarrow
-    from datasets import Dataset
-
-    offsets = pyarrow.array([0, *examples.ends.tolist()], pyarrow.int64())
-    columns = {
-        name: pyarrow.LargeListArray.from_arrays(offsets, pyarrow.array(getattr(examples, name)))
-        for name in ("input_ids", "labels")
-    }
-    return Dataset(pyarrow.table(columns)).with_format("numpy")
-
-
-def require_positions(model: "PreTrainedModel", prepared: Prepared) -> None:
-    longest = prepared.report["tokens"]["max"]
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and longest > positions:
-        raise UserError(
-            f"data.max_length: the longest example has {longest} tokens, the model reads at most {positions}; "
-            f"use data.max_length={positions}"
-        )
-
-
-def loss_before_and_after(trainer: ResponseTrainer) -> str:
-    """Evaluates, unless that has just been done with these weights, and says how far the held-out loss fell."""
-    if trainer.eval_dataset is None:
-        return "no evaluation: data.eval is null"
-    history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    is_done = history and history[-1]["step"] == trainer.state.global_step
-    if (
-        not is_done or trainer.args.load_best_model_at_end
-    ):  # then the weights are not those of the last step
-        trainer.evaluate()
-        history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    first, last = history[0], history[-1]
-    return (
-        f"held-out response loss {first['eval_loss']:.3f} -> {last['eval_loss']:.3f}, perplexity "
-        f"{first['eval_perplexity']:.1f} -> {last['eval_perplexity']:.1f} ({len(trainer.eval_dataset):,} examples)"
-    )
+    return get_act_offloading_ctx_manager(model)

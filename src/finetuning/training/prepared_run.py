@@ -1,0 +1,45 @@
+"""What is known of a run before torch is imported: recipe, tokenizer and examples."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from finetuning.data.cache import cache_folder, prepare
+from finetuning.data.chat_template import ChatTemplate
+from finetuning.data.prepare import Prepared, load_template, training_texts
+from finetuning.data.templates import MarkerTemplate
+from finetuning.hub.access import require_hub
+from finetuning.inference.resolve import pin_base_model
+from finetuning.launch.compatibility import require_compatible
+from finetuning.launch.hub_needs import needs_of
+from finetuning.launch.strategy import Strategy
+from finetuning.model.tokenizer import load_tokenizer
+from finetuning.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """One recipe, ready to be trained."""
+
+    recipe: Recipe
+    """with its base model pinned to a commit where it was published from here"""
+    strategy: Strategy
+    """that was requested"""
+    tokenizer: "PreTrainedTokenizerFast"
+    examples: Prepared
+
+    @property
+    def template(self) -> MarkerTemplate | ChatTemplate:
+        return load_template(self.recipe.data, self.tokenizer)
+
+
+def prepare_run(recipe: Recipe, strategy: Strategy, *, trains_here: bool) -> PreparedRun:
+    """Reads tokenizer and rows. Raises UserError where something is missing or does not go together."""
+    require_compatible(recipe, strategy, trains_here)
+    require_hub(needs_of(recipe))
+    recipe = pin_base_model(recipe)
+    tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
+    examples = prepare(recipe.data, tokenizer, cache_folder())
+    return PreparedRun(recipe, strategy, tokenizer, examples)
