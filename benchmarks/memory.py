@@ -190,16 +190,17 @@ def train(recipe, torch):
 
     from finetuning.data.prepare import Prepared
     from finetuning.data.tokenization import Examples
-    from finetuning.training.trainer import make_trainer
+    from finetuning.launch.strategy import requested_strategy
+    from finetuning.training.prepared_run import PreparedRun
+    from finetuning.training.train import make_trainer
 
     length = recipe.data.max_length
     ids = np.random.default_rng(0).integers(5, 250, (EXAMPLES, length))
     labels = np.where(np.arange(length) < length // 2, -100, ids)  # the first half is prompt
     examples = Examples(ids.ravel(), labels.ravel(), np.full(EXAMPLES, length), np.arange(EXAMPLES))
     before = resident("VmRSS")
-    trainer = make_trainer(
-        recipe, tokenizer(), Prepared(examples, None, {"tokens": {"max": length}}, "")
-    )
+    prepared = Prepared(examples, None, {"tokens": {"max": length}}, "")
+    trainer = make_trainer(PreparedRun(recipe, requested_strategy(), tokenizer(), prepared))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:

@@ -71,10 +71,12 @@ prepared = prepare(recipe.data, tokenizer, cache_folder())
 part("tokenizer and data, from the cache")
 import torch
 part("import torch")
-sys.modules["wandb"] = sys.modules["bitsandbytes"] = None
-from finetuning.training.trainer import make_trainer
-part("import transformers, trl, peft")
-trainer = make_trainer(recipe, tokenizer, prepared)
+sys.modules["bitsandbytes"] = None
+from finetuning.launch.strategy import requested_strategy
+from finetuning.training.prepared_run import PreparedRun
+from finetuning.training.train import make_trainer
+part("import transformers, peft")
+trainer = make_trainer(PreparedRun(recipe, requested_strategy(), tokenizer, prepared))
 part("model and trainer")
 trainer.train()
 part("first step")

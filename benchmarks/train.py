@@ -248,10 +248,10 @@ def make_trainer(options: argparse.Namespace, model, examples, callbacks):
     from transformers import Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
-    from finetuning.data.batching import Collator
+    from finetuning.data.batching import Collator, ExampleSet
     from finetuning.model.attention import use_packed_attention
     from finetuning.model.loading import fuse_gelu
-    from finetuning.training.trainer import ResponseTrainer, as_dataset
+    from finetuning.training.trainer import ResponseTrainer
 
     common = {
         "output_dir": tempfile.mkdtemp(),
@@ -305,9 +305,23 @@ def make_trainer(options: argparse.Namespace, model, examples, callbacks):
     fuse_gelu(model)
     if layout == "packed":
         use_packed_attention(model)
-    return ResponseTrainer(
-        **shared, data_collator=Collator(layout, 0), train_examples=examples, order="sequential"
-    )
+    if shared.pop("peft_config"):
+        shared["model"] = get_peft_model(model, lora)
+    shared["train_dataset"] = ExampleSet(examples)
+    return ResponseTrainer(**shared, data_collator=Collator(layout, 0), order="sequential")
+
+
+def as_dataset(examples):
+    """The examples as a datasets.Dataset (trl takes no other), without copying their tokens."""
+    import pyarrow
+    from datasets import Dataset
+
+    offsets = pyarrow.array([0, *examples.ends.tolist()], pyarrow.int64())
+    columns = {
+        name: pyarrow.LargeListArray.from_arrays(offsets, pyarrow.array(getattr(examples, name)))
+        for name in ("input_ids", "labels")
+    }
+    return Dataset(pyarrow.table(columns)).with_format("numpy")
 
 
 def plain_collator(examples):

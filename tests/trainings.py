@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 from finetuning.data.cache import prepare
+from finetuning.launch.strategy import requested_strategy
 from finetuning.model.tokenizer import load_tokenizer
 from finetuning.recipe.recipe import Recipe, load_recipe
 from finetuning.training.callbacks import MetricsFile
-from finetuning.training.trainer import ResponseTrainer, make_trainer
+from finetuning.training.prepared_run import PreparedRun
+from finetuning.training.train import make_trainer
+from finetuning.training.trainer import ResponseTrainer
 
 STEPS, GLOBAL_BATCH, RATE = 5, 8, 3e-3
 # Softmax does not see the bias of a key, so its gradient is rounding noise, which AdamW would blow
@@ -56,13 +59,18 @@ training:
     return load_recipe(file, overrides)
 
 
+def prepared_run(recipe: Recipe) -> PreparedRun:
+    """The recipe with its tokenizer and examples, without the cache."""
+    tokenizer = load_tokenizer(recipe.model, [])
+    examples = prepare(recipe.data, tokenizer)
+    return PreparedRun(recipe, requested_strategy(), tokenizer, examples)
+
+
 def trained(recipe: Recipe) -> ResponseTrainer:
     """The trainer of this recipe when it has trained."""
-    tokenizer = load_tokenizer(recipe.model, [])
-    prepared = prepare(recipe.data, tokenizer)
     folder = Path(recipe.training.output_dir)
     folder.mkdir(exist_ok=True)
-    trainer = make_trainer(recipe, tokenizer, prepared)
+    trainer = make_trainer(prepared_run(recipe))
     trainer.add_callback(MetricsFile(folder))
     trainer.train()
     return trainer

@@ -21,7 +21,6 @@ from finetuning.data.tokenization import IGNORE_INDEX
 from finetuning.errors import UserError
 from finetuning.model.tokenizer import load_tokenizer
 from finetuning.recipe.sections import Model
-from finetuning.training.trainer import as_dataset
 
 TOKENIZER = byte_level()
 EOS = TOKENIZER.eos_token_id
@@ -668,16 +667,3 @@ def test_the_fingerprint_changes_with_any_token_label_or_share(data_of):
         for rows, settings in variants
     }
     assert len(prints) == len(variants)
-
-
-# To the trainer
-
-
-def test_the_trainer_is_given_the_very_same_tokens(mixed):
-    for examples in vars(prepare(mixed, TOKENIZER)).values():
-        if hasattr(examples, "input_ids"):
-            dataset = as_dataset(examples)
-            assert len(dataset) == len(examples)
-            for row, example in zip(dataset, examples, strict=True):
-                assert np.array_equal(row["input_ids"], example["input_ids"])
-                assert np.array_equal(row["labels"], example["labels"])

@@ -19,13 +19,16 @@ import generate
 from finetuning.data.cache import prepare
 from finetuning.errors import UserError
 from finetuning.inference.generation import load_trained
+from finetuning.launch.strategy import requested_strategy
 from finetuning.model.precision import precision
+from finetuning.model.quantization import hide_bitsandbytes
 from finetuning.model.quantization import hide_bitsandbytes
 from finetuning.model.tokenizer import read_tokenizer
 from finetuning.publishing.merging import merge
 from finetuning.recipe.recipe import load_recipe
 from finetuning.runs.folder import read_samples
-from finetuning.training.trainer import make_trainer
+from finetuning.training.prepared_run import PreparedRun
+from finetuning.training.train import make_trainer
 
 CASES = [(kind, bits) for kind in ("bloom", "llama") for bits in ("8bit", "4bit")]
 TARGETS = {
@@ -269,7 +272,8 @@ def test_fp16_autocast_trains_a_float32_adapter_with_a_gradient_scaler(tmp_path,
     recipe = load_recipe("recipes/quickstart.yaml", [*overrides, f"training.output_dir={tmp_path}"])
     assert precision(recipe, torch.device("cuda"), (7, 5)) == {"bf16": False, "fp16": True}
     tokenizer = read_tokenizer(recipe.model.name)
-    trainer = make_trainer(recipe, tokenizer, prepare(recipe.data, tokenizer))
+    examples = prepare(recipe.data, tokenizer)
+    trainer = make_trainer(PreparedRun(recipe, requested_strategy(), tokenizer, examples))
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     assert train_in_fp16(trainer, steps=3) == {torch.float16}
     assert (

@@ -17,6 +17,7 @@ import finetuning.training.memory_check as rehearsal
 import sft
 from finetuning.data.batching import BatchSampler
 from finetuning.errors import UserError
+from finetuning.training import start_checks
 from finetuning.training.trainer import ResponseTrainer
 
 QUICK = [
@@ -93,7 +94,9 @@ def test_the_batch_that_is_rehearsed_is_the_longest_of_those_that_are_trained(
 def test_training_is_the_same_with_and_without(tmp_path, monkeypatch, more):
     """With dropout, which draws random numbers, and a checkpoint to go on from."""
     with_it = trained(tmp_path / "with", *DROPOUT, *more)
-    monkeypatch.setattr("finetuning.training.start_checks.check_memory", lambda *_: None)
+    others = tuple(check for check in start_checks.CHECKS if check is not rehearsal.check_memory)
+    assert len(others) == len(start_checks.CHECKS) - 1
+    monkeypatch.setattr(start_checks, "CHECKS", others)
     without = trained(tmp_path / "without", *DROPOUT, *more)
     first, second = (load_file(folder / "model.safetensors") for folder in (with_it, without))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -101,7 +104,8 @@ def test_training_is_the_same_with_and_without(tmp_path, monkeypatch, more):
 
 
 WITHOUT = (
-    "import finetuning.training.start_checks as opening; opening.check_memory = lambda *_: None; "
+    "import finetuning.training.start_checks as start_checks; "
+    "start_checks.CHECKS = start_checks.CHECKS[:-1]; "
 )
 LAUNCHED = "import sys; sys.path.insert(0, 'src'); import finetuning.script as script, sft; {}script.run(sft.main, '')"
 
@@ -203,14 +207,14 @@ def test_another_error_stays_what_it_is(tmp_path, monkeypatch):
 
 LIMITED = """
 import resource, sys
-import finetuning.training.start_checks as opening, finetuning.script as script, sft
+import finetuning.training.start_checks as start_checks, finetuning.script as script, sft
 
-check_memory = opening.check_memory
-def with_little_memory(trainer, recipe):
+*others, check_memory = start_checks.CHECKS
+def with_little_memory(trainer, run):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 16 * 2**20, resource.RLIM_INFINITY))
-    check_memory(trainer, recipe)
-opening.check_memory = with_little_memory
+    check_memory(trainer, run)
+start_checks.CHECKS = (*others, with_little_memory)
 script.run(sft.main, "")
 """
 

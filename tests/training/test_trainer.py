@@ -16,15 +16,15 @@ from trainings import (
     RATE,
     STEPS,
     losses_of,
+    prepared_run,
     recipe_of,
     trained,
     write_rows,
 )
 
-from finetuning.data.cache import prepare
 from finetuning.model.loading import load_model
 from finetuning.model.tokenizer import load_tokenizer
-from finetuning.training.trainer import make_trainer
+from finetuning.training.train import make_trainer
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "bloom"])
@@ -116,8 +116,7 @@ def test_a_batch_is_copied_without_waiting_and_without_its_labels(
     base, rows, tmp_path, monkeypatch, layout
 ):
     recipe = recipe_of(base, rows, tmp_path / "run", f"data.layout={layout}")
-    tokenizer = load_tokenizer(recipe.model, [])
-    trainer = make_trainer(recipe, tokenizer, prepare(recipe.data, tokenizer))
+    trainer = make_trainer(prepared_run(recipe))
     batch = next(iter(trainer.get_train_dataloader()))
     copies, copy = [], torch.Tensor.to
     with monkeypatch.context() as patched:
@@ -146,7 +145,7 @@ def test_evaluation_counts_every_response_token_once(base, rows, tmp_path):
     metrics = trainer.evaluate()
     trainer.model.eval()
     loss = tokens = correct = 0
-    for example in trainer.eval_examples:
+    for example in trainer.eval_dataset:
         ids, labels = (torch.tensor(example[name].tolist()) for name in ("input_ids", "labels"))
         with torch.no_grad():
             logits = trainer.model(input_ids=ids[None]).logits[0, :-1]

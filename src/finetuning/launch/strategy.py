@@ -16,7 +16,7 @@ from finetuning.errors import UserError
 from finetuning.launch.launcher import requested_processes
 
 if TYPE_CHECKING:
-    from trl import SFTTrainer
+    from transformers import Trainer
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def offloads(zero: dict[str, Any]) -> bool:
     return any(device != "none" for device in devices)
 
 
-def actual_strategy(trainer: "SFTTrainer") -> Strategy:
+def actual_strategy(trainer: "Trainer") -> Strategy:
     """What a prepared trainer really runs as."""
     accelerator = trainer.accelerator
     kind = accelerator.distributed_type.value
@@ -135,7 +135,7 @@ def actual_strategy(trainer: "SFTTrainer") -> Strategy:
     return Strategy("ddp" if accelerator.num_processes > 1 else "single", accelerator.num_processes)
 
 
-def require_strategy(trainer: "SFTTrainer", wanted: Strategy) -> None:
+def require_strategy(trainer: "Trainer", wanted: Strategy) -> None:
     """Raises UserError where a prepared trainer runs as something else than what was asked for."""
     found = actual_strategy(trainer)
     if found != wanted:
@@ -152,7 +152,7 @@ def require_strategy(trainer: "SFTTrainer", wanted: Strategy) -> None:
         )
 
 
-def launch_of(trainer: "SFTTrainer", strategy: Strategy) -> dict[str, Any]:
+def launch_of(trainer: "Trainer", strategy: Strategy) -> dict[str, Any]:
     """How the processes run, for environment.json."""
     return {
         "strategy": strategy.name,

@@ -4,7 +4,6 @@ import difflib
 import importlib.util
 import netrc
 import os
-import sys
 from pathlib import Path
 
 from finetuning.errors import UserError
@@ -40,12 +39,6 @@ def require_loggers(recipe: Recipe, folder: Path) -> None:
             raise UserError(
                 "training.report_to: wandb is not logged in: run `wandb login`, or set WANDB_MODE=offline"
             )
-
-
-def hide_wandb(recipe: Recipe) -> None:
-    """Keeps trl from importing wandb (2 s of every start) for a run that does not log to it."""
-    if "wandb" not in loggers_of(recipe):
-        sys.modules.setdefault("wandb", None)  # to Python and to trl: not installed
 
 
 def has_wandb_key() -> bool:

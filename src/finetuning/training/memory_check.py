@@ -70,9 +70,8 @@ def fits(trainer: ResponseTrainer, batch: Batch) -> bool:
 def compute(trainer: ResponseTrainer, batch: Batch) -> None:
     """Forward and backward, without communication with other processes where that can be."""
     model, kind = trainer.model_wrapped, trainer.accelerator.distributed_type
-    if (
-        kind == DistributedType.DEEPSPEED
-    ):  # whose backward cannot be taken back; its optimizer has all it needs
+    if kind == DistributedType.DEEPSPEED:
+        # Whose backward cannot be taken back; its optimizer has all the memory it needs.
         inputs = trainer._prepare_inputs(batch)
         model.train()
         with packed_as(trainer.packing(inputs)), trainer.compute_loss_context_manager():
