@@ -40,8 +40,8 @@ def last_checkpoint(trainer: ResponseTrainer) -> str | None:
             else:
                 found = [str(checkpoint)]
                 print(f"resuming from {checkpoint}", file=sys.stderr)
-    (checkpoint_or_none,) = broadcast_object_list(found)
-    return checkpoint_or_none
+    broadcast_object_list(found)  # in place
+    return found[0]
 
 
 class RestoreCounters(TrainerCallback):

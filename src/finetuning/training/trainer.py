@@ -9,14 +9,14 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from trl import SFTConfig
 
-from finetuning.data.batching import Batch, BatchSampler, ExampleSet
+from finetuning.data.batching import Batch, BatchSampler, Collator, ExampleSet
 from finetuning.errors import Stopped
 from finetuning.model.attention import Packing, packed_as
 from finetuning.model.loss import ResponseHead, Targets
@@ -28,6 +28,9 @@ from finetuning.training.checkpoints import (
     seal_and_rotate,
 )
 from finetuning.training.signals import SIGNALS, block_signals, worker_ignores_signals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Counters = dict[str, Any]
 
@@ -43,6 +46,9 @@ class ResponseTrainer(Trainer):
     """
 
     args: SFTConfig
+    model: "PreTrainedModel"
+    optimizer: torch.optim.Optimizer
+    data_collator: Collator
     train_dataset: ExampleSet
     eval_dataset: ExampleSet | None
 
