@@ -360,7 +360,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys,
     run_folder(tmp_path, *steps)
     said = capsys.readouterr().err
     assert f"{folder / 'checkpoint-12'} is not used: optimizer.pt" in said
-    assert f"going on from {folder / 'checkpoint-8'}" in said
+    assert f"resuming from {folder / 'checkpoint-8'}" in said
     assert (folder / "model.safetensors").read_bytes() == weights and losses_of(folder) == losses
     assert (folder / "checkpoint-12" / "optimizer.pt").stat().st_size == len(content)
 

@@ -442,5 +442,5 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_same_command_goes_on(
     small_disk(40)
     done = run_script(*command, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert f"going on from {folder / 'checkpoint-2'}" in done.stderr
+    assert f"resuming from {folder / 'checkpoint-2'}" in done.stderr
     assert steps_of(folder) == [4] and (folder / "model.safetensors").exists()
