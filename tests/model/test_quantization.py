@@ -22,7 +22,6 @@ from finetuning.inference.generation import load_trained
 from finetuning.launch.strategy import requested_strategy
 from finetuning.model.precision import precision
 from finetuning.model.quantization import hide_bitsandbytes
-from finetuning.model.quantization import hide_bitsandbytes
 from finetuning.model.tokenizer import read_tokenizer
 from finetuning.publishing.merging import merge
 from finetuning.recipe.recipe import load_recipe
