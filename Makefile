@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: help quickstart test test-cluster bench lint format schema clean
+.PHONY: help quickstart test test-cluster bench lint format schema tables docs clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -21,6 +21,10 @@ $(VENV)/.dev: $(VENV)/.base
 
 $(VENV)/.deepspeed: $(VENV)/.dev
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,deepspeed]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 quickstart: $(VENV)/.base  ## train the embedded default on the CPU (a minute) and ask it
@@ -64,6 +68,16 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 schema: $(VENV)/.base  ## write recipes/recipe.schema.json again, after an upgrade or a new setting
 	PYTHONPATH=src $(RUN)/python -m finetuning.recipe.library_fields
 	PYTHONPATH=src $(RUN)/python -m finetuning.recipe.recipe
+
+tables: $(VENV)/.base  ## write the tables of the pages that come from code again
+	PYTHONPATH=src $(RUN)/python docs/tables.py
+
+docs: $(VENV)/.docs  ## build the pages into build/site/, both languages, with search
+	rm -rf build/pages build/site
+	mkdir -p build/pages
+	cp --parents *.md LICENSE docs/*.md notebooks/* benchmarks/README.md benchmarks/*.png recipes/*.* build/pages
+	find src -name '*.py' -exec cp --parents -t build/pages {} +
+	$(RUN)/zensical build --strict --clean --config-file mkdocs.yml
 
 clean:  ## remove .venv and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from accelerate.commands.launch import launch_command_parser
 from commands import ROOT
+from pages import listed_recipes
 
 import compare
 import generate
@@ -18,7 +19,7 @@ from finetuning.launch.devices import GPUS
 from finetuning.launch.strategy import launch_environment
 from finetuning.recipe.recipe import load_recipe
 
-RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+RECIPES = listed_recipes()
 READ = {
     f"src/{script.__name__}.py": script.read_arguments
     for script in (compare, generate, preview, publish, pull, sft)

@@ -124,8 +124,8 @@ class AllLogits(step_memory.TrackedHead):
         return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="sum")
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.ja.md"])
-def test_the_readmes_show_the_budget_of_bloomz_1b1_on_a_t4(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["docs/small_gpu.md", "docs/small_gpu.ja.md"])
+def test_the_pages_show_the_budget_of_bloomz_1b1_on_a_t4(page, tmp_path, monkeypatch):
     folder = write_config(tmp_path / "bloomz", BLOOMZ_1B1)
     recipe = load_recipe(
         ROOT / "recipes/harry_potter_bloomz_1b1_lora8bit.yaml", [f"model.name={folder}"]

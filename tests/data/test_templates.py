@@ -127,10 +127,10 @@ def test_the_answer_to_a_trained_response_is_what_the_assistant_said(name, newli
 def test_a_tokenizers_bos_stands_once_in_front(name):
     template = marker_template(name, bos="<bos>")
     plain = marker_template(name)
-    assert written(template.render(LONG)) == "⟨<bos>⟩" + written(plain.render(LONG))
-    assert written(template.render_prompt(LONG[:2])) == "⟨<bos>⟩" + written(
-        plain.render_prompt(LONG[:2])
-    )
+    twice = QUESTION * 2
+    assert written(template.render(twice)) == "⟨<bos>⟩" + written(plain.render(twice))
+    prompt = plain.render_prompt(QUESTION[:1])
+    assert written(template.render_prompt(QUESTION[:1])) == "⟨<bos>⟩" + written(prompt)
 
 
 @pytest.mark.parametrize(

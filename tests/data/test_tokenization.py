@@ -43,12 +43,10 @@ def tokenizer_of(kind):
 
 @cache
 def cases_of(kind):
-    """Every template with this kind of tokenizer: {name: Case}."""
+    """Every template of this repository with this kind of tokenizer: {name: Case}."""
     tokenizer = tokenizer_of(kind)
     cases = {}
-    for name in TEMPLATES:
-        if name == "chat":
-            continue
+    for name in MARKER_LEADS:
         for newline in (None, "<NL>"):
             bos = tokenizer.bos_token if kind == "byte_fallback" else None
             template = MarkerTemplate(TEMPLATES[name], tokenizer.eos_token, bos, newline)

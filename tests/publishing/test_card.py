@@ -54,9 +54,9 @@ def test_its_code_ends_an_answer_where_generate_does_and_undoes_a_newline_s_stan
     assert capsys.readouterr().out == "a\nb\n"
 
 
-def test_the_readme_shows_the_code_of_a_card():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"```python\n{loading(Address(REPO, S), {'kind': 'full'})}\n```" in readme
+def test_the_page_of_the_hub_shows_the_code_of_a_card():
+    page = (ROOT / "docs" / "hub.md").read_text(encoding="utf-8")
+    assert f"```python\n{loading(Address(REPO, S), {'kind': 'full'})}\n```" in page
 
 
 def test_it_says_what_was_trained_on_what_under_which_licences(hub, runs, call, tmp_path):

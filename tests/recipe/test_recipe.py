@@ -3,10 +3,11 @@
 import copy
 import json
 import re
-from pathlib import Path
 
 import jsonschema
 import pytest
+from commands import ROOT
+from pages import listed_recipes
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
@@ -21,7 +22,7 @@ from finetuning.recipe.recipe import SCHEMA, Recipe, load_recipe, recipe_schema
 from finetuning.recipe.sections import OWNED, RENAMED
 from finetuning.section import Section
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = [ROOT / "recipes" / name for name in listed_recipes()]
 TEXT = """\
 model: {name: some/model}
 data: {path: rows.jsonl, reader: dolly, template: plain_chat}

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT
+from pages import listed_recipes
 from run_folders import FAST, interrupted, losses_of, run_folder
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -24,7 +25,7 @@ from finetuning.runs.folder import read_samples
 from finetuning.training.signals import SIGNALS
 from finetuning.training.trainer import ResponseTrainer
 
-RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
+RECIPES = [ROOT / "recipes" / name for name in listed_recipes()]
 # Rows of every format, for recipes whose data is not at hand.
 ROWS = {
     "dolly": [

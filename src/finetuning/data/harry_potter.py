@@ -10,7 +10,7 @@ SCENE_QUESTION = "Describe a scene from the story of Harry Potter."
 
 
 def read_session_record(row: Row) -> list[Message]:
-    """A record of `harry_potter_rows`: a question and what Harry answers, or the scene."""
+    """{question, answer}, made of a session of Harry-Potter-Dialogue-Dataset: Harry's replies, and the scene."""
     if "dialogue" in row:
         raise BadRow(f"column dialogue: expected 'Speaker: text', found {brief(row['dialogue'])}")
     return [message("user", text(row, "question")), message("assistant", text(row, "answer"))]

@@ -1,6 +1,6 @@
 """Combinations that fail, or silently train something else: refused before a model is loaded.
 
-`python -m finetuning.compatibility` prints them as the table of the README.
+`python -m finetuning.launch.compatibility` prints them as a table; docs/limits.md has it in both languages.
 """
 
 import json
