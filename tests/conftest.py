@@ -74,7 +74,7 @@ def signals():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """A function that gives this process the environment of a launcher, and nothing of another one."""
+    """A function that gives this process the environment of a launcher, and of no other."""
 
     def launch(environment: dict[str, str]) -> None:
         for name in os.environ:
@@ -88,7 +88,7 @@ def launched(monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub with the repository elith/llm-book-models; this process, and scripts it starts, speak to it as its owner.
+    """A Hub with the repository elith/llm-book-models; this process and its scripts own it.
 
     Its cache is tmp_path/home/hub; nothing waits between attempts.
     """
@@ -103,7 +103,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """{kind: finished run folder} of run_folders.make_runs; a test that changes one takes a copy."""
+    """{kind: finished run folder} of run_folders.make_runs; to be copied before a change."""
     from run_folders import make_runs
 
     return make_runs(tmp_path_factory.mktemp("runs"))
@@ -111,7 +111,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def crowd(runs, tmp_path_factory):
-    """run_folders.make_crowd: a Hub with published checkpoints, on disk, and a run that replaces one of them."""
+    """run_folders.make_crowd: a Hub on disk, and a run that replaces a model published there."""
     from run_folders import make_crowd
 
     return make_crowd(runs, tmp_path_factory.mktemp("crowd"))
@@ -126,7 +126,7 @@ def crowded(crowd, hub, tmp_path):
 
 @pytest.fixture
 def call(monkeypatch, capfd):
-    """A function that runs a script in this process: script module, arguments -> its exit code, output and errors."""
+    """A function that runs a script's module in this process; returns its code, out and err."""
     from finetuning.script import run
 
     def call(script, *arguments: object):

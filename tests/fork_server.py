@@ -1,7 +1,8 @@
 """Runs scripts as `python src/<script> arguments` would, each in a fork of this process.
 
-The process has imported what scripts share, so a start costs 0.1 s and not one or two. A fork ends as
-any Python does: exit code and stderr are its own. commands.forks speaks to it, one JSON line a script.
+The process has imported what scripts share, so a start costs 0.1 s and not one or two. A fork ends
+as any Python does: exit code and stderr are its own. commands.forks speaks to it, one JSON line a
+script.
 
 python tests/fork_server.py [MODULE ...]        modules to import beforehand
 """

@@ -1,9 +1,9 @@
-"""A small Hugging Face Hub on 127.0.0.1, which speaks the real protocol to the real clients and can be disturbed.
+"""A small Hugging Face Hub on 127.0.0.1: the real protocol for the real clients, and faults.
 
-It answers what huggingface_hub, transformers and peft ask for to commit, tag and download files of a model repository,
-and keeps commits and blobs on disk. Like the Hub it refuses bad tokens, foreign namespaces, bad paths, wrong checksums,
-dangling LFS pointers and stale parent commits. Not covered: Xet (but for one whose storage fails), git, pull requests,
-multi-part LFS, paging.
+It answers what huggingface_hub, transformers and peft ask for to commit, tag and download files of
+a model repository, and keeps commits and blobs on disk. Like the Hub it refuses bad tokens, foreign
+namespaces, bad paths, wrong checksums, dangling LFS pointers and stale parent commits. Not covered:
+Xet (but for one whose storage fails), git, pull requests, multi-part LFS, paging.
 
     with HubServer(folder) as hub:
         hub.create(REPO)
@@ -74,7 +74,7 @@ def clean_path(path: str) -> str:
 
 
 def speak_to(server: "HubServer", home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets this process, and those that it starts, be clients of the server, with a cache below `home`."""
+    """Makes this process and those it starts clients of the server, with a cache below `home`."""
     import transformers.utils.hub
     from huggingface_hub import constants, hf_api
 
@@ -150,11 +150,12 @@ class HubServer(ThreadingHTTPServer):
         }
 
     def fault(self, match: str, times: int = 1, skip: int = 0, **what: Any) -> None:
-        """Disturbs `times` requests whose "METHOD /path" contains `match`, after the first `skip` of them.
+        """Disturbs `times` requests whose "METHOD /path" contains `match`, after `skip` of them.
 
-        what: status=503 [headers={"Retry-After": "1"}]; delay=seconds before any work; drop_response=True (the work is
-        done, then the line is cut); corrupt=True (one byte of the answer is flipped); reset_after=n or eof_after=n (the
-        line is cut with RST or FIN after n bytes of the upload or download); call=function, before any work.
+        what: status=503 [headers={"Retry-After": "1"}]; delay=seconds before any work;
+        drop_response=True (the work is done, then the line is cut); corrupt=True (one byte of the
+        answer is flipped); reset_after=n or eof_after=n (the line is cut with RST or FIN after n
+        bytes of the upload or download); call=function, before any work.
         """
         self.faults.append({"match": match, "due": iter([False] * skip + [True] * times), **what})
 
@@ -344,7 +345,8 @@ class Handler(BaseHTTPRequestHandler):
         raise HubError(404, f"Not in this server: {self.command} {path}")
 
     def signed(self, method: str, path: str) -> str:
-        return f"{path}?sig={hmac.new(self.hub.secret, f'{method} {path}'.encode(), 'sha256').hexdigest()}"
+        signature = hmac.new(self.hub.secret, f"{method} {path}".encode(), "sha256")
+        return f"{path}?sig={signature.hexdigest()}"
 
     def cut(self, seen: int) -> None:
         for key, error in (
@@ -395,10 +397,8 @@ class Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
         names, _, role = self.hub.tokens.get(token, "").partition(":")
         if (token and not names) or (namespace and not token):
-            raise HubError(
-                401,
-                f"Invalid {'credentials in Authorization header' if token else 'username or password'}.",
-            )
+            what = "credentials in Authorization header" if token else "username or password"
+            raise HubError(401, f"Invalid {what}.")
         if namespace and (role == "read" or namespace not in names.split("+")):
             raise HubError(403, f"this token may not write to {namespace}")
         return names.split("+") if token else []

@@ -1,6 +1,7 @@
 """Run in every process of test_processes.py: trains all cases and writes down what came out.
 
-accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 2 tests/processes.py CASES.json FOLDER
+accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 2 \\
+  tests/processes.py CASES.json FOLDER
 """
 
 import json
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> None:
 
 
 def shares(trainer) -> dict[str, float]:
-    """How much of the weights, and of Adam's first moments, this process holds: 1.0 is all of it."""
+    """This process's share of the weights and of Adam's first moments: 1.0 is all of them."""
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     whole = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
     local = sum(local_part(weight).numel() for weight in weights)

@@ -1,4 +1,4 @@
-"""Small finished runs of every kind, trained once in a session, and a base model that stands on the tests' Hub."""
+"""Small finished runs of every kind, trained once in a session."""
 
 import importlib
 import json

@@ -1,8 +1,9 @@
-"""A real Slurm on this machine: a controller and virtual nodes, each with processes, a name and a network of its own.
+"""A real Slurm on this machine: a controller and nodes with their own processes and network.
 
-A node is a set of Linux namespaces around a slurmd, so `localhost` of one is not that of another, as on real machines;
-files are shared by all. CPUs and memory are declared, not enforced, and a GPU is a link to /dev/null. It needs root and
-the Debian packages in PACKAGES, starts in a second and ends with the process that started it.
+A node is a set of Linux namespaces around a slurmd, so `localhost` of one is not that of another,
+as on real machines; files are shared by all. CPUs and memory are declared, not enforced, and a GPU
+is a link to /dev/null. It needs root and the Debian packages in PACKAGES, starts in a second and
+ends with the process that started it.
 """
 
 import os
@@ -18,13 +19,13 @@ PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2", "util-li
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "setpriv")
 
 NODES, CPUS, GPUS = 6, 4, 2
-# main: where most jobs run. low and urgent: a job of the latter takes the node from one of the former. fragile: nodes
-# that are switched off, and a spare.
+# main: where most jobs run. low and urgent: a job of the latter takes the node from one of the
+# former. fragile: nodes that are switched off, and a spare.
 PARTITIONS = {"main": "node[1-2]", "low": "node3", "urgent": "node3", "fragile": "node[4-6]"}
 
-# cred_expire: seconds a requeued job waits (else 120). SlurmdTimeout: seconds after which a dead node is noticed (else
-# 300); the rest of the job notices it before.
-# sched_*, *_delay: jobs start at once. config_overrides: nodes may declare more than the machine has.
+# cred_expire: seconds a requeued job waits (else 120). SlurmdTimeout: seconds after which a dead
+# node is noticed (else 300); the rest of the job notices it before. sched_*, *_delay: jobs start at
+# once. config_overrides: nodes may declare more than the machine has.
 SETTINGS = """\
 ClusterName=test
 SlurmctldHost=controller(10.77.0.254)
@@ -50,13 +51,15 @@ PreemptMode=REQUEUE
 SlurmdTimeout=40
 ReturnToService=2
 MinJobAge=86400
-NodeName=node[1-{nodes}] NodeAddr=10.77.0.[1-{nodes}] CPUs={cpus} CoresPerSocket={cpus} RealMemory=8000 Gres=gpu:{gpus}
+NodeName=node[1-{nodes}] NodeAddr=10.77.0.[1-{nodes}] CPUs={cpus} CoresPerSocket={cpus} \\
+  RealMemory=8000 Gres=gpu:{gpus}
 """
 
 CONTROLLER = """
 echo controller >/proc/sys/kernel/hostname
 mount --bind "$1/hosts" /etc/hosts
-ip link set lo up && ip link add bridge type bridge && ip link set bridge up && ip addr add 10.77.0.254/24 dev bridge
+ip link set lo up && ip link add bridge type bridge && ip link set bridge up
+ip addr add 10.77.0.254/24 dev bridge
 slurmctld -D & wait $!
 """
 # The shell stays the first process of the namespace: slurmd would not reap what its jobs leave.
@@ -166,7 +169,8 @@ class Cluster:
     def power_on(self, node: str) -> None:
         number = int(node.removeprefix("node"))
         self.spawn_apart(node, NODE, node, f"10.77.0.{number}")
-        # The same address after a power cycle, or the other nodes would send to the old one for a while.
+        # The same address after a power cycle, or the other nodes would send to the old one for a
+        # while.
         link = f"link add {node} type veth peer name eth0 address 02:51:00:00:00:{number:02x}"
         self.run("ip", *link.split(), "netns", str(self.processes[node].pid))
         self.run("ip", "link", "set", node, "master", "bridge", "up")
@@ -179,7 +183,7 @@ class Cluster:
         wait_for(f"the end of {node}", lambda: not self.succeeds("ip", "link", "show", node))
 
     def beside_the_controller(self, *command: str) -> subprocess.Popen:
-        """Starts a command that all nodes can reach, at 10.77.0.254 or `controller`; it ends with the cluster."""
+        """Starts a command that nodes reach at 10.77.0.254; it ends with the cluster."""
         inside = ["nsenter", "--net", "--target", str(self.processes["controller"].pid), *command]
         self.processes[command[1]] = subprocess.Popen(inside, stdout=subprocess.PIPE, text=True)
         return self.processes[command[1]]

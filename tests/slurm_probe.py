@@ -1,4 +1,4 @@
-"""Stands where src/sft.py stands in jobs of test_slurm.py that are not about training, and ends as its argument says.
+"""Stands in for src/sft.py in jobs that are not about training; ends as its argument says.
 
 Prints where it runs, after all processes have added up their numbers over gloo.
 """

@@ -1,4 +1,4 @@
-"""What test_slurm.py does on a cluster: submit jobs that train a tiny recipe, and look at what became of them."""
+"""What test_slurm.py does on a cluster: submit jobs that train a tiny recipe, and look at them."""
 
 import json
 import re
@@ -21,13 +21,19 @@ model:
     vocab_size: 300
     config: {{model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 2, n_positions: 64,
       embd_pdrop: 0.0, attn_pdrop: 0.0, resid_pdrop: 0.0}}
-data: {{path: rows.jsonl, reader: prompt_response, template: question_answer, max_length: 64, eval: {{every: 8}}}}
+data:
+  path: rows.jsonl
+  reader: prompt_response
+  template: question_answer
+  max_length: 64
+  eval: {{every: 8}}
 training:
   output_dir: outputs/run
   max_steps: {STEPS}
   global_batch_size: 8
   learning_rate: 1e-3
-  adam_epsilon: 1e-4 # a step of less than rounding must not become a whole one, or processes drift apart
+  # A step of less than rounding must not become a whole one, or processes drift apart.
+  adam_epsilon: 1e-4
   logging_steps: 10
   save_steps: {SAVED_EVERY}
   save_total_limit: 2
@@ -136,7 +142,9 @@ class Job:
 
     @contextmanager
     def frozen(self) -> Iterator[list[psutil.Process]]:
-        """Its training processes, stopped in the middle of a step: what is done meanwhile finds them training."""
+        """Its training processes, stopped in the middle of a step, so that others find them
+        training.
+        """
         processes = [process for process in psutil.process_iter() if self.is_training(process)]
         assert processes
         for process in processes:
@@ -172,7 +180,7 @@ def has_pending(process: psutil.Process, number: signal.Signals) -> bool:
 
 
 def make_site(cluster: Cluster, folder: Path) -> Site:
-    """Two checkouts: one that trains, and beside it one with the probe in the place of src/sft.py."""
+    """Two checkouts: one that trains, and one with the probe in the place of src/sft.py."""
     checkout, probes = folder / "checkout", folder / "probes"
     for place in (checkout, probes):
         (place / "logs").mkdir(parents=True)

@@ -1,7 +1,7 @@
-"""src/ keeps to the rules of CONTRIBUTING.md: imports go one way, no name hides a library, docstrings are manuals.
+"""src/ keeps to the rules of CONTRIBUTING.md: imports go one way, docstrings are manuals.
 
-Imports are read from the source, wherever they stand: inside a function or below TYPE_CHECKING they tie modules
-together just as well.
+Imports are read from the source, wherever they stand: inside a function or below TYPE_CHECKING they
+tie modules together just as well.
 """
 
 import ast
@@ -37,7 +37,7 @@ MODULES = sorted(
 
 
 def imported_names(path: Path, root: Path = SOURCE) -> set[str]:
-    """Full dotted names of everything a file below root imports, at any depth; relative imports resolved."""
+    """Full dotted names of everything a file below root imports, at any depth."""
     names = set()
     package = path.relative_to(root).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

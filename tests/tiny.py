@@ -38,7 +38,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def metaspace() -> PreTrainedTokenizerFast:
-    """T5's and llm-jp's kind: Unigram over metaspace with byte fallback, its special tokens among its pieces."""
+    """T5's and llm-jp's kind: Unigram over metaspace with byte fallback."""
     pieces = [
         ("<unk>", 0.0),
         ("<s>", 0.0),
@@ -121,7 +121,8 @@ CHAT_TEMPLATES = {
     "chatml_generation": (
         "{% for message in messages %}"
         "{{ '<|im_start|>' + message.role + '\n' }}"
-        "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"
+        "{% if message.role == 'assistant' %}"
+        "{% generation %}{{ message.content }}{% endgeneration %}"
         "{% else %}{{ message.content }}{% endif %}"
         "{{ '<|im_end|>\n' }}"
         "{% endfor %}"
@@ -131,16 +132,21 @@ CHAT_TEMPLATES = {
     "llama_3": (
         "{{ '<|begin_of_text|>' }}"
         "{% for message in messages %}"
-        "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' }}"
+        "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}"
+        "{{ message.content | trim + '<|eot_id|>' }}"
         "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+        "{% endif %}"
     ),
-    # Mistral's kind: trims the assistant only, ends a turn with EOS, refuses roles that do not alternate.
+    # Mistral's kind: trims the assistant only, ends a turn with EOS, refuses roles that do not
+    # alternate.
     "mistral": (
         "{{ bos_token }}"
         "{% for message in messages %}"
         "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
+        "{{ raise_exception('Conversation roles must alternate "
+        "user/assistant/user/assistant/...') }}"
         "{% endif %}"
         "{% if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}"
         "{% else %}{{ ' ' + message.content | trim + eos_token }}{% endif %}"
@@ -150,7 +156,8 @@ CHAT_TEMPLATES = {
     "thinking": (
         "{% for message in messages %}"
         "{{ '<|im_start|>' + message.role + '\n' }}"
-        "{% if message.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{% if message.role == 'assistant' and loop.last %}"
+        "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
         "{{ message.content + '<|im_end|>\n' }}"
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -159,20 +166,22 @@ CHAT_TEMPLATES = {
     "vicuna": (
         "{{ bos_token }}"
         "{% for message in messages %}"
-        "{{ message.role | upper + ': ' + message.content + (eos_token if message.role == 'assistant' else '\n') }}"
+        "{{ message.role | upper + ': ' + message.content }}"
+        "{{ eos_token if message.role == 'assistant' else '\n' }}"
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
     ),
     # Older models' kind: no special token at all.
     "lines": (
-        "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
+        "{% for message in messages %}"
+        "{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     ),
 }
 
 
 def chat_tokenizer(kind: str, template: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of TOKENIZERS that knows the special tokens of CHAT_TEMPLATES and brings one of these along."""
+    """A tokenizer of TOKENIZERS with one of CHAT_TEMPLATES and the special tokens of all."""
     tokenizer = TOKENIZERS[kind]()
     tokenizer.add_tokens(CHAT_TOKENS, special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATES[template]
@@ -210,7 +219,7 @@ CONFIGS = {
 def model_of(
     kind: str, vocab_size: int = 512, seed: int = 0, width: int = 32, **more: object
 ) -> PreTrainedModel:
-    """A random model of an architecture the recipes use, or one like Llama that needs `more` settings.
+    """A random model of an architecture the recipes use, or of one that needs `more` settings.
 
     Its weights are large enough that tokens matter to each other.
     """

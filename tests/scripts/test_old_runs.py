@@ -1,4 +1,4 @@
-"""Run folders and published models of an older version are asked, compared, published, resumed as then.
+"""What an older version left is asked, compared, published and resumed as then.
 
 tests/old_runs/README.md says how they were made.
 """
@@ -36,14 +36,14 @@ STOPPED = [
 
 @pytest.fixture
 def old(tmp_path, monkeypatch) -> Path:
-    """The folder with the old runs, as the working directory: finished, adapter, stopped, published."""
+    """The working directory, with the old runs in it: finished, adapter, stopped, published."""
     folder = Path(shutil.copytree(ROOT / "tests/old_runs", tmp_path / "old"))
     monkeypatch.chdir(folder)
     return folder
 
 
 def answers_of_transformers(folder: Path) -> list[str]:
-    """Greedy answers without any code of ours; the prompt is spelt as the old version trained it."""
+    """Greedy answers without code of ours; the prompt is spelt as the old version trained it."""
     model, tokenizer = (
         kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer)
     )

@@ -1,4 +1,4 @@
-"""src/publish.py against the tests' Hub, by the real clients: what travels, and what a reader then loads."""
+"""src/publish.py against the tests' Hub: what travels, and what a reader then loads."""
 
 import json
 import re
@@ -97,7 +97,8 @@ def test_an_adapter_that_is_published_for_another_base_model_is_noticed(hub, run
 
 BOOK = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("elith/llm-book-models", subfolder="chapter05/sft_model")
+repo, subfolder = "elith/llm-book-models", "chapter05/sft_model"
+model = AutoModelForCausalLM.from_pretrained(repo, subfolder=subfolder)
 tokenizer = AutoTokenizer.from_pretrained("elith/llm-book-models", subfolder="chapter05/sft_model")
 """
 PRINT = "print(model(**tokenizer('What is 3 + 1?', return_tensors='pt')).logits.sum().item())"
@@ -374,8 +375,8 @@ def test_an_adapter_needs_a_base_that_others_have(hub, runs, call, tmp_path):
     published(call, run, "publish.merged=true")
     card = hub.read(REPO, f"{S}/README.md").decode()
     assert (
-        "A model from a folder that is not on the Hub, fine-tuned with LoRA, merged into full weights"
-        in card
+        "A model from a folder that is not on the Hub, fine-tuned with LoRA, "
+        "merged into full weights" in card
     )
     (tmp_path / "pulled.yaml").write_bytes(hub.read(REPO, f"{S}/recipe.yaml"))
     assert load_recipe(tmp_path / "pulled.yaml").model.name == "./llama"
@@ -550,7 +551,7 @@ def test_a_recipe_without_a_place_is_told_how_to_name_one(hub, runs, call, tmp_p
     assert "model.safetensors" in names(hub, "mine")
 
 
-# Faults: one disturbed request is survived, a lasting disturbance ends in one line; never anything in between
+# Faults: one disturbed request is survived, a lasting disturbance ends in one line
 
 FAULTS = {
     "access, 503": ("auth-check", {"status": 503}),
@@ -619,7 +620,7 @@ def test_a_lasting_fault_ends_in_one_line_and_the_same_command_later_succeeds(
 
 
 def assert_all_is_new(hub: HubServer, crowd) -> None:
-    """One commit and one tag more than before, and every byte of the new state, neighbour and table included."""
+    """One commit and one tag more than before, and every byte of the new state."""
     assert hub.tree(REPO) == crowd.tree
     assert hub.titles(REPO) == [
         f"Publish {S}",

@@ -1,4 +1,4 @@
-"""src/pull.py against the tests' Hub, and what takes its checkpoints from there: src/generate.py and src/sft.py."""
+"""src/pull.py against the tests' Hub, and the scripts that take models from there."""
 
 import errno
 import json
@@ -26,7 +26,10 @@ import sft
 from finetuning.errors import UserError
 from finetuning.recipe.recipe import load_recipe
 
-SAID = rf"^hub:{REPO}/{S}@[0-9a-f]{{40}}\n11 files, [0-9,]+ bytes: every sha256 is that of its manifest$"
+SAID = (
+    rf"^hub:{REPO}/{S}@[0-9a-f]{{40}}\n"
+    r"11 files, [0-9,]+ bytes: every sha256 is that of its manifest$"
+)
 LARGE = np.random.default_rng(0).integers(
     0, 256, 25_000_000, dtype=np.uint8
 )  # bytes; downloads go in steps of 10 MB
@@ -299,7 +302,7 @@ def test_pickled_weights_and_remote_code_are_refused(served, call):
 def test_what_arrived_before_a_download_broke_off_is_not_fetched_again(
     cut, goes_on, hub, call, tmp_path
 ):
-    """The client itself goes on within a file that was closed early; after a reset it begins this file again."""
+    """The client resumes within a file that was closed early; after a reset it begins it again."""
     content = save({"weight": LARGE})
     hub.put(REPO, {"large/config.json": b"{}", "large/model.safetensors": content})
     hub.fault("GET /_cdn/", **{cut: 22_000_000})

@@ -1,4 +1,4 @@
-"""Whatever a person can get wrong ends in one line that says what and where, before torch is imported."""
+"""What a person can get wrong is refused in one line, before torch is imported."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ TRAIN = "sft.py FOLDER/recipe.yaml"
 
 
 def case(name, *words, command=PREVIEW, override=None, recipe=RECIPE, files=()):
-    """A command that must fail, and what its message must hold. FOLDER is where recipe and files are written."""
+    """A command that must fail, and what its message must hold; FOLDER as in write_files."""
     files = {"recipe.yaml": recipe, "rows.jsonl": ROWS, **dict(files)}
     script, *arguments = command.split()
     return pytest.param(
@@ -694,7 +694,7 @@ FOLDERS = [
     ),
 ]
 
-# What only the model and the libraries can tell: found after torch is imported, before the first step.
+# What only the model and the libraries can tell: found before the first step.
 LATE = [
     case(
         "model of no type",

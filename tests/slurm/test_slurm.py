@@ -1,7 +1,7 @@
-"""slurm/sft.sh and slurm/array.sh on a real Slurm: several nodes, time limits, preemption, dead nodes, sweeps, chains.
+"""slurm/sft.sh and slurm/array.sh on a real Slurm: nodes, limits, preemption, sweeps, chains.
 
-Most of the time goes into starting Python. So each story (a function from a cluster to a job) is begun before the first
-test, some of them at once; a test asks what came of it.
+Most of the time goes into starting Python. So each story (a function from a cluster to a job) is
+begun before the first test, some of them at once; a test asks what came of it.
 """
 
 import json
@@ -24,6 +24,7 @@ from finetuning.recipe.recipe import load_recipe
 pytestmark = pytest.mark.cluster
 
 AT_ONCE = 5  # stories; each starts several Pythons
+LARGE = "-- accelerate_configs/cpu.yaml recipe.yaml training.output_dir=outputs/large"
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,8 @@ def test_two_nodes_train_what_one_process_trains(job, processes, begun):
 
 
 def addresses(site):
-    # CONTAINER and SRUN_OPTIONS as for a container, which is not there: they set a variable and a working directory.
+    # CONTAINER and SRUN_OPTIONS as for a container, which is not there: they set a variable and a
+    # working directory.
     hooks = {
         "CONTAINER": "env INSIDE=yes",
         "SRUN_OPTIONS": f"--chdir={site.folder.with_name('probes')}/.",
@@ -218,11 +220,11 @@ def test_a_check_of_a_sweep_names_the_line(site):
             "cannot be written",
         ),
         (
-            "--nodes=9 -- accelerate_configs/cpu.yaml recipe.yaml training.output_dir=outputs/large",
+            f"--nodes=9 {LARGE}",
             "allocation failure",
         ),
         (
-            "--gres=gpu:64 -- accelerate_configs/cpu.yaml recipe.yaml training.output_dir=outputs/large",
+            f"--gres=gpu:64 {LARGE}",
             "allocation failure",
         ),
     ],
@@ -412,7 +414,7 @@ def test_a_sweep_trains_every_line_and_ends_in_a_table(job):
 
 
 def stopped_in_a_sweep(site):
-    """Of one task of an array Slurm's number is that of the whole array: here it is the one that is stopped."""
+    """Slurm's number of an array's task is that of the whole array; here that one is stopped."""
     (site.folder / "seeds.txt").write_text("training.seed=1\ntraining.seed=2\n")
     command = [
         "slurm/array.sh",
@@ -445,7 +447,7 @@ def test_a_task_of_a_sweep_that_is_stopped_goes_on_and_the_others_do_not_notice(
 
 
 def documented_chain(site):
-    """The commands of docs/slurm.md, with what is tiny in the place of what is large, and a Hub that nodes reach."""
+    """The commands of docs/slurm.md, with tiny models and rows, and a Hub that nodes reach."""
     server = [
         sys.executable,
         str(ROOT / "tests" / "hub_server.py"),
@@ -464,7 +466,8 @@ def documented_chain(site):
         ("single_gpu.yaml recipes/dolly_gpt2.yaml", "cpu.yaml recipe.yaml training.max_steps=20"),
         (
             "src/publish.py outputs/dolly_gpt2",
-            "src/publish.py outputs/run publish.repo=elith/llm-book-models publish.subfolder=chapter05/sft_model",
+            "src/publish.py outputs/run publish.repo=elith/llm-book-models "
+            "publish.subfolder=chapter05/sft_model",
         ),
     ):
         assert said in block

@@ -26,7 +26,7 @@ NEVER = (
 
 
 def directives(script: str) -> tuple[list[str], list[str]]:
-    """(#SBATCH options that Slurm reads, lines that look like one but come after the first command)"""
+    """(#SBATCH options that Slurm reads, lines like one that come after the first command)"""
     read, ignored = [], []
     has_begun = False
     for line in script.splitlines()[1:]:
@@ -39,7 +39,10 @@ def directives(script: str) -> tuple[list[str], list[str]]:
 
 
 def test_a_directive_after_the_first_command_is_noticed():
-    script = "#!/bin/bash\n# why\n#SBATCH --nodes=1\n\n#SBATCH --requeue\nset -u\n#SBATCH --time=1\n# SBATCH --mem=1\n"
+    script = (
+        "#!/bin/bash\n# why\n#SBATCH --nodes=1\n\n#SBATCH --requeue\nset -u\n"
+        "#SBATCH --time=1\n# SBATCH --mem=1\n"
+    )
     assert directives(script) == (["--nodes=1", "--requeue"], ["--time=1", "# SBATCH --mem=1"])
     assert directives("#!/bin/bash\n # SBATCH --nodes=1\n")[1]
 
@@ -143,7 +146,7 @@ def test_wrong_arguments_end_in_one_line(case, tmp_path):
 
 
 def called(script: str, *arguments: str, folder: Path, **environment: str) -> list[list[str]]:
-    """The words of every command of Slurm that the script gives, where these only write them down."""
+    """The words of every command of Slurm that the script gives, written down instead of run."""
     programs = folder / "bin"
     programs.mkdir()
     for name in ("sbatch", "srun", "scancel", "scontrol", "squeue"):
