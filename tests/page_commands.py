@@ -1,7 +1,9 @@
-"""Commands that a page or the notebook tells people to type, checked without running them."""
+"""Commands that a page or the notebook tells people to type, read by the parsers that will read them."""
 
 import re
 import shlex
+from argparse import Namespace
+from functools import cache
 from pathlib import Path
 
 from accelerate.commands.launch import launch_command_parser
@@ -20,11 +22,10 @@ from finetuning.launch.strategy import launch_environment
 from finetuning.recipe.recipe import load_recipe
 
 RECIPES = listed_recipes()
-READ = {
-    f"src/{script.__name__}.py": script.read_arguments
-    for script in (compare, generate, preview, publish, pull, sft)
+SCRIPTS = {
+    f"src/{one.__name__}.py": one for one in (compare, generate, preview, publish, pull, sft)
 }
-PULLED = "outputs/pulled/"  # what a command of ours pulls
+PULLED = "outputs/pulled/recipe.yaml"  # what a command of the pages pulls
 
 
 def make_targets() -> set[str]:
@@ -32,86 +33,96 @@ def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
 
 
-def check_command(command: str, known_folders: set[str]) -> None:
-    """Raises where the command could not be typed.
+@cache
+def run_folders() -> dict[str, Path]:
+    """The run folder of each recipe, and the recipe."""
+    files = [ROOT / "recipes" / name for name in RECIPES]
+    return {load_recipe(file).training.output_dir: file for file in files}
 
-    A script, recipe, setting, make target or run folder in it is not there.
-    """
-    words = shlex.split(command)
-    if "<" in words:
-        words = words[: words.index("<")]
-    if re.match(r"[a-z]+=\$\(", words[0]):  # name=$(command)
-        words = [words[0].partition("(")[2], *words[1:-1], words[-1].removesuffix(")")]
+
+def check_command(command: str) -> None:
+    """Raises where a script, recipe, setting, make target or run folder in the command is not there."""
+    words = shlex.split(command.partition(" < ")[0])
     while re.match(r"[A-Z_]+=", words[0]):
         del words[0]
     program, *arguments = words
-    program = program.removeprefix(".venv/bin/")
     if program == "make":
         assert {word for word in arguments if "=" not in word} <= make_targets()
     elif program == "accelerate":
-        check_launch(arguments)
-    elif program == "python":
-        check_script(arguments, known_folders)
+        launched = launch_command_parser().parse_args(arguments[1:])
+        assert arguments[0] == "launch" and launched.training_script == "src/sft.py"
+        check_script(launched.training_script, launched.training_script_args)
+        processes = launched.num_processes
+        launch_environment(launched.config_file, processes and str(processes))
+    elif program in ("python", ".venv/bin/python"):
+        check_script(arguments[0], arguments[1:])
     elif "--wrap" in arguments:
-        check_command(arguments[arguments.index("--wrap") + 1], known_folders)
+        check_command(arguments[arguments.index("--wrap") + 1])
     elif program == "sbatch" or program.startswith("slurm/"):
         check_job(words)
     else:
         assert words == ["source", ".venv/bin/activate"], f"nothing here checks {command}"
 
 
-def check_launch(arguments: list[str]) -> None:
-    assert arguments.pop(0) == "launch"
-    parsed = launch_command_parser().parse_args(arguments)
-    assert parsed.config_file is None or (ROOT / parsed.config_file).is_file()
-    assert parsed.training_script == "src/sft.py"
-    check_script([parsed.training_script, *parsed.training_script_args], set())
-
-
 def check_job(words: list[str]) -> None:
-    """sbatch [options] script [arguments], or script [--check] [options --] [arguments]."""
-    at = next(number for number, word in enumerate(words) if word.startswith("slurm/"))
-    script, arguments = words[at], words[at + 1 :]
-    if "--" in arguments:
-        assert at == 0, "options of sbatch stand before the script"
-        arguments = arguments[arguments.index("--") + 1 :]
-    if arguments[0] == "--check":
-        del arguments[0]
+    """sbatch [options] script arguments, or script [--check] [options --] arguments."""
+    (script,) = [word for word in words if re.match(r"slurm/\w+\.sh", word)]
+    arguments = words[words.index(script) + 1 :]
+    if words[0] == script:
+        assert "--" in arguments or not arguments[0].startswith("--")
+        arguments = arguments[arguments.index("--") + 1 :] if "--" in arguments else arguments
     config, recipe, *overrides = arguments
-    files = [script, config, *([overrides.pop(0)] if script == "slurm/array.sh" else [])]
-    assert all((ROOT / file).is_file() for file in files)
+    if script == "slurm/array.sh":
+        assert (ROOT / overrides.pop(0)).is_file()
+    assert (ROOT / script).is_file() and (ROOT / config).is_file()
     load_recipe(ROOT / recipe, overrides)
 
 
-def check_script(words: list[str], known_folders: set[str]) -> None:
-    script, *arguments = words
-    assert script in READ
-    options = READ[script](arguments)
-    source = next(word for word in arguments if not word.startswith("--"))
-    if script == "src/pull.py":
-        assert parse_address(f"{options.repo}/{options.subfolder}").repo == options.repo
-        return
-    if source.startswith(PULLED):
-        source = "recipes/quickstart.yaml"
-    if script in ("src/sft.py", "src/preview.py"):
-        load_recipe(ROOT / source, options.overrides)
-        if script == "src/preview.py":
-            launch_environment(options.config_file, options.num_processes)
-            assert options.gpu is None or options.gpu in GPUS
-        return
-    if script == "src/publish.py":
-        assert source in known_folders, f"no command makes {source}"
-        load_recipe(ROOT / "recipes" / f"{Path(source).name}.yaml", options.overrides)
-        return
-    if source.startswith("hub:"):
-        assert parse_address(source)
-        return
-    assert source in known_folders or (ROOT / source).is_file(), f"no command makes {source}"
-    recipe = ROOT / source if source.endswith(".yaml") else ROOT / "recipes/quickstart.yaml"
-    load_recipe(recipe, options.overrides if script == "src/generate.py" else [])
+def check_script(script: str, arguments: list[str]) -> None:
+    options = SCRIPTS[script].read_arguments(arguments)
+    CHECKS[script](options)
 
 
-def folders_made() -> set[str]:
-    """Run folders of the recipes, and the folders of sweeps."""
+def check_recipe(options: Namespace) -> None:
+    load_recipe(recipe_of(options.recipe), options.overrides)
+
+
+def check_preview(options: Namespace) -> None:
+    check_recipe(options)
+    launch_environment(options.config_file, options.num_processes)
+    assert options.gpu is None or options.gpu in GPUS
+
+
+def check_generate(options: Namespace) -> None:
+    load_recipe(recipe_of(options.run), options.overrides)
+
+
+def check_publish(options: Namespace) -> None:
+    load_recipe(run_folders()[options.run], options.overrides)
+
+
+def check_pull(options: Namespace) -> None:
+    assert parse_address(f"{options.repo}/{options.subfolder}").repo == options.repo
+
+
+def check_compare(options: Namespace) -> None:
     sweeps = {f"outputs/{path.stem}" for path in (ROOT / "slurm").glob("*.txt")}
-    return sweeps | {load_recipe(ROOT / "recipes" / name).training.output_dir for name in RECIPES}
+    assert set(options.folders) <= sweeps | run_folders().keys() | {"outputs/try", "outputs/short"}
+
+
+CHECKS = {
+    "src/sft.py": check_recipe,
+    "src/preview.py": check_preview,
+    "src/generate.py": check_generate,
+    "src/publish.py": check_publish,
+    "src/pull.py": check_pull,
+    "src/compare.py": check_compare,
+}
+
+
+def recipe_of(source: str) -> Path:
+    """The recipe that is meant by a file, by a run folder, or by what a command of the pages pulls."""
+    if source == PULLED or source.startswith("hub:"):
+        assert source == PULLED or parse_address(source)
+        return ROOT / "recipes" / "quickstart.yaml"
+    return run_folders().get(source, ROOT / source)

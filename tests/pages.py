@@ -1,7 +1,6 @@
 """The pages, read by a Markdown parser: README, CONTRIBUTING.md and docs/, in both languages."""
 
 import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +97,12 @@ def code_in(cell: str) -> list[str]:
 def shell_lines(text: str) -> list[str]:
     """The commands of a shell block, comments taken off."""
     lines = text.replace("\\\n", " ").splitlines()
-    return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
+    inner = [re.sub(r"^\w+=\$\((.*)\)$", r"\1", line) for line in lines]  # job=$(command)
+    return [uncommented(line) for line in inner if uncommented(line)]
+
+
+def uncommented(line: str) -> str:
+    return re.sub(r"(^|\s+)#.*", "", line)
 
 
 def commands(page: str) -> list[str]:

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 from conftest import ROOT
-from page_commands import check_command, folders_made
+from page_commands import check_command
 
 from finetuning.recipe.recipe import load_recipe
 
@@ -28,7 +28,7 @@ def test_it_is_a_notebook_for_a_gpu_and_was_saved_without_outputs():
 
 @pytest.mark.parametrize("command", OURS)
 def test_a_command_can_be_typed(command):
-    check_command(command, folders_made())
+    check_command(command)
     assert RECIPE in command or load_recipe(ROOT / RECIPE).training.output_dir in command
 
 

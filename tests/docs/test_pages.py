@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT
-from page_commands import RECIPES, check_command, folders_made, make_targets
+from page_commands import RECIPES, check_command, make_targets
 from pages import (
     ENGLISH,
     JAPANESE,
@@ -50,7 +50,27 @@ def test_the_readme_leads_to_every_page():
 
 @pytest.mark.parametrize(("page", "command"), TYPED, ids=[" ".join(case) for case in TYPED])
 def test_a_command_can_be_typed(page, command):
-    check_command(command, folders_made())
+    check_command(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make quickstrat",
+        "accelerate launch --config_file accelerate_configs/zero9.yaml src/sft.py recipes/dolly_gpt2.yaml",
+        "accelerate launch src/sft.py recipes/dolly_gpt2.yaml training.max_step=10",
+        "python src/look.py recipes/dolly_gpt2.yaml",
+        "python src/preview.py recipes/dolly_gpt2.yaml --gpu t5",
+        "python src/generate.py outputs/dolly_gpt3 Hello",
+        "python src/publish.py outputs/dolly_gpt2 --try",
+        "sbatch slurm/sft.sh --gres=gpu:1 accelerate_configs/ddp.yaml recipes/dolly_gpt2.yaml",
+        "sbatch --wrap 'python src/look.py outputs/dolly_gpt2'",
+        "pip install finetuning",
+    ],
+)
+def test_a_command_that_cannot_be_typed_is_noticed(command):
+    with pytest.raises((AssertionError, KeyError, ValueError)):
+        check_command(command)
 
 
 @pytest.mark.parametrize("name", RECIPES)
