@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
     from finetuning.runs.comparison import common_folder, find_runs, print_runs, write_comparison
 
     runs = find_runs(options.folders)
-    console, folder = Console(markup=False, emoji=False), common_folder(runs)
+    console, folder = Console(markup=False, emoji=False, highlight=False), common_folder(runs)
     print_runs(console, runs)
     write_comparison(runs, folder)
     console.print(f"written to {folder}: comparison.csv, comparison.png", soft_wrap=True)

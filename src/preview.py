@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     folder = make_folder(output_folder(recipe) / "preview")
     examples = examples_in_order(prepared.train, prepared.eval)
 
-    console = Console(markup=False, emoji=False)
+    console = Console(markup=False, emoji=False, highlight=False)
     print_funnel(console, prepared.report)
     console.rule("examples: prompt grey, response green")
     for _, _, example in examples[:SHOWN]:

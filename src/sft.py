@@ -50,10 +50,21 @@ def main(arguments: list[str]) -> None:
     strategy = requested_strategy()
     step_size(recipe, strategy.processes)
     require_loggers(recipe, output_folder(recipe))
+<<<<<<< HEAD
     run = prepare_run(recipe, strategy, trains_here=not is_check)
     recipe, examples = run.recipe, run.examples
     folder = open_run_folder(recipe, examples.fingerprint, None if is_check else strategy)
     console = Console(quiet=os.environ.get("RANK", "0") != "0", markup=False, emoji=False)
+=======
+    require_hub(needs_of(recipe))
+    recipe = pin_base_model(recipe)
+    tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
+    prepared = prepare(recipe.data, tokenizer, cache_folder())
+    folder = open_run_folder(recipe, prepared.fingerprint, None if is_check else strategy)
+    console = Console(
+        quiet=os.environ.get("RANK", "0") != "0", markup=False, emoji=False, highlight=False
+    )
+>>>>>>> 8fef4ea (A line a log step, one bar in terminals, libraries silent unless --verbose)
     if finished := is_finished(folder):
         if not (is_check or console.quiet):
             take_publish(folder, recipe)

@@ -16,6 +16,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self) -> None:
         super().__init__(add_help=False, allow_abbrev=False)
+        self.add_argument("--verbose", action="store_true")  # see script.run
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
         """The arguments by name; flags may stand anywhere. Raises UserError for unknown ones."""

@@ -1,12 +1,14 @@
 """How a script starts and ends: one line on stderr, an exit code, a note for the batch job."""
 
 import atexit
+import logging
 import math
 import os
 import select
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +36,8 @@ def run_main(main: Callable[[list[str]], None], manual: str, when_interrupted: s
     if not arguments or {"-h", "--help"} & set(arguments):
         print(manual.strip(), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
+    if "--verbose" not in arguments:
+        silence_libraries()
     write_exit_note(1, "a process was killed", at=math.inf)  # what stands there if it is
     try:
         main(arguments)
@@ -65,6 +69,12 @@ def run_main(main: Callable[[list[str]], None], manual: str, when_interrupted: s
             f"error: the disk is full: {one_line(error)}; make room, and give the same command again",
             1,
         )
+
+
+def silence_libraries() -> None:
+    """What they log and warn of is for their programmers; errors are still shown."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
 
 
 def exit_without_finalizers(code: int) -> None:

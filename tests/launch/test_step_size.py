@@ -149,3 +149,14 @@ def test_what_says_the_size_of_a_step_a_second_time_is_refused(override, said):
         load_recipe(
             ROOT / "recipes" / "quickstart.yaml", ["training.global_batch_size=32", override]
         )
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (StepSize(16, 1, 2), "2 processes x 1 micro-batch x 16 = 32 examples"),
+        (StepSize(1, 4, 1), "1 process x 4 micro-batches x 1 = 4 examples"),
+    ],
+)
+def test_a_step_is_described_by_its_parts(step, words):
+    assert step.in_words() == words

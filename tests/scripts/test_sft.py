@@ -457,3 +457,22 @@ def test_quickstart_learns_to_answer(tmp_path):
     assert right >= 0.9 * len(trained)
     (_, before), *_, (_, after) = losses_of(folder, "eval_loss")
     assert after < 1.0 < 6.0 < before
+
+
+def test_a_batch_log_is_plain_lines_of_at_most_80_columns(tmp_path, run_script):
+    settings = [f"training.output_dir={tmp_path / 'run'}", "training.max_steps=2"]
+    settings += ["training.logging_steps=1", "generation.max_new_tokens=2"]
+    done = run_script("sft.py", "recipes/quickstart.yaml", *settings, COLUMNS="80")
+    assert (done.returncode, done.stderr) == (0, "")
+    printed = done.stdout.replace(str(tmp_path), "")
+    assert "1 process x 1 micro-batch x 16 = 16 examples" in printed
+    steps = [line.split()[0] for line in printed.splitlines() if "/2 " in line]
+    assert steps == ["0/2", "1/2", "2/2", "2/2"]  # with an evaluation before and after
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "\r" not in printed and "{" not in printed
+
+
+def test_libraries_speak_when_asked_to(tmp_path, run_script):
+    settings = [f"training.output_dir={tmp_path / 'run'}", "training.max_steps=1"]
+    done = run_script("sft.py", "recipes/quickstart.yaml", *settings, "--verbose")
+    assert done.returncode == 0 and "[transformers]" in done.stderr

@@ -156,7 +156,9 @@ def splits_at_spaces(tokenizer: Tokenizer) -> bool:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    blocks = tqdm(range(0, len(texts), BLOCK), desc="tokenizing", disable=None, leave=False)
+    blocks = tqdm(
+        range(0, len(texts), BLOCK), desc="tokenizing", disable=None, leave=False, delay=1
+    )
     encodings = (
         tokenizer.encode_batch_fast(texts[n : n + BLOCK], add_special_tokens=False) for n in blocks
     )

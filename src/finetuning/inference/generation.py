@@ -26,9 +26,6 @@ BATCH = 8  # questions asked at once
 
 def load_asker(folder: Path, recipe: Recipe) -> Callable[[list[str]], list[str]]:
     """A function from questions to answers, with the model of a run folder. Uses a GPU if there is one."""
-    from transformers import logging
-
-    logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = read_tokenizer(str(folder))
     model = load_trained(folder, recipe, tokenizer, device)

@@ -21,6 +21,12 @@ class StepSize:
     def __str__(self) -> str:
         return f"{self.processes} x {self.accumulation} x {self.micro_batch} = {self.total}"
 
+    def in_words(self) -> str:
+        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        plural = "" if self.accumulation == 1 else "es"
+        accumulation = f"{self.accumulation} micro-batch{plural}"
+        return f"{processes} x {accumulation} x {self.micro_batch} = {self.total} examples"
+
 
 def step_size(recipe: Recipe, processes: int) -> StepSize:
     """As the recipe says it; with training.global_batch_size the same examples whatever the number of processes.

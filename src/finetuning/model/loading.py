@@ -24,6 +24,7 @@ def load_model(
     Raises UserError where it cannot be loaded, and where it embeds fewer tokens than its tokenizer
     has.
     """
+    show_bars_of_long_work_only()
     if model.from_scratch:
         return make_model(model, tokenizer, seed)
     loaded = read_model(model, device)
@@ -37,6 +38,14 @@ def load_model(
             f"model.name: {model.name} embeds {rows} tokens, its tokenizer has {len(tokenizer)}"
         )
     return loaded
+
+
+def show_bars_of_long_work_only() -> None:
+    """transformers draws one for all weights that it reads or writes, also where nobody watches."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    settings = {"delay": 3, "leave": False, "disable": None}  # after 3 s, in terminals
+    set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, **settings}))
 
 
 def make_model(model: Model, tokenizer: "PreTrainedTokenizerFast", seed: int) -> "PreTrainedModel":

@@ -8,6 +8,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from finetuning.launch.software import require_same_software, software
+from finetuning.launch.step_size import StepSize
 from finetuning.launch.strategy import launch_of, require_strategy
 from finetuning.model.attention import require_isolation
 from finetuning.runs.folder import write_start
@@ -69,4 +70,13 @@ class StartChecks(TrainerCallback):
             fingerprint = self.run.examples.fingerprint
             write_start(self.trainer.run_folder, self.run.recipe, fingerprint, launch)
             how = f"{self.run.strategy}, {launch['precision']}, on {launch['device']}"
-            self.console.print(f"runs as {how}")
+            self.console.print(f"runs as  {how}")
+            self.console.print(f"step     {step_of(self.trainer).in_words()}")
+
+
+def step_of(trainer: ResponseTrainer) -> StepSize:
+    """As it is trained: check_memory may have halved the micro-batch."""
+    args = trainer.args
+    return StepSize(
+        args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    )

@@ -1,9 +1,10 @@
 """One run, from the base model to a finished run folder."""
 
-import warnings
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from transformers import PrinterCallback, ProgressCallback
 
 from finetuning.data.batching import Collator, ExampleSet
 from finetuning.errors import UserError, one_line
@@ -16,6 +17,7 @@ from finetuning.runs.terminal import print_answers
 from finetuning.training.callbacks import MetricsFile, Watchdog
 from finetuning.training.loggers import log_samples
 from finetuning.training.prepared_run import PreparedRun
+from finetuning.training.progress import ProgressLines
 from finetuning.training.resume import resume_or_train
 from finetuning.training.samples import ask_after_training
 from finetuning.training.sft_config import make_arguments
@@ -33,14 +35,16 @@ def train(run: PreparedRun, stop: Stop, console: Console) -> None:
 
     Raises UserError where model, data, strategy and machine do not go together, Stopped where a signal asked for it.
     """
-    # DeepSpeed's collectives warn in every call, hundreds of lines a minute, about names that torch will drop.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     trainer = make_trainer(run)
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StartChecks(trainer, run, console))
+    progress = ProgressLines(console)
+    trainer.add_callback(progress)
     trainer.add_callback(MetricsFile(trainer.run_folder))
     trainer.add_callback(Watchdog())
     trainer.add_callback(SynchronizedStop(stop))
-    with stop.after_a_step():
+    with closing(progress), stop.after_a_step():
         resume_or_train(trainer)
         losses = loss_before_and_after(trainer)
     trainer.save_trained()
