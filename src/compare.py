@@ -15,16 +15,15 @@ from finetuning.script import run
 
 
 def main(arguments: list[str]) -> None:
-    options = read_arguments(arguments)
-    from rich.console import Console
-
     from finetuning.runs.comparison import common_folder, find_runs, print_runs, write_comparison
+    from finetuning.runs.terminal import make_console
 
+    options = read_arguments(arguments)
     runs = find_runs(options.folders)
-    console, folder = Console(markup=False, emoji=False, highlight=False), common_folder(runs)
+    console, folder = make_console(), common_folder(runs)
     print_runs(console, runs)
     write_comparison(runs, folder)
-    console.print(f"written to {folder}: comparison.csv, comparison.png", soft_wrap=True)
+    console.print(f"written to {folder}: comparison.csv, comparison.png")
 
 
 def read_arguments(arguments: list[str]) -> Namespace:

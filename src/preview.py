@@ -23,8 +23,6 @@ SHOWN = 3  # examples printed
 
 
 def main(arguments: list[str]) -> None:
-    from rich.console import Console
-
     from finetuning.budget.savings import remedies
     from finetuning.files import write_text
     from finetuning.launch import devices
@@ -35,6 +33,7 @@ def main(arguments: list[str]) -> None:
     from finetuning.runs.plots import plot_lengths
     from finetuning.runs.terminal import (
         examples_in_order,
+        make_console,
         print_budget,
         print_example,
         print_funnel,
@@ -51,7 +50,7 @@ def main(arguments: list[str]) -> None:
     folder = make_folder(output_folder(recipe) / "preview")
     examples = examples_in_order(prepared.train, prepared.eval)
 
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = make_console()
     print_funnel(console, prepared.report)
     console.rule("examples: prompt grey, response green")
     for _, _, example in examples[:SHOWN]:
@@ -81,7 +80,7 @@ def main(arguments: list[str]) -> None:
     except UserError as error:  # a tokenizer's folder is enough to look at the rows
         if options.gpu or options.config_file or options.num_processes:
             raise
-        return console.print(f"no budget: {error}", soft_wrap=True)
+        return console.print(f"no budget: {error}")
     print_budget(
         console, budget, remedies(recipe, budget.step.micro_batch, budget.step.accumulation)
     )

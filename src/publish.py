@@ -23,8 +23,6 @@ from finetuning.script import run
 
 
 def main(arguments: list[str]) -> None:
-    from rich.console import Console
-
     from finetuning.hub.allowed_files import unpublished_files
     from finetuning.hub.client import patiently, require_access
     from finetuning.publishing.bundle import address_of, gather_publication, require_publishable
@@ -32,13 +30,13 @@ def main(arguments: list[str]) -> None:
     from finetuning.publishing.merging import merged_if_wanted
     from finetuning.recipe.recipe import load_recipe
     from finetuning.runs.folder import find_run_folder, lock
-    from finetuning.runs.terminal import print_changes
+    from finetuning.runs.terminal import make_console, print_changes
 
     options = read_arguments(arguments)
     folder = find_run_folder(options.run)
     recipe = load_recipe(folder / "recipe.yaml", options.overrides)
     address = address_of(recipe)
-    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console = make_console()
     require_publishable(folder, recipe, unfinished=options.unfinished)
     require_access(address.repo, write=not options.dry_run)
     with lock(folder), merged_if_wanted(folder, recipe) as weights:

@@ -22,8 +22,6 @@ from finetuning.script import run
 
 
 def main(arguments: list[str]) -> None:
-    from rich.console import Console
-
     from finetuning.launch.software import versions
     from finetuning.launch.step_size import step_size
     from finetuning.launch.strategy import requested_strategy
@@ -37,7 +35,7 @@ def main(arguments: list[str]) -> None:
         output_folder,
         take_publish,
     )
-    from finetuning.runs.terminal import print_funnel
+    from finetuning.runs.terminal import make_console, print_funnel
     from finetuning.training.loggers import require_loggers
     from finetuning.training.prepared_run import prepare_run
     from finetuning.training.signals import Stop
@@ -50,21 +48,10 @@ def main(arguments: list[str]) -> None:
     strategy = requested_strategy()
     step_size(recipe, strategy.processes)
     require_loggers(recipe, output_folder(recipe))
-<<<<<<< HEAD
     run = prepare_run(recipe, strategy, trains_here=not is_check)
     recipe, examples = run.recipe, run.examples
     folder = open_run_folder(recipe, examples.fingerprint, None if is_check else strategy)
-    console = Console(quiet=os.environ.get("RANK", "0") != "0", markup=False, emoji=False)
-=======
-    require_hub(needs_of(recipe))
-    recipe = pin_base_model(recipe)
-    tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
-    prepared = prepare(recipe.data, tokenizer, cache_folder())
-    folder = open_run_folder(recipe, prepared.fingerprint, None if is_check else strategy)
-    console = Console(
-        quiet=os.environ.get("RANK", "0") != "0", markup=False, emoji=False, highlight=False
-    )
->>>>>>> 8fef4ea (A line a log step, one bar in terminals, libraries silent unless --verbose)
+    console = make_console(quiet=os.environ.get("RANK", "0") != "0")
     if finished := is_finished(folder):
         if not (is_check or console.quiet):
             take_publish(folder, recipe)
@@ -75,7 +62,7 @@ def main(arguments: list[str]) -> None:
     with nullcontext() if console.quiet else lock(folder):
         print_funnel(console, examples.report)
         for difference in unlike_published(Path(options.recipe), examples.fingerprint, versions()):
-            console.print(f"not as published: {difference}", soft_wrap=True)
+            console.print(f"not as published: {difference}")
         if is_check:
             console.print(f"recipe, data and {folder} are right; nothing was trained")
             return

@@ -113,7 +113,7 @@ def print_runs(console: Console, runs: list[Run]) -> None:
     table = Table(*(Column(short(column), overflow="fold") for column in columns))
     for row in rows:
         table.add_row(*map(cell, row))
-    console.print(table)
+    console.print(table, soft_wrap=False)
 
 
 def cell(value: Any) -> str:

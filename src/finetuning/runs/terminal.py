@@ -1,7 +1,4 @@
-"""What a person sees: the funnel of rows, coloured masks, answers before and after, the histogram of lengths.
-
-The console takes no markup: a folder may be called gpt2[lora].
-"""
+"""What a person sees: the funnel of rows, coloured masks, answers before and after, the histogram of lengths."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetuning.data.tokenization import IGNORE_INDEX, Example, Examples
+from finetuning.runs.folder import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,13 +22,20 @@ PROMPT, RESPONSE = (
 )  # colours of tokens that are not trained, and that are
 
 
+def make_console(quiet: bool = False) -> Console:
+    """One that prints text as it is: no markup, no colours for numbers, no line breaks of its own.
+
+    A table is printed with soft_wrap=False: its cells are wrapped.
+    """
+    return Console(quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 def print_funnel(console: Console, report: dict[str, Any]) -> None:
     """How many rows were loaded, kept and lost, and why."""
     rows, tokens = report["rows"], report["tokens"]
     console.print(
         f"rows     {rows['loaded']:,} loaded -> {rows['where']:,} selected -> {rows['kept']:,} kept "
         f"-> {rows['train']:,} train, {rows['eval']:,} eval",
-        soft_wrap=True,
     )
     lost = {**report["dropped"], **({"cut": report["cut"]} if report["cut"] else {})}
     if lost:
@@ -38,12 +43,11 @@ def print_funnel(console: Console, report: dict[str, Any]) -> None:
             "lost     " + ", ".join(f"{number:,} {reason}" for reason, number in lost.items())
         )
         for place in report["places"]:
-            console.print(f"         {place}", style=PROMPT, highlight=False, soft_wrap=True)
+            console.print(f"         {place}", style=PROMPT)
     share = tokens["response"] / max(1, tokens["total"])
     console.print(
         f"tokens   {tokens['total']:,}: {tokens['prompt']:,} prompt, {tokens['response']:,} response ({share:.1%}); "
         f"longest example {tokens['max']:,}",
-        soft_wrap=True,
     )
     console.print(f"end mark trained in {report['end_mark_share']:.1%} of the kept rows")
 
@@ -66,14 +70,14 @@ def coloured(example: Example, tokenizer: "PreTrainedTokenizerFast") -> Text:
     return text
 
 
-def print_answers(console: Console, samples: list[tuple[str, str, str]]) -> None:
+def print_answers(console: Console, samples: list[Sample]) -> None:
     """Question, answer before and after training, side by side."""
     if not samples:
         return
     table = Table("question", "before", "after", show_lines=True)
     for sample in samples:
-        table.add_row(*sample)
-    console.print(table)
+        table.add_row(sample.question, sample.before, sample.after)
+    console.print(table, soft_wrap=False)
 
 
 def print_changes(
@@ -84,7 +88,7 @@ def print_changes(
     table.columns[2].justify = "right"
     for path, what, size in changes:
         table.add_row(what, path, f"{size:,} bytes", style=PROMPT if what == "same" else None)
-    console.print(table)
+    console.print(table, soft_wrap=False)
     sent = sum(size for _, what, size in changes if what in ("new", "changed"))
     console.print(
         f"to send: {sent:,} bytes"
@@ -121,7 +125,7 @@ def budget_table(budget: "Budget") -> Table:
 
 def print_budget(console: Console, budget: "Budget", advice: list[str]) -> None:
     """Memory of a process part by part, steps, time, disk, and whether it fits."""
-    console.print(budget_table(budget))
+    console.print(budget_table(budget), soft_wrap=False)
     examples, slots, responses = budget.longest
     lines = {
         "longest": f"{examples} examples, {slots:,} tokens computed, {responses:,} of them response",
@@ -130,12 +134,10 @@ def print_budget(console: Console, budget: "Budget", advice: list[str]) -> None:
         "disk": f"{mib(budget.disk)} MiB for checkpoints and weights, {mib(budget.free)} are free",
     }
     for name, text in lines.items():
-        console.print(f"{name:<8} {text}", soft_wrap=True)
-    console.print(f"verdict  {budget.verdict}", style=VERDICTS[budget.verdict], highlight=False)
+        console.print(f"{name:<8} {text}")
+    console.print(f"verdict  {budget.verdict}", style=VERDICTS[budget.verdict])
     if budget.verdict != "fits":
-        console.print(
-            f"         smaller with {', or '.join(advice)}", soft_wrap=True, highlight=False
-        )
+        console.print(f"         smaller with {', or '.join(advice)}")
     if budget.disk > budget.free:
         console.print(
             "         too little room on the disk: lower training.save_total_limit, or make room",

@@ -77,7 +77,7 @@ class ProgressLines(TrainerCallback):
         width = max(len("step"), 2 * len(str(state.max_steps)) + 1)
         line = f"{step:>{width}} {epoch:>7}" + "".join(f"{column:>10}" for column in columns)
         with tqdm.external_write_mode(file=sys.stdout):
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self.console.print(line)
 
 
 def figures(state: Any, logs: dict[str, float], prefix: str = "") -> list[str]:
