@@ -3,9 +3,9 @@
 python src/compare.py outputs/learning_rates                           # every run folder in it
 python src/compare.py outputs/dolly_gpt2 outputs/try outputs/short     # these
 
-Prints the settings in which the runs differ and the last figures of each, the best held-out loss first. Writes
-comparison.csv and comparison.png to the folder that holds them all. Runs that are not finished are compared as far as
-they are.
+Prints the settings in which the runs differ and the last figures of each, the run with the least
+evaluation loss first. Writes comparison.csv and comparison.png to the folder that holds them all.
+An unfinished run is compared as far as it is.
 """
 
 from argparse import Namespace

@@ -3,12 +3,14 @@
 python src/preview.py recipes/dolly_gpt2.yaml
 python src/preview.py recipes/dolly_gpt2.yaml data.max_length=256
 python src/preview.py recipes/dolly_gpt2.yaml --gpu t4
-python src/preview.py recipes/dolly_gpt2.yaml --gpu l4 --config_file accelerate_configs/zero3.yaml --num_processes 8
+python src/preview.py recipes/dolly_gpt2.yaml --gpu l4 --num_processes 8 \\
+  --config_file accelerate_configs/zero3.yaml
 
-Shows how many rows are kept and why others are not, some examples with the trained tokens in green, and a budget: what
-a process will need of the memory of this machine, or of the GPU that is named; steps, time and disk. Started as
-accelerate launch would be told by --config_file and --num_processes. Writes report.json, token_lengths.png and
-examples.jsonl to <training.output_dir>/preview/.
+Shows how many rows are kept and why others are not, some examples with the trained tokens in green,
+and a budget: what a process will need of the memory of this machine, or of the GPU that is named;
+steps, time and disk. --config_file and --num_processes mean what they mean to accelerate launch.
+Writes report.json, token_lengths.png and examples.jsonl to <training.output_dir>/preview/. The
+plot's labels are Japanese where the locale is, as with LANG=ja_JP.UTF-8.
 """
 
 import json

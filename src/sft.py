@@ -1,15 +1,17 @@
 """Supervised fine-tuning: one recipe in, one trained model or LoRA adapter out.
 
 accelerate launch src/sft.py recipes/dolly_gpt2.yaml
-accelerate launch src/sft.py recipes/dolly_gpt2.yaml training.max_steps=10 training.output_dir=outputs/try
+accelerate launch src/sft.py recipes/dolly_gpt2.yaml training.max_steps=10
 accelerate launch --config_file accelerate_configs/cpu.yaml src/sft.py recipes/quickstart.yaml
-accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 8 src/sft.py recipes/dolly_gpt2.yaml
+accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 8 \\
+  src/sft.py recipes/dolly_gpt2.yaml
 python src/sft.py --check recipes/dolly_gpt2.yaml
 
-Arguments after the recipe are overrides, section.key=value. The run folder (training.output_dir) then holds weights or
-adapter, tokenizer, recipe.yaml, environment.json, metrics.jsonl and samples.md. A run that was stopped goes on from its
-last checkpoint when the same command is given again; Ctrl-C, SIGTERM and SIGUSR1 have it write one first. --check ends
-before torch is imported, when recipe, data and run folder are known to be right.
+Arguments after the recipe are overrides, section.key=value. The run folder (training.output_dir)
+then holds weights or adapter, tokenizer, recipe.yaml, environment.json, metrics.jsonl and
+samples.md. The same command resumes a run that was stopped from its last checkpoint; Ctrl-C,
+SIGTERM and SIGUSR1 have it write one first. --check ends before torch is imported, when recipe,
+data and run folder are known to be right. --verbose shows what the libraries log and warn of.
 """
 
 import os
@@ -86,4 +88,4 @@ def read_arguments(arguments: list[str]) -> Namespace:
 
 
 if __name__ == "__main__":
-    run(main, __doc__, when_interrupted="; the same command goes on from the last checkpoint")
+    run(main, __doc__, when_interrupted="; the same command resumes from the last checkpoint")

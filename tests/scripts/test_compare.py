@@ -111,3 +111,19 @@ def test_a_folder_that_cannot_be_written_is_named(sweep):
     (sweep / "comparison.csv").mkdir()
     with pytest.raises(UserError, match=f"{sweep}: the comparison cannot be written"):
         compare.main([str(sweep)])
+
+
+def test_a_table_that_is_too_wide_becomes_two_without_broken_words(sweep, monkeypatch, capsys):
+    settings = "warmup_steps: 0.1, weight_decay: 0.01, lr_scheduler_type: cosine, "
+    for run in ("1", "2"):
+        recipe = sweep / run / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("max_steps", f"{settings}max_steps"))
+    monkeypatch.setenv("COLUMNS", "80")
+    compare.main([str(sweep)])
+    *lines, _ = capsys.readouterr().out.splitlines()  # the last names the folder
+    assert max(map(len, lines)) <= 80
+    printed = "\n".join(lines)
+    assert printed.count("run") >= 2 and "…" not in printed
+    for word in ("scheduler_", "learning_", "2e-05", "cosine", "accuracy", "tokens/s", "finished"):
+        assert word in printed, word
+    assert printed.index("learning_") < printed.index("accuracy")

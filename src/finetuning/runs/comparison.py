@@ -1,4 +1,4 @@
-"""Run folders side by side: a table of what was set and what came of it, and a plot of the losses."""
+"""Run folders side by side: a table of what was set and what came of it, a plot of the losses."""
 
 import csv
 import math
@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from finetuning.errors import UserError
 from finetuning.runs.folder import RunFolder
-from finetuning.runs.plots import japanese_pyplot
+from finetuning.runs.plots import label, pyplot
 
 NOT_COMPARED = ("training.output_dir",)
 
@@ -55,7 +55,10 @@ def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def find_runs(names: list[str]) -> list[Run]:
-    """The run folders that were named, and those in a folder that was named, in natural order of their names."""
+    """The run folders that were named, and those in a folder that was named, in natural order.
+
+    Raises UserError for a folder that is none and has none in it.
+    """
     found = []
     for path in map(Path, names):
         inside = (
@@ -65,7 +68,8 @@ def find_runs(names: list[str]) -> list[Run]:
         )
         if not inside:
             raise UserError(
-                f"{path} is no run folder and holds none: there is no recipe.yaml in it or one level below"
+                f"{path} is not a run folder and holds none: "
+                "there is no recipe.yaml in it or one level below"
             )
         found += sorted(inside, key=lambda folder: (len(folder.name), folder.name))
     return [Run(folder) for folder in dict.fromkeys(found)]
@@ -87,7 +91,7 @@ def differing(runs: list[Run]) -> list[str]:
 
 
 def table_of(runs: list[Run]) -> tuple[list[str], list[list[Any]]]:
-    """(columns, rows): the settings in which the runs differ, then their figures; the least held-out loss first."""
+    """(columns, rows): the settings in which the runs differ, then their figures; the best first."""
     names = differing(runs)
     columns = ["run", *names, *FIGURES, "state"]
     rows = []
@@ -98,7 +102,7 @@ def table_of(runs: list[Run]) -> tuple[list[str], list[list[Any]]]:
 
 
 def rank(run: Run) -> list[float]:
-    """By held-out loss, then by loss in training; a run without one, or whose loss is not a number, comes last."""
+    """By loss of the evaluation set, then of training; without one, or where it is NaN, last."""
     losses = [run.last(figure) for figure in ("eval_loss", "loss")]
     return [math.inf if loss is None or math.isnan(loss) else loss for loss in losses]
 
@@ -109,11 +113,28 @@ def name_of(run: Run, runs: list[Run]) -> str:
 
 
 def print_runs(console: Console, runs: list[Run]) -> None:
+    """One table, or where that is too wide two: the settings that differ, then the figures."""
     columns, rows = table_of(runs)
-    table = Table(*(Column(short(column), overflow="fold") for column in columns))
+    columns = [short(column) for column in columns]
+    table = text_table(columns, rows)
+    wide = console.options.update(max_width=10_000)
+    if console.measure(table, options=wide).maximum <= console.width:
+        console.print(table, soft_wrap=False)
+        return
+    end = 1 + len(differing(runs))
+    for chosen in (slice(1, end), slice(end, None)):
+        # Lines may break behind an underscore.
+        heads = [column.replace("_", "_\n") for column in columns[chosen]]
+        cells = [[row[0], *row[chosen]] for row in rows]
+        console.print(text_table([columns[0], *heads], cells), soft_wrap=False)
+
+
+def text_table(columns: list[str], rows: list[list[Any]]) -> Table:
+    table = Table(columns[0], *(Column(name, overflow="ellipsis") for name in columns[1:]))
+    table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*map(cell, row))
-    console.print(table, soft_wrap=False)
+    return table
 
 
 def cell(value: Any) -> str:
@@ -148,18 +169,17 @@ def write_csv(runs: list[Run], file: Path) -> None:
 
 
 def plot_runs(runs: list[Run], file: Path) -> None:
-    """Loss over steps, in training and on the held-out examples, a line for each run; with Japanese labels."""
-    plt = japanese_pyplot()
+    """Training loss and evaluation loss over the steps, a line for each run."""
+    plt = pyplot()
     colours = plt.get_cmap("viridis")
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5 + 0.12 * len(runs)), layout="constrained")
-    for panel, name, label in zip(
-        panels, ("loss", "eval_loss"), ("学習の損失", "評価の損失"), strict=True
-    ):
+    curves = (("loss", "training loss"), ("eval_loss", "evaluation loss"))
+    for panel, (name, loss) in zip(panels, curves, strict=True):
         for number, run in enumerate(runs):
             colour = colours(0.9 * number / max(1, len(runs) - 1))
             panel.plot(*run.curve(name), color=colour, marker=".", label=label_of(run, runs))
-        panel.set_xlabel("ステップ")
-        panel.set_ylabel(label)
+        panel.set_xlabel(label("step"))
+        panel.set_ylabel(label(loss))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(file, dpi=120)
     plt.close(figure)
