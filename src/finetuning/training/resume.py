@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from finetuning.training.checkpoints import verify_newest_first
+from finetuning.runs.checkpoints import verify_newest_first
 from finetuning.training.memory_check import TooLarge, halve_micro_batch
 from finetuning.training.trainer import Counters, ResponseTrainer
 

@@ -21,7 +21,7 @@ from finetuning.errors import Stopped
 from finetuning.model.attention import Packing, packed_as
 from finetuning.model.loss import ResponseHead, Targets
 from finetuning.model.throughput import Throughput
-from finetuning.training.checkpoints import (
+from finetuning.runs.checkpoints import (
     UNFINISHED,
     clear_unfinished,
     move_into,

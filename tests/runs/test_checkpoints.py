@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.training.checkpoints import (
+from finetuning.runs.checkpoints import (
     SEAL,
     UNFINISHED,
     checkpoints_of,
