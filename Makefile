@@ -65,7 +65,7 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
-schema: $(VENV)/.base  ## write recipes/recipe.schema.json again, after an upgrade or a new setting
+schema: $(VENV)/.dev  ## write the settings of the libraries and the schema for editors again
 	PYTHONPATH=src $(RUN)/python -m finetuning.recipe.library_fields
 	PYTHONPATH=src $(RUN)/python -m finetuning.recipe.recipe
 

@@ -1,6 +1,8 @@
 """What the user got wrong, told in one line."""
 
+import difflib
 import signal
+from collections.abc import Iterable
 
 # How Python, Rust (safetensors) and C++ (torch.save) say that the disk is full, in exceptions of their own.
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "inline_container.cc")
@@ -35,6 +37,19 @@ class Stopped(BaseException):
 
 def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def did_you_mean(name: object, choices: Iterable[str], prefix: str = "") -> str:
+    """The end of a message about an unknown name: `; did you mean x?`, or nothing if none is near."""
+    near = nearest(name, choices)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def nearest(
+    name: object, choices: Iterable[str], count: int = 1, similarity: float = 0.6
+) -> list[str]:
+    """The choices that are spelt most like the name, the nearest first."""
+    return difflib.get_close_matches(str(name), list(choices), n=count, cutoff=similarity)
 
 
 def one_line(error: Exception) -> str:

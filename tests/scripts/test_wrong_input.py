@@ -182,6 +182,19 @@ OWNED_ELSEWHERE = [
 ]
 
 WRONG_VALUES = [
+    override("negative warmup", "training.warmup_steps=-1", "expected at least 0"),
+    override("clip norm that would be ignored", "training.max_grad_norm=-1", "at least 0"),
+    override("rate that trains NaN", "training.learning_rate=1e9", "expected at most 10"),
+    override("decay that is no number", "training.weight_decay=.nan", "expected a finite number"),
+    override("weight without end", "data.weight=.inf", "data.weight", "expected a finite number"),
+    override("seed below 0", "data.eval={fraction: 0.5, seed: -1}", "data.eval.seed is -1"),
+    override("beta of 2", "training.adam_beta1=2", "expected less than 1"),
+    override("epsilon below 0", "training.adam_epsilon=-1", "expected greater than 0"),
+    override("scale of nothing", "lora.lora_alpha=0", "expected at least 1"),
+    override("everything dropped out", "lora.lora_dropout=1", "expected less than 1"),
+    override("more than all", "generation.top_p=5", "expected at most 1"),
+    override("batch without end", "training.global_batch_size=9223372036854775808", "at most"),
+    override("step without end", "training.gradient_accumulation_steps=1000000000000", "at most"),
     override("text for a number", "training.learning_rate=fast", 'is "fast"; expected a number'),
     override("true for a number", "training.learning_rate=true", "is true; expected a number"),
     override("2.5 for a whole number", "training.max_steps=2.5", "is 2.5; expected a whole number"),
@@ -232,7 +245,7 @@ WRONG_VALUES = [
     ),
     case(
         "logger in a list",
-        "training.report_to: unknown logger tensorbord; allowed are none, ",
+        'training.report_to.0 is "tensorbord"; allowed are none, ',
         "kubeflow, ",
         "did you mean tensorboard?",
         command="sft.py --check FOLDER/recipe.yaml training.report_to=[tensorbord,wandb]",
@@ -720,9 +733,6 @@ LATE = [
         "two number formats",
         "training.bf16 and training.fp16",
         command=f"{TRAIN} training.bf16=true training.fp16=true",
-    ),
-    case(
-        "negative warmup", "training: ", "warmup_steps", command=f"{TRAIN} training.warmup_steps=-1"
     ),
     case(
         "adapter on no module",

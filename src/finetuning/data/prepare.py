@@ -3,7 +3,6 @@
 load -> where -> read -> render -> tokenize -> overflow -> eval split -> weight
 """
 
-import difflib
 import hashlib
 import json
 from collections import Counter
@@ -21,7 +20,7 @@ from finetuning.data.section import Data, Eval, Source
 from finetuning.data.sources import Rows, load_rows
 from finetuning.data.templates import TEMPLATES, MarkerTemplate, Segment
 from finetuning.data.tokenization import IGNORE_INDEX, Examples, tokenize
-from finetuning.errors import UserError
+from finetuning.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -176,8 +175,7 @@ def check_columns(where: dict[str, Any], loaded: Rows) -> None:
     for column in where:
         if not any(column in row for row in loaded.rows):
             columns = list(loaded.rows[0])
-            near = difflib.get_close_matches(column, columns, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(column, columns)
             raise UserError(
                 f"data.where: {loaded.files[0][0]} has no column {column}, it has {', '.join(columns)}{hint}"
             )

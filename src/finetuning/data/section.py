@@ -16,7 +16,7 @@ class Eval(Section):
     """examples: of those kept, number 0, every, 2 * every, ... are held out"""
     fraction: float | None = Field(default=None, gt=0, lt=1)
     """share of the examples, 0..1, drawn at random"""
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
     """of the draw for `fraction`; 0 if not given"""
     split: str | None = None
     """name of another split of the same data"""
@@ -50,7 +50,7 @@ class Source(Section):
     """reader harry_potter: only the first sessions of the file"""
     where: dict[str, Any] = Field(default_factory=dict)
     """keep only rows whose columns equal these values"""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=10**6)
     """times each training example is used: 0.5 is a seeded half of them, 2 each one twice"""
 
     @model_validator(mode="after")

@@ -1,9 +1,8 @@
 """Recipe -> base model."""
 
-import difflib
 from typing import TYPE_CHECKING, Any
 
-from finetuning.errors import UserError, is_out_of_memory, one_line
+from finetuning.errors import UserError, did_you_mean, is_out_of_memory, one_line
 from finetuning.model.location import location
 from finetuning.model.quantization import disable_bnb_cpu_repacking, quantization_arguments
 from finetuning.recipe.sections import FromScratch, Model
@@ -135,10 +134,8 @@ def scratch_config(settings: FromScratch, tokenizer: "PreTrainedTokenizerFast") 
         names = [*known.to_dict(), *known.attribute_map]
         for name in fields:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-                raise UserError(
-                    f"{place}: unknown key {name} for model_type {kind}; did you mean {near}?"
-                )
+                hint = did_you_mean(name, names)
+                raise UserError(f"{place}: unknown key {name} for model_type {kind}{hint}")
         return AutoConfig.for_model(kind, **{**fields, **special})
     except KeyError:
         raise UserError(f"{place}: model_type is missing, such as model_type: gpt2") from None

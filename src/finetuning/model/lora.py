@@ -1,9 +1,8 @@
 """peft's settings, and whether the model has the modules they name."""
 
-import difflib
 from typing import TYPE_CHECKING, Any
 
-from finetuning.errors import UserError, one_line
+from finetuning.errors import UserError, did_you_mean, one_line
 from finetuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def add_adapter(
         # Trainer does so itself, but not for a peft model (huggingface/transformers#42489).
         adapted.enable_input_require_grads()
         if is_zero3:  # else backward finds weights that are not gathered (huggingface/trl#2514)
-            settings = args.activation_checkpointing_kwargs or {}
+            settings: Any = args.activation_checkpointing_kwargs or {}
             args.activation_checkpointing_kwargs = {**settings, "use_reentrant": True}
     return adapted
 
@@ -66,10 +65,9 @@ def require_modules(model: "PreTrainedModel", lora: dict[str, Any]) -> None:
         for name in names if isinstance(names, list) else ():
             if any(f".{path}".endswith(f".{name}") for path in modules):
                 continue
-            near = difflib.get_close_matches(name, sorted(own), n=1, cutoff=0.0)[0]
+            hint = did_you_mean(name, own) or f"; it has {', '.join(sorted(own))}"
             raise UserError(
-                f"lora.{field}: no module of the {model.config.model_type} model is called {name}; "
-                f"did you mean {near}?"
+                f"lora.{field}: no module of the {model.config.model_type} model is called {name}{hint}"
             )
 
 

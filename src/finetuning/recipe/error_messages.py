@@ -1,18 +1,19 @@
 """What is wrong with a recipe, in one line: where, what was found, what is allowed, the nearest valid name."""
 
-import difflib
 import json
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
-from finetuning.recipe.sections import OWNED, RENAMED
+from finetuning.errors import did_you_mean, nearest
+from finetuning.recipe.ownership import OWNED, RENAMED
 from finetuning.section import Section
 
 KeyPath = tuple[str | int, ...]  # ("data", "path", 0, "reader")
-
-
-Fields = dict[str, Any]  # a section's fields by name, as pydantic has them
+Fields = Mapping[str, FieldInfo]  # a section's, by name
 
 
 def explain(
@@ -23,7 +24,7 @@ def explain(
     path: str,
 ) -> str:
     """The first problem in one line, and how many more there are. `root` are the fields of the whole recipe."""
-    problems: dict[KeyPath, list[dict[str, Any]]] = {}
+    problems: dict[KeyPath, list[ErrorDetails]] = {}
     for problem in error.errors():
         problems.setdefault(key_path(problem, settings), []).append(problem)
     # A value that may be text or a list is refused as text too, and that says less than what is wrong in the list.
@@ -47,13 +48,12 @@ def is_inside(key: KeyPath, outer: KeyPath) -> bool:
     return len(key) > len(outer) and key[: len(outer)] == outer
 
 
-def key_path(problem: dict[str, Any], settings: Any) -> KeyPath:
+def key_path(problem: ErrorDetails, settings: Any) -> KeyPath:
     """Where in the recipe the problem is: pydantic's location less the names of the union members it tried."""
     key: KeyPath = ()
     for part in problem["loc"]:
-        if (isinstance(settings, dict) and part in settings) or (
-            isinstance(settings, list) and isinstance(part, int) and part < len(settings)
-        ):
+        is_index = isinstance(settings, list) and isinstance(part, int) and part < len(settings)
+        if is_index or (isinstance(settings, dict) and part in settings):
             settings = settings[part]
         elif problem["type"] == "missing" and part == problem["loc"][-1]:
             pass
@@ -63,7 +63,7 @@ def key_path(problem: dict[str, Any], settings: Any) -> KeyPath:
     return key
 
 
-def describe_problem(root: Fields, key: KeyPath, problems: list[dict[str, Any]]) -> str:
+def describe_problem(root: Fields, key: KeyPath, problems: list[ErrorDetails]) -> str:
     name, kind = ".".join(map(str, key)), problems[0]["type"]
     if kind == "extra_forbidden":
         return unknown_key(root, key)
@@ -77,11 +77,10 @@ def describe_problem(root: Fields, key: KeyPath, problems: list[dict[str, Any]])
     found = shown(problems[0]["input"])
     choices = allowed_values(root, key)
     if choices:
-        near = difflib.get_close_matches(str(problems[0]["input"]), choices, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(problems[0]["input"], choices)
         return f"{name} is {found}; allowed are {', '.join(choices)}{hint}"
     if kind == "string_pattern_mismatch":
-        return f"{name} is {found}; expected {section_at(root, key[:-1])[key[-1]].description}"
+        return f"{name} is {found}; expected {section_at(root, key[:-1])[str(key[-1])].description}"
     expected = " or ".join(
         dict.fromkeys(EXPECTED.get(p["type"], plain(p["msg"])) for p in problems)
     )
@@ -112,44 +111,51 @@ def plain(message: str) -> str:
 
 
 def allowed_values(root: Fields, key: KeyPath) -> list[str]:
-    """The choices of a setting that has a fixed set of them."""
-    annotation = section_at(root, key[:-1]).get(key[-1])
-    schema = annotation.annotation if annotation is not None else None
-    values: list[str] = []
-    for member in (schema, *getattr(schema, "__args__", ())):
-        if getattr(member, "__origin__", None) is Literal:
-            values += [str(value) for value in member.__args__]
-    return values
+    """The choices of a setting that has a fixed set of them, alone or in a list."""
+    *section, name = (part for part in key if isinstance(part, str))
+    field = section_at(root, tuple(section)).get(name)
+    values = {
+        str(value): None
+        for member in members_of(field.annotation if field else None)
+        if get_origin(member) is Literal
+        for value in get_args(member)
+    }
+    return list(values)
 
 
-def section_at(root: Fields, key: KeyPath) -> dict[str, Any]:
+def section_at(root: Fields, key: KeyPath) -> Fields:
     """The fields a section has, by the path of its keys."""
     fields = root
     for part in key:
         if isinstance(part, int):
             continue
-        annotation = fields[part].annotation if part in fields else None
-        members = [annotation, *getattr(annotation, "__args__", ())]
-        members += [inner for member in members for inner in getattr(member, "__args__", ())]
+        members = members_of(fields[part].annotation) if part in fields else ()
         sections = [m for m in members if isinstance(m, type) and issubclass(m, Section)]
         fields = sections[0].model_fields if sections else {}
     return fields
 
 
+def members_of(annotation: Any) -> Iterator[Any]:
+    """The annotation and what it is made of: `list[Source] | None`, `list[Source]`, `Source`, `None`."""
+    yield annotation
+    for inner in get_args(annotation) if get_origin(annotation) is not Literal else ():
+        yield from members_of(inner)
+
+
 def unknown_key(root: Fields, key: KeyPath) -> str:
     name, section = str(key[-1]), ".".join(map(str, key[:-1]))
-    said = f"{section}.{name}" if section else name
+    prefix = f"{section}." if section else ""
     allowed = sorted(section_at(root, key[:-1]))
     if owner := OWNED.get(section, {}).get(name):
-        return f"{said} belongs to {owner}"
+        return f"{prefix}{name} belongs to {owner}"
     if name in RENAMED:
-        return f"{said} has a new name: write {RENAMED[name]}"
-    if near := difflib.get_close_matches(name, allowed, n=1):
-        return f"unknown key {said}; did you mean {'.'.join(filter(None, (section, near[0])))}?{listed(allowed)}"
+        return f"{prefix}{name} has a new name: write {RENAMED[name]}"
+    if hint := did_you_mean(name, allowed, prefix):
+        return f"unknown key {prefix}{name}{hint}{listed(allowed)}"
     if other := owner_of(root, name):
-        return f"unknown key {said}; did you mean {other}.{name}?"
-    near = ", ".join(difflib.get_close_matches(name, allowed, n=3, cutoff=0.0))
-    return f"unknown key {said}{listed(allowed) or f' (nearest are {near})'}"
+        return f"unknown key {prefix}{name}; did you mean {other}.{name}?"
+    near = ", ".join(nearest(name, allowed, count=3, similarity=0.0))
+    return f"unknown key {prefix}{name}{listed(allowed) or f' (nearest are {near})'}"
 
 
 def owner_of(root: Fields, name: str) -> str | None:

@@ -1,7 +1,7 @@
 """YAML (and `section.key=value` overrides) -> Recipe: typed, frozen, every key checked."""
 
-import difflib
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
 from finetuning.data.section import Data
-from finetuning.errors import UserError
+from finetuning.errors import UserError, did_you_mean
 from finetuning.recipe.error_messages import KeyPath, explain, is_inside, owner_of, shown
-from finetuning.recipe.library_fields import as_json
 from finetuning.recipe.sections import Generation, Lora, Model, Publish, Training
 from finetuning.section import Section
 
@@ -110,21 +109,19 @@ class Recipe(Section):
     def as_yaml(self) -> str:
         stream = io.StringIO()
         writer = YAML(typ="safe", pure=True)
-        writer.default_flow_style, writer.allow_unicode, writer.sort_base_mapping_type_on_output = (
-            False,
-            True,
-            False,
-        )
-        writer.width = (
-            2**31
-        )  # ruamel breaks a text with tabs at a space, and reads it back with one more
+        writer.default_flow_style = False
+        writer.allow_unicode = True
+        writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment] # typed by its default, None
+        # ruamel breaks a text with tabs at a space, and reads it back with one more.
+        writer.width = 2**31
         writer.dump(self.resolved(), stream)
         return stream.getvalue()
 
 
-def recipe_schema() -> dict[str, Any]:
+def recipe_schema() -> str:
     """JSON schema of a recipe, for completion and checking in editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return json.dumps(dialect | Recipe.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -178,8 +175,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
 
 
 def similar_recipe(path: Path) -> str:
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    return did_you_mean(str(path), [str(other) for other in path.parent.glob("*.yaml")])
 
 
 def node_lines(node: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
@@ -237,4 +233,4 @@ def with_section(name: str, text: str) -> str:
 
 
 if __name__ == "__main__":  # make schema
-    SCHEMA.write_text(as_json(recipe_schema()), encoding="utf-8")
+    SCHEMA.write_text(recipe_schema(), encoding="utf-8")
