@@ -10,9 +10,9 @@ from finetuning.runs import plots
     [
         ({}, "tokens"),
         ({"LANG": "C.UTF-8"}, "tokens"),
-        ({"LANG": "ja_JP.UTF-8"}, "トークン数"),
+        ({"LANG": "ja_JP.UTF-8"}, "事例の長さ (トークン数)"),
         ({"LANG": "ja_JP.UTF-8", "LC_ALL": "en_US.UTF-8"}, "tokens"),
-        ({"LANG": "en_US.UTF-8", "LC_MESSAGES": "ja_JP.UTF-8"}, "トークン数"),
+        ({"LANG": "en_US.UTF-8", "LC_MESSAGES": "ja_JP.UTF-8"}, "事例の長さ (トークン数)"),
     ],
 )
 def test_labels_are_japanese_where_the_locale_is(environment, expected, monkeypatch, tmp_path):

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 JAPANESE = {
-    "tokens": "トークン数",
-    "records": "レコード数",
+    "tokens": "事例の長さ (トークン数)",
+    "examples": "事例数",
     "median": "中央値",
     "maximum": "上限",
     "step": "ステップ",
     "loss": "損失",
     "training": "学習データ",
     "evaluation": "評価データ",
-    "training loss": "学習の損失",
-    "evaluation loss": "評価の損失",
+    "training loss": "学習データの損失",
+    "evaluation loss": "評価データの損失",
 }
 
 
@@ -29,7 +29,7 @@ def plot_lengths(lengths: list[int], max_length: int, folder: Path) -> None:
     axes.axvline(median, color="#dd8452", label=f"{label('median')} {median:.0f}")
     axes.axvline(max_length, color="#c44e52", ls="--", label=f"{label('maximum')} {max_length}")
     axes.set_xlabel(label("tokens"))
-    axes.set_ylabel(label("records"))
+    axes.set_ylabel(label("examples"))
     axes.legend()
     figure.tight_layout()
     figure.savefig(folder / "token_lengths.png", dpi=120)
