@@ -76,7 +76,7 @@ docs: $(VENV)/.docs  ## build the pages into build/site/, both languages, with s
 	rm -rf build/pages build/site
 	mkdir -p build/pages
 	cp --parents *.md LICENSE docs/*.md notebooks/* benchmarks/README.md benchmarks/*.png recipes/*.* build/pages
-	find src -name '*.py' -exec cp --parents -t build/pages {} +
+	find src examples -name '*.py' -exec cp --parents -t build/pages {} +
 	$(RUN)/zensical build --strict --clean --config-file mkdocs.yml
 
 clean:  ## remove .venv and caches; outputs/ stays
