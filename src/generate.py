@@ -1,4 +1,4 @@
-"""Ask a trained model: run folder, recipe or checkpoint on the Hub -> answers.
+"""Ask a trained model: run folder, recipe or published model -> answers.
 
 python src/generate.py outputs/dolly_gpt2 "What is the capital of Japan?"
 python src/generate.py recipes/dolly_gpt2.yaml "What is the capital of Japan?" generation.max_new_tokens=20
@@ -26,13 +26,13 @@ from finetuning.script import run
 
 def main(arguments: list[str]) -> None:
     from finetuning.hub.access import require_hub
-    from finetuning.inference.resolve import find_checkpoint
+    from finetuning.inference.resolve import find_trained_model
     from finetuning.launch.hub_needs import base_needs
     from finetuning.model.quantization import hide_bitsandbytes
     from finetuning.recipe.recipe import load_recipe
 
     options = read_arguments(arguments)
-    folder, recipe_file = find_checkpoint(options.run)
+    folder, recipe_file = find_trained_model(options.run)
     recipe = load_recipe(recipe_file, options.overrides)
     require_hub(base_needs(recipe, folder))
     questions = options.questions

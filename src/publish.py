@@ -10,7 +10,7 @@ questions; published.json in the run folder keeps the result. publish.merged=tru
 
 --dry-run      shows what would change, and changes nothing
 --replace      overwrites what was published from another recipe
---unfinished   publishes a run that did not come to its end
+--unfinished   publishes a run that is not finished
 --unasked      does not load the published model to ask it
 
 A token with write access is needed: `hf auth login`, or HF_TOKEN. Publishing again changes only what is different.
@@ -24,34 +24,35 @@ from finetuning.script import run
 
 def main(arguments: list[str]) -> None:
     from finetuning.hub.allowed_files import unpublished_files
-    from finetuning.hub.client import patiently, require_access
+    from finetuning.hub.client import require_access, with_retries
     from finetuning.publishing.bundle import address_of, gather_publication, require_publishable
-    from finetuning.publishing.commit import plan, publish
+    from finetuning.publishing.commit import plan_changes, publish
     from finetuning.publishing.merging import merged_if_wanted
     from finetuning.recipe.recipe import load_recipe
-    from finetuning.runs.folder import find_run_folder, lock
+    from finetuning.runs.folder import RunFolder, find_run_folder, lock
     from finetuning.runs.terminal import make_console, print_changes
 
     options = read_arguments(arguments)
     folder = find_run_folder(options.run)
+    run_folder = RunFolder(folder)
     recipe = load_recipe(folder / "recipe.yaml", options.overrides)
     address = address_of(recipe)
     console = make_console()
-    require_publishable(folder, recipe, unfinished=options.unfinished)
+    require_publishable(run_folder, recipe, unfinished=options.unfinished)
     require_access(address.repo, write=not options.dry_run)
-    with lock(folder), merged_if_wanted(folder, recipe) as weights:
-        publication = gather_publication(folder, recipe, weights)
+    with lock(folder), merged_if_wanted(run_folder, recipe) as weights:
+        publication = gather_publication(run_folder, recipe, weights)
         if options.dry_run:
-            todo = patiently(lambda: plan(publication, options.replace), address.repo)
+            todo = with_retries(lambda: plan_changes(publication, options.replace), address.repo)
             return print_changes(console, todo.changes, unpublished_files(folder))
         published = publish(publication, options.replace)
     console.print(
         f"{'published' if published.is_new else 'unchanged'}: {published.address}, tag {published.tag}"
     )
 
-    from finetuning.publishing.verification import compare, require_agreement, write_record
+    from finetuning.publishing.verification import compare_answers, require_agreement, write_record
 
-    answers = [] if options.unasked else compare(folder, recipe, published)
+    answers = [] if options.unasked else compare_answers(folder, recipe, published)
     write_record(folder, published, answers)
     require_agreement(console, answers, is_exact=not weights)
 

@@ -1,4 +1,4 @@
-"""Pull a published checkpoint: subfolder of a Hub repository -> local folder, every byte verified.
+"""Pull a published model: subfolder of a Hub repository -> local folder, every byte verified.
 
 python src/pull.py elith/llm-book-models chapter05/sft_model
 python src/pull.py elith/llm-book-models chapter05/sft_model@chapter05.sft_model.v1
@@ -20,20 +20,20 @@ from finetuning.script import run
 
 def main(arguments: list[str]) -> None:
     from finetuning.hub.address import REPO, shortened
-    from finetuning.hub.download import copy, describe, pull
+    from finetuning.hub.download import copy_snapshot, describe_snapshot, pull
     from finetuning.inference.resolve import read_address
 
     options = read_arguments(arguments)
     if not re.fullmatch(REPO, options.repo):
         raise UserError(
-            f"{shortened(options.repo)} is no repository; "
+            f"{shortened(options.repo)} is not a repository; "
             "expected owner/name, such as elith/llm-book-models"
         )
     snapshot = pull(read_address(f"{options.repo}/{options.subfolder}"))
     folder = snapshot.folder
     if options.folder:
-        folder = copy(snapshot, Path(options.folder).expanduser())
-    print(*describe(snapshot), f"folder: {folder}", sep="\n")
+        folder = copy_snapshot(snapshot, Path(options.folder).expanduser())
+    print(*describe_snapshot(snapshot), f"folder: {folder}", sep="\n")
 
 
 def read_arguments(arguments: list[str]) -> Namespace:

@@ -40,7 +40,7 @@ def test_an_address_is_read_and_written_back(text, address):
         "a/b/" + "é" * 128,
     ],
 )
-def test_what_is_no_address_is_told_what_one_looks_like(text):
+def test_what_is_not_an_address_is_told_what_one_looks_like(text):
     with pytest.raises(ValueError, match="expected") as error:
         parse_address(text)
     assert len(str(error.value)) < 300

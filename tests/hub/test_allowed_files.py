@@ -1,4 +1,4 @@
-"""What may stand in a checkpoint, by name and by content."""
+"""What a published model may consist of, by name and by content."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from hub_server import OWNER
 
 from finetuning.errors import UserError
-from finetuning.hub import allowed_files as contents
+from finetuning.hub import allowed_files
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,8 @@ from finetuning.hub import allowed_files as contents
         *("README.md", "manifest.json", "recipe.yaml", "samples.md", "metrics.jsonl", "loss.png"),
     ],
 )
-def test_what_belongs_to_a_checkpoint_may_travel(name):
-    assert contents.is_publishable(name)
+def test_what_belongs_to_a_model_may_be_published(name):
+    assert allowed_files.is_publishable(name)
 
 
 @pytest.mark.parametrize(
@@ -66,29 +66,29 @@ def test_what_belongs_to_a_checkpoint_may_travel(name):
     ],
 )
 def test_nothing_else_may(name):
-    assert not contents.is_publishable(name)
+    assert not allowed_files.is_publishable(name)
 
 
 @pytest.mark.parametrize("text", [f"x\n{OWNER}", "a hf_" + "Z9" * 17 + " b"])
 def test_a_token_is_found_and_not_repeated(text, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", OWNER)
     with pytest.raises(UserError, match=r"line [12]: holds a token") as error:
-        contents.require_no_token("samples.md", text.encode())
+        allowed_files.require_no_token("samples.md", text.encode())
     assert OWNER not in str(error.value) and "Z9Z9" not in str(error.value)
 
 
 def test_a_token_of_another_form_is_known_by_its_being_ours(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "of-another-form")
     with pytest.raises(UserError):
-        contents.require_no_token("recipe.yaml", b"key: of-another-form")
-    contents.require_no_token("samples.md", b"hf_ is how a token begins, hf_hub too")
-    contents.require_no_token("model.safetensors", b"of-another-form")  # no text
+        allowed_files.require_no_token("recipe.yaml", b"key: of-another-form")
+    allowed_files.require_no_token("samples.md", b"hf_ is how a token begins, hf_hub too")
+    allowed_files.require_no_token("model.safetensors", b"of-another-form")  # no text
 
 
 @pytest.mark.parametrize("text", ["{", '{"auto_map": {"AutoConfig": "x.C"}}'])
 def test_a_config_that_is_damaged_or_names_code_is_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({}))
-    contents.require_no_remote_code(tmp_path)
+    allowed_files.require_no_remote_code(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(text)
     with pytest.raises(UserError, match=r"tokenizer_config\.json"):
-        contents.require_no_remote_code(tmp_path)
+        allowed_files.require_no_remote_code(tmp_path)

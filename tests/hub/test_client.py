@@ -5,7 +5,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from huggingface_hub.utils import httpx
 
 from finetuning.errors import TryAgain, UserError
-from finetuning.hub import client as hub
+from finetuning.hub import client
 
 REQUEST = httpx.Request(
     "GET", "http://hub/api?sig=secret", headers={"Authorization": "Bearer hf_secret"}
@@ -24,7 +24,7 @@ def answer(status: int, **headers: str) -> HfHubHTTPError:
 @pytest.fixture
 def waits(monkeypatch):
     seconds = []
-    monkeypatch.setattr(hub.time, "sleep", seconds.append)
+    monkeypatch.setattr(client.time, "sleep", seconds.append)
     return seconds
 
 
@@ -58,14 +58,14 @@ PASSING = [
 
 @pytest.mark.parametrize("error", PASSING, ids=repr)
 def test_what_may_pass_is_tried_again(error, waits, capsys):
-    assert hub.patiently(failing(error, error), "a/b") == "done"
-    assert len(waits) == 2 and capsys.readouterr().err.count("again in") == 2
+    assert client.with_retries(failing(error, error), "a/b") == "done"
+    assert len(waits) == 2 and capsys.readouterr().err.count("next attempt in") == 2
 
 
 def test_it_ends_after_five_attempts(waits):
-    with pytest.raises(TryAgain, match="give the same command again"):
-        hub.patiently(failing(*[answer(503)] * 5), "a/b")
-    assert waits == list(hub.WAITS)
+    with pytest.raises(TryAgain, match="run the same command again"):
+        client.with_retries(failing(*[answer(503)] * 5), "a/b")
+    assert waits == list(client.WAITS)
 
 
 @pytest.mark.parametrize(
@@ -75,16 +75,16 @@ def test_it_ends_after_five_attempts(waits):
 )
 def test_what_does_not_pass_is_told_at_once(error, waits):
     with pytest.raises(UserError) as caught:
-        hub.patiently(failing(error), "a/b")
+        client.with_retries(failing(error), "a/b")
     assert not isinstance(caught.value, TryAgain) and waits == []
     assert "secret" not in str(caught.value) and str(caught.value).startswith("a/b")
 
 
 def test_what_is_not_the_hubs_is_left_alone(waits):
     with pytest.raises(ZeroDivisionError):
-        hub.patiently(failing(ZeroDivisionError()), "a/b")
+        client.with_retries(failing(ZeroDivisionError()), "a/b")
     with pytest.raises(OSError, match="No space left"):
-        hub.patiently(failing(OSError("No space left on device")), "a/b")
+        client.with_retries(failing(OSError("No space left on device")), "a/b")
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,10 @@ def test_what_is_not_the_hubs_is_left_alone(waits):
         ({"Retry_After": "7"}, 8),
         ({"RateLimit": '"api";r=0;t=55'}, 56),
         ({"RateLimit": '"api";r=3;t=55'}, 1),
-        ({"Retry_After": "99999"}, hub.LONGEST_WAIT),
+        ({"Retry_After": "99999"}, client.MAX_WAIT),
         ({"Retry_After": "Wed, 21 Oct 2026 07:28:00 GMT"}, 1),
     ],
 )
 def test_the_hub_says_how_long_to_wait(headers, seconds, waits):
-    hub.patiently(failing(answer(429, **headers)), "a/b")
+    client.with_retries(failing(answer(429, **headers)), "a/b")
     assert waits == [seconds]

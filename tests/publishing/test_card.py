@@ -1,6 +1,7 @@
-"""The cards: of a checkpoint, whose code is run as it stands, and of the repository, whose table is kept."""
+"""The cards: a model's, whose code is run as it stands, and the repository's with its table."""
 
 import re
+import runpy
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ import generate
 import publish
 from finetuning.errors import UserError
 from finetuning.hub.address import Address
-from finetuning.hub.manifest import parse_manifest
+from finetuning.hub.manifest import Manifest, TrainingData, parse_manifest
 from finetuning.model.tokenizer import read_tokenizer
-from finetuning.publishing.card import asking, loading, repository_card, training_table
+from finetuning.publishing.card import asking, loading, training_table
+from finetuning.publishing.repository_card import repository_card
 from finetuning.recipe.recipe import load_recipe
 
 
@@ -32,31 +34,39 @@ def metadata_of(card: str) -> dict:
     return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
 
 
-def test_its_code_loads_and_asks_as_it_stands_and_answers_as_generate_does(crowded, call, capfd):
+def test_its_code_loads_and_asks_as_it_stands_and_answers_as_generate_does(
+    crowded, call, capfd, tmp_path
+):
     hub, run = crowded
+    script = tmp_path / "card.py"
+    script.write_text(code_of(card_of(hub)), encoding="utf-8")
     with torch.random.fork_rng():
-        exec(code_of(card_of(hub)), {})
+        runpy.run_path(str(script))
     printed = capfd.readouterr().out.strip()
     assert printed and printed == call(generate, run, "What is 3 + 1?").out.strip()
 
 
 def test_its_code_ends_an_answer_where_generate_does_and_undoes_a_newline_s_stand_in(
-    runs, tmp_path, capsys
+    runs, tmp_path
 ):
     chat, plain = (copied(runs["full"], tmp_path / name / "run") for name in ("chat", "plain"))
     chat_tokenizer("byte_level", "chatml").save_pretrained(chat)
     recipe = load_recipe(chat / "recipe.yaml", ["data.template=chat"])
-    ends = read_tokenizer(str(chat)).convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert f"eos_token_id={ends}" in asking(recipe, chat, "Hello?")
-    code = asking(load_recipe(plain / "recipe.yaml", ["data.newline=<NL>"]), plain, "Hello?")
+    tokenizer = read_tokenizer(str(chat))
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert f"eos_token_id={ends}" in asking(recipe, tokenizer, "Hello?")
+    code = asking(
+        load_recipe(plain / "recipe.yaml", ["data.newline=<NL>"]),
+        read_tokenizer(str(plain)),
+        "Hello?",
+    )
     assert "eos_token_id" not in code
-    exec("answer = 'a<NL>b'\n" + code.splitlines()[-1])
-    assert capsys.readouterr().out == "a\nb\n"
+    assert code.splitlines()[-1] == r"print(answer.replace('<NL>', '\n'))"
 
 
 def test_the_page_of_the_hub_shows_the_code_of_a_card():
     page = (ROOT / "docs" / "hub.md").read_text(encoding="utf-8")
-    assert f"```python\n{loading(Address(REPO, S), {'kind': 'full'})}\n```" in page
+    assert f"```python\n{loading(Address(REPO, S), 'full', None)}\n```" in page
 
 
 def test_it_says_what_was_trained_on_what_under_which_licences(hub, runs, call, tmp_path):
@@ -110,7 +120,18 @@ def test_it_says_what_was_trained_on_what_under_which_licences(hub, runs, call, 
 def test_it_says_how_large_the_steps_were_that_the_processes_took(processes, override, expected):
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [override])
     what, size, accumulation = expected
-    rows = training_table({"processes": processes, "losses": None}, recipe)
+    manifest = Manifest(
+        kind="full",
+        base=None,
+        data=TrainingData(path=[], datasets=[], fingerprint=None),
+        losses=None,
+        versions={},
+        processes=processes,
+        finished=None,
+        recipe={},
+        files={},
+    )
+    rows = training_table(recipe, manifest)
     assert rows[1:3] == [(what, size), ("micro-batches of a step", accumulation)]
     assert dict(rows).get("processes") == processes
 
@@ -119,9 +140,7 @@ def test_a_base_model_that_cannot_be_seen_has_no_licence_stated_and_takes_no_ada
     hub, runs, call, tmp_path
 ):
     run, base = copied(runs["lora"], tmp_path / "run"), "publish.base_model=elith/private"
-    assert "elith/private: there is no such repository" in error_of(
-        call(publish, run, "--unasked", base)
-    )
+    assert "elith/private: no such repository" in error_of(call(publish, run, "--unasked", base))
     assert call(publish, run, "--unasked", base, "publish.merged=true").code == 0
     assert "| base model's licence | not stated |" in card_of(hub)
 
@@ -131,12 +150,12 @@ def test_a_hub_that_is_down_for_the_licence_is_no_licence_that_is_missing(
 ):
     run = copied(runs["lora"], tmp_path / "run")
     hub.fault("/api/models/elith/tiny-base", status=503, times=99)
-    assert "give the same command again" in error_of(
+    assert "run the same command again" in error_of(
         call(publish, run, "--unasked", "publish.base_model=elith/tiny-base")
     )
 
 
-def manifest_of(hub, subfolder: str = S) -> dict:
+def manifest_of(hub, subfolder: str = S) -> Manifest:
     return parse_manifest(hub.read(REPO, f"{subfolder}/manifest.json"))
 
 
@@ -181,6 +200,6 @@ def test_a_readme_that_cannot_be_read_is_not_written_over(text, crowded):
 def test_a_readme_that_cannot_be_read_is_told_with_the_line(crowded):
     hub, _ = crowded
     with pytest.raises(
-        UserError, match=r"cannot be read: while parsing .*, line \d+, .*; mend it there$"
+        UserError, match=r"cannot be read: while parsing .*, line \d+, .*; fix it there$"
     ):
         repository_card(REPO, b"---\na: [\nb: 1\n---\n", {S: manifest_of(hub)})

@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM
 
 from finetuning.publishing.merging import merge, merged_if_wanted
 from finetuning.recipe.recipe import load_recipe
+from finetuning.runs.folder import RunFolder
 
 
 def test_merged_weights_are_base_and_adapter(runs, tmp_path):
     from peft import PeftModel
 
     run = runs["lora"]
-    merge(run, load_recipe(run / "recipe.yaml"), tmp_path)
+    merge(RunFolder(run), load_recipe(run / "recipe.yaml"), tmp_path)
     base = AutoModelForCausalLM.from_pretrained(run.parents[1] / "llama")
     ids = torch.tensor([[5, 6, 7, 8]])
     plain = base(ids).logits
@@ -37,7 +38,7 @@ def test_the_bases_number_format_is_kept(dtype, tmp_path):
     base = write_base(tmp_path / "base", "llama")
     AutoModelForCausalLM.from_pretrained(base).to(dtype).save_pretrained(base)
     run = train(tmp_path / "trained" / "run", base, LORA, "training.max_steps=2")
-    merge(run, load_recipe(run / "recipe.yaml"), tmp_path / "merged")
+    merge(RunFolder(run), load_recipe(run / "recipe.yaml"), tmp_path / "merged")
     weights = load_file(tmp_path / "merged" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {dtype}
 
@@ -45,10 +46,10 @@ def test_the_bases_number_format_is_kept(dtype, tmp_path):
 def test_only_what_is_wanted_is_merged_and_nothing_stays(runs, tmp_path):
     run = copied(runs["lora"], tmp_path / "run")
     before = sorted(path.name for path in run.iterdir())
-    with merged_if_wanted(run, load_recipe(run / "recipe.yaml")) as weights:
+    with merged_if_wanted(RunFolder(run), load_recipe(run / "recipe.yaml")) as weights:
         assert weights is None
     with merged_if_wanted(
-        run, load_recipe(run / "recipe.yaml", ["publish.merged=true"])
+        RunFolder(run), load_recipe(run / "recipe.yaml", ["publish.merged=true"])
     ) as weights:
         assert (weights / "model.safetensors").exists()
     assert sorted(path.name for path in run.iterdir()) == before

@@ -52,7 +52,7 @@ def test_merged_weights_may_round_an_answer_away(capsys):
     answers = [Answer("q", "same", "same"), Answer("q", "one", "two")]
     require_agreement(console, answers, is_exact=False)
     assert (
-        "1 of 2 greedy answers are the run folder's (merged weights are rounded once more)"
+        "1 of 2 greedy answers are the run folder's (merging rounds the weights once more)"
         in capsys.readouterr().out
     )
     with pytest.raises(UserError, match="1 of 2 answers are not"):

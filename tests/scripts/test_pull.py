@@ -1,8 +1,9 @@
-"""src/pull.py against the tests' Hub, and the scripts that take models from there."""
+"""src/pull.py against the tests' Hub, and what takes models from there: generate.py and sft.py."""
 
 import errno
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from finetuning.recipe.recipe import load_recipe
 
 SAID = (
     rf"^hub:{REPO}/{S}@[0-9a-f]{{40}}\n"
-    r"11 files, [0-9,]+ bytes: every sha256 is that of its manifest$"
+    r"11 files, [0-9,]+ bytes: every sha256 is the one in manifest\.json$"
 )
 LARGE = np.random.default_rng(0).integers(
     0, 256, 25_000_000, dtype=np.uint8
@@ -47,7 +48,7 @@ def weights(hub, revision: str = "main") -> bytes:
 
 @pytest.fixture
 def served(crowded):
-    """The Hub with a published checkpoint."""
+    """The Hub with a published model."""
     return crowded[0]
 
 
@@ -91,15 +92,13 @@ def test_a_revision_is_a_tag_a_branch_or_a_commit(crowded, call, tmp_path):
 def test_a_folder_that_is_there_is_not_written_over(served, call, tmp_path):
     (tmp_path / "mine").mkdir()
     pulled(call, folder=tmp_path / "mine")
-    assert "is there already" in error_of(call(pull, REPO, S, tmp_path / "mine"))
+    assert "exists already" in error_of(call(pull, REPO, S, tmp_path / "mine"))
 
 
 def test_a_missing_subfolder_is_told_what_there_is(served, call):
     for name in ("chapter05", "chapter09"):
         line = error_of(call(pull, REPO, name))
-        assert (
-            f"{REPO} has no safetensors in {name}; checkpoints there: {S}, chapter06/other" in line
-        )
+        assert f"{REPO} has no safetensors in {name}; published there: {S}, chapter06/other" in line
 
 
 def test_a_folder_that_may_not_be_written_is_told_in_one_line(served, call, tmp_path, monkeypatch):
@@ -130,10 +129,10 @@ def test_a_subfolder_of_another_form_is_refused_before_anything_is_asked(subfold
 
 
 @pytest.mark.parametrize(
-    "repo", ["../x", "models", "日本/語", "elith/a--b", "elith/a.", "-a/b", "elith/" + "x" * 300]
+    "repo", ["../x", "models", "日本/語", "elith/a--b", "elith/a.", "a-/b", "elith/" + "x" * 300]
 )
 def test_a_repository_of_another_form_is_refused_before_anything_is_asked(repo, hub, call):
-    assert "is no repository" in error_of(call(pull, repo, S))
+    assert "is not a repository" in error_of(call(pull, repo, S))
     assert not hub.sent("/api/models")
 
 
@@ -179,7 +178,7 @@ def test_offline_it_takes_the_cache_only_when_told_so_and_verifies_it(served, ca
     assert "arrived damaged, fetched again: model.safetensors" in pulled(call).out
 
 
-def test_offline_a_checkpoint_is_found_that_was_pulled_before_another(served, call, monkeypatch):
+def test_offline_a_model_is_found_that_was_pulled_before_another(served, call, monkeypatch):
     """The cache knows one newest commit of a repository, that of the last pull."""
     first = pulled(call)
     served.put(REPO, {"chapter09/note.txt": b"by somebody else"})
@@ -225,7 +224,11 @@ def test_a_flipped_byte_is_found_and_mended(match, served, call, tmp_path):
 def test_a_byte_that_is_always_flipped_is_an_error_and_mended_the_next_time(served, call, tmp_path):
     served.fault("GET /_cdn/", corrupt=True, times=99)
     line = error_of(done := call(pull, REPO, S, tmp_path / "mine"))
-    assert "arrived damaged twice" in line and done.code == 1 and not (tmp_path / "mine").exists()
+    assert (
+        "checksum mismatch after two downloads" in line
+        and done.code == 1
+        and not (tmp_path / "mine").exists()
+    )
     served.faults.clear()
     pulled(call, folder=tmp_path / "mine")
     assert (tmp_path / "mine" / "model.safetensors").read_bytes() == weights(served)
@@ -259,7 +262,7 @@ def test_a_manifest_does_not_lead_out_of_the_folder(served, call, tmp_path, monk
     assert not list((tmp_path / "mine").iterdir())
 
 
-def test_a_checkpoint_without_a_manifest_is_compared_with_what_the_hub_lists(
+def test_a_model_without_a_manifest_is_compared_with_what_the_hub_lists(
     served, call, runs, tmp_path
 ):
     names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -276,10 +279,7 @@ def test_a_checkpoint_without_a_manifest_is_compared_with_what_the_hub_lists(
     served.fault("GET /_cdn/", corrupt=True)
     done = pulled(call, "book", folder=tmp_path / "mine")
     assert "4 files" in done.out and "compared with the Hub's checksums; no manifest" in done.out
-    assert (
-        "left on the Hub, no part of a checkpoint: training_args.bin, optimizer.pt, x.py"
-        in done.out
-    )
+    assert "left on the Hub, not part of a model: training_args.bin, optimizer.pt, x.py" in done.out
     assert set(files_below(tmp_path / "mine")) == set(names)
     assert "has no recipe.yaml" in error_of(call(generate, f"hub:{REPO}/book", "What is 3 + 1?"))
 
@@ -302,7 +302,7 @@ def test_pickled_weights_and_remote_code_are_refused(served, call):
 def test_what_arrived_before_a_download_broke_off_is_not_fetched_again(
     cut, goes_on, hub, call, tmp_path
 ):
-    """The client resumes within a file that was closed early; after a reset it begins it again."""
+    """The client itself continues a file that was closed early; after a reset it begins again."""
     content = save({"weight": LARGE})
     hub.put(REPO, {"large/config.json": b"{}", "large/model.safetensors": content})
     hub.fault("GET /_cdn/", **{cut: 22_000_000})
@@ -351,9 +351,7 @@ def test_a_lasting_fault_ends_in_one_line_and_the_same_command_later_succeeds(
     served.fault(match, times=999, **what)
     line = error_of(done := call(pull, REPO, S, tmp_path / "mine"))
     assert (
-        done.code == 1
-        and "give the same command again" in line
-        and not (tmp_path / "mine").exists()
+        done.code == 1 and "run the same command again" in line and not (tmp_path / "mine").exists()
     )
     served.faults.clear()
     pulled(call, folder=tmp_path / "mine")
@@ -365,7 +363,7 @@ def test_a_download_by_xet_that_fails_ends_in_one_line_too(served, call, tmp_pat
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     served.promises_xet = True
     line = error_of(done := call(pull, REPO, S, tmp_path / "mine"))
-    assert done.code == 1 and "give the same command again" in line
+    assert done.code == 1 and "run the same command again" in line
     assert len(served.sent("/v1/reconstructions/")) > 1, "not tried again"
     served.promises_xet = False
     pulled(call, folder=tmp_path / "mine")
@@ -407,7 +405,7 @@ def test_who_may_not_read_is_told_why(token, repo, words, served, call, monkeypa
 # Asking and training on
 
 
-def test_generate_takes_the_run_folder_first_and_else_the_published_checkpoint(
+def test_generate_takes_the_run_folder_first_and_else_the_published_model(
     crowded, call, runs, tmp_path
 ):
     hub, run = crowded
@@ -453,9 +451,7 @@ def test_a_token_that_is_not_known_is_what_training_names(hub, call, monkeypatch
     assert done.code == 2 and "openai-community/gpt2: the Hub does not know the token" in line
 
 
-def test_training_goes_on_from_a_published_checkpoint_pinned_to_its_commit(
-    served, call, runs, tmp_path
-):
+def test_training_starts_from_a_published_model_pinned_to_its_commit(served, call, runs, tmp_path):
     base = f"hub:{REPO}/{S}"
     run = train(tmp_path / "on" / "run", base, "training.max_steps=2")
     name = load_recipe(run / "recipe.yaml").model.name
@@ -482,12 +478,14 @@ def test_a_run_keeps_the_commit_it_began_with_whatever_is_published_meanwhile(
         train(folder, f"{base}@{served.head(REPO)}", "training.max_steps=2")
 
 
-def test_an_adapter_on_a_published_checkpoint_loads_the_way_its_card_says(served, call, tmp_path):
+def test_an_adapter_on_a_published_model_loads_the_way_its_card_says(served, call, tmp_path):
     lora = "lora={r: 4, target_modules: [c_attn], fan_in_fan_out: true}"
     run = train(tmp_path / "on" / "run", f"hub:{REPO}/{S}", lora)
     assert call(publish, run, "publish.subfolder=chapter06/on").code == 0
     card = served.read(REPO, "chapter06/on/README.md").decode()
-    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], loaded := {})
+    script = tmp_path / "card.py"
+    script.write_text(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1])
+    loaded = runpy.run_path(str(script))
     adapter = load_file(run / "adapter_model.safetensors")
     state = loaded["model"].state_dict()
     assert all(

@@ -1,13 +1,13 @@
-"""What a published checkpoint may hold: safetensors, tokenizer, settings, texts. Nothing that runs when it is read.
+"""What a published model may consist of: safetensors, tokenizer, settings, texts. No code.
 
-A list of what is allowed, not of what is refused: training_args.bin and the state of optimizers are pickles, which run
-code when they are read, and training_args.bin may hold a token.
+A list of what is allowed, not of what is refused: training_args.bin and the state of optimizers are
+pickles, which run code when they are read, and training_args.bin may hold a token.
 """
 
 import fnmatch
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,7 @@ from huggingface_hub import get_token
 
 from finetuning.errors import UserError
 
-ADAPTER_WEIGHTS, INDEX = "adapter_model.safetensors", "model.safetensors.index.json"
-
-
+INDEX = "model.safetensors.index.json"
 MODEL = (
     "config.json",
     "generation_config.json",
@@ -26,62 +24,66 @@ MODEL = (
     INDEX,
 )
 
-
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER = ("adapter_config.json", ADAPTER_WEIGHTS)
-
+ADAPTER_FOLDER = "adapter"  # holds the adapter of merged weights
 
 TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *(
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "tokenizer.model",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-    ),
-    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )
 
-
 RUN_RECORDS = ("samples.md", "metrics.jsonl")
+GENERATED = ("recipe.yaml", "README.md", "loss.png", "manifest.json")  # when it is published
 
+ALLOWED = (
+    *MODEL,
+    *ADAPTER,
+    *(f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER),
+    *TOKENIZER,
+    *RUN_RECORDS,
+    *GENERATED,
+)
 
-GENERATED = ("recipe.yaml", "README.md", "loss.png", "manifest.json")  # by publish
-
-
-ADAPTER_FOLDER = "adapter"  # where the adapter of merged weights goes
-
-
+TEXTS = (".json", ".jsonl", ".jinja", ".md", ".txt", ".yaml")
 TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")  # how the Hub's tokens look
 
 
-TEXTS = (".json", ".jsonl", ".jinja", ".md", ".txt", ".yaml")
-
-
 def is_publishable(name: str) -> bool:
-    """Whether a file of this name, relative to the checkpoint's folder, belongs to a checkpoint."""
-    allowed = (*MODEL, *ADAPTER, *TOKENIZER, *RUN_RECORDS, *GENERATED)
-    return matches(name, allowed) or matches(
-        name, [f"{ADAPTER_FOLDER}/{pattern}" for pattern in ADAPTER]
-    )
+    """Whether a published model may have a file of this name, relative to its folder."""
+    return matches(name, ALLOWED)
 
 
-def matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns is of this name; `*` does not match across a slash."""
     same_depth = (pattern for pattern in patterns if pattern.count("/") == name.count("/"))
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in same_depth)
 
 
-def files_of(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
-    """(name, path) of the folder's files that match. Raises UserError for a link: what it points to is not ours."""
+def matching_files(folder: Path, patterns: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    """(name, path) of the folder's files that match.
+
+    Raises UserError for a link: what it points to is not ours to publish.
+    """
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if matches(name, patterns):
-            if path.is_symlink() or not path.is_file():
-                raise UserError(
-                    f"{path} is a link or no file; only files of the run folder itself are published"
-                )
-            yield name, path
+        if not matches(name, patterns):
+            continue
+        if path.is_symlink() or not path.is_file():
+            raise UserError(
+                f"{path} is a link or not a file; only files of the run folder itself are published"
+            )
+        yield name, path
 
 
 def unpublished_files(folder: Path) -> list[str]:
@@ -91,10 +93,10 @@ def unpublished_files(folder: Path) -> list[str]:
 
 
 def require_weights(folder: Path, patterns: tuple[str, ...]) -> None:
-    """Raises UserError unless the folder has whole weights of that pattern, every shard of them."""
+    """Raises UserError unless the folder has whole weights (MODEL or ADAPTER), every shard."""
     from safetensors import SafetensorError, safe_open
 
-    for name in weights_of(folder, patterns):
+    for name in weight_files(folder, patterns):
         if not is_publishable(name) or not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}")
         try:
@@ -104,8 +106,8 @@ def require_weights(folder: Path, patterns: tuple[str, ...]) -> None:
             raise UserError(f"{folder / name} is damaged: {error}") from None
 
 
-def weights_of(folder: Path, patterns: tuple[str, ...]) -> list[str]:
-    """Names of the files that hold the weights: the adapter, all in one, or the shards of the index."""
+def weight_files(folder: Path, patterns: tuple[str, ...]) -> list[str]:
+    """Names of the files that hold the weights: the adapter, one file, or the index's shards."""
     if patterns == ADAPTER:
         return [ADAPTER_WEIGHTS]
     if not (folder / INDEX).is_file():
@@ -114,14 +116,16 @@ def weights_of(folder: Path, patterns: tuple[str, ...]) -> list[str]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError where there is none."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}") from None
+    return found
 
 
 def require_no_remote_code(folder: Path) -> None:
-    """Raises UserError where a config names code that should be fetched and run."""
+    """Raises UserError where a config names code that would be fetched and run."""
     for path in filter(Path.is_file, (folder / "config.json", folder / "tokenizer_config.json")):
         if "auto_map" in read_json(path):
             raise UserError(

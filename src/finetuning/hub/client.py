@@ -1,10 +1,10 @@
-"""Speaking to the Hub: what passes by itself is tried again, what does not is told in one line with its remedy.
+"""Speaking to the Hub: transient failures are retried, others are told in one line with what to do.
 
-huggingface_hub tries again only in part: not when a commit, a tag or the head of a branch is asked for, and not when a
-download breaks off (2.4.0).
+huggingface_hub retries only in part: not when a commit, a tag or the head of a branch is asked for,
+and not when a download breaks off (2.4.0).
 """
 
-import hashlib
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import httpx2
 from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -23,204 +24,221 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import httpx, logging, parse_ratelimit_headers, sha
+from huggingface_hub.utils import logging as client_logging
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exports its functions lazily
+    parse_ratelimit_headers,
+    sha,
+)
 
 from finetuning.errors import DISK_FULL, TryAgain, UserError, one_line
+from finetuning.files import sha256_of
 
-TIMEOUT = 10  # seconds, for the first word of an answer
-
-
+TIMEOUT = 10  # seconds until an answer begins
 WAITS = (1, 2, 4, 8)  # seconds between one attempt and the next
-
-
-LONGEST_WAIT = 300  # seconds: the Hub counts requests over five minutes
-
+MAX_WAIT = 300  # seconds: the Hub counts requests over five minutes
 
 # Somebody else was faster (409, 412), too many requests, or the server's own trouble.
-PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)
+TRANSIENT = (408, 409, 412, 425, 429, 500, 502, 503, 504)
 
+TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 T = TypeVar("T")
 
 
-def patiently(action: Callable[[], T], repo: str) -> T:
-    """What the action returns, tried again while what fails may pass; the action must be safe to repeat.
+def with_retries(action: Callable[[], T], repo: str) -> T:
+    """What the action returns, retried after transient failures; it must be safe to repeat.
 
-    Raises TryAgain where it does not pass, UserError where it cannot.
+    Raises TryAgain where a failure does not pass, UserError where it cannot.
     """
     for wait in (*WAITS, None):
         try:
-            with quietly():
+            with without_client_warnings():
                 return action()
         except HFValidationError as error:  # a name that the Hub cannot have
             raise UserError(one_line(error)) from None
         except Exception as error:
-            problem = problem_of(error)
+            problem = hub_problem(error)
             if problem is None:
                 raise
-            if wait is None or not may_pass(problem):
-                raise explained(problem, repo) from None
-            pause = asked_pause(problem) or wait
-            print(f"the Hub: {reason(problem)}; again in {pause} s", file=sys.stderr, flush=True)
+            if wait is None or not is_transient(problem):
+                raise as_user_error(problem, repo) from None
+            pause = requested_wait(problem) or wait
+            said = f"the Hub: {short_reason(problem)}; next attempt in {pause} s"
+            print(said, file=sys.stderr, flush=True)
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Without the client's warnings: they repeat what is said here, and show signed links to files."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+def without_client_warnings() -> Iterator[None]:
+    """The client's warnings repeat what is said here, and show signed links to files."""
+    before = client_logging.get_verbosity()
+    client_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        client_logging.set_verbosity(before)
 
 
-def tree_of(repo: str, commit: str) -> dict[str, RepoFile]:
-    """{path: what the Hub lists of the file} of a commit."""
-    entries = HfApi().list_repo_tree(repo, recursive=True, revision=commit)
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-
-
-def fetch(
-    repo: str, path: str, commit: str, cache: Path | None = None, force: bool = False
-) -> Path:
-    """A file of a commit, in the cache. What breaks off is a ConnectionError or one of the client's errors."""
-    try:
-        return Path(
-            hf_hub_download(repo, path, revision=commit, cache_dir=cache, force_download=force)
-        )
-    except RuntimeError as error:  # what hf_xet makes of every failed download
-        if any(words in str(error) for words in DISK_FULL):
-            raise
-        raise ConnectionError(one_line(error)) from error
-
-
-def read(repo: str, entry: RepoFile, commit: str) -> bytes:
-    """A small file's content. A damaged one is fetched once more, then it is a ConnectionError."""
-    for force in (False, True):
-        file = fetch(repo, entry.path, commit, force=force)
-        if is_intact(file, entry):
-            return file.read_bytes()
-    raise ConnectionError(f"{entry.path} arrived damaged twice")
-
-
-def is_intact(file: Path, entry: RepoFile) -> bool:
-    """Whether the file is what the Hub lists; its client compares only the length."""
-    if not file.is_file() or file.stat().st_size != entry.size:
-        return False
-    return (
-        sha256(file) == entry.lfs.sha256
-        if entry.lfs
-        else sha.git_hash(file.read_bytes()) == entry.blob_id
-    )
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+# Asking
 
 
 def require_access(repo: str, write: bool) -> None:
-    """Raises UserError unless the repository is there and we may read it, or write to it."""
+    """Raises UserError unless the repository exists and we may read it, or write to it."""
 
     def ask() -> None:
         if write and not get_token():
             raise LocalTokenNotFoundError
         HfApi().auth_check(repo, write=write)
 
-    patiently(ask, repo)
+    with_retries(ask, repo)
 
 
-def problem_of(error: BaseException) -> Exception | None:
-    """What went wrong between us and the Hub, or None if it is something else.
+def head_commit(repo: str, revision: str = "main") -> str:
+    """The commit that a branch, tag or commit of a model repository stands at."""
+    commit = HfApi().repo_info(repo, revision=revision, timeout=TIMEOUT).sha
+    assert commit is not None
+    return commit
 
-    The client wraps it: a failed upload is a RuntimeError, a failed download a LocalEntryNotFoundError.
+
+def list_files(repo: str, commit: str) -> dict[str, RepoFile]:
+    """{path: size and checksum, as the Hub lists them} of every file of a commit."""
+    entries = HfApi().list_repo_tree(repo, recursive=True, revision=commit)
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+# Downloading
+
+
+def download_file(
+    repo: str, path: str, commit: str, cache: Path | None = None, force: bool = False
+) -> Path:
+    """A file of a commit, in the cache.
+
+    An interrupted download raises ConnectionError or one of the client's errors.
+    """
+    try:
+        return Path(
+            hf_hub_download(repo, path, revision=commit, cache_dir=cache, force_download=force)
+        )
+    except RuntimeError as error:  # hf_xet raises it for every failed download
+        if any(text in str(error) for text in DISK_FULL):
+            raise
+        raise ConnectionError(one_line(error)) from error
+
+
+def read_file(repo: str, entry: RepoFile, commit: str) -> bytes:
+    """A small file's content. A damaged one is fetched once more, then it is a ConnectionError."""
+    for force in (False, True):
+        file = download_file(repo, entry.path, commit, force=force)
+        if is_intact(file, entry):
+            return file.read_bytes()
+    raise ConnectionError(f"{entry.path}: checksum mismatch after two downloads")
+
+
+def is_intact(file: Path, entry: RepoFile) -> bool:
+    """Whether the file is what the Hub lists; its client compares only the length."""
+    if not file.is_file() or file.stat().st_size != entry.size:
+        return False
+    if entry.lfs:
+        return sha256_of(file) == entry.lfs.sha256
+    return sha.git_hash(file.read_bytes()) == entry.blob_id
+
+
+# What went wrong
+
+
+def hub_problem(error: BaseException) -> Exception | None:
+    """What went wrong between us and the Hub, or None if the error is of another kind.
+
+    The client wraps it: a failed upload is a RuntimeError, a failed download a
+    LocalEntryNotFoundError.
     """
     kinds = (
         HfHubHTTPError,
-        httpx.HTTPError,
+        httpx2.HTTPError,
         LocalTokenNotFoundError,
         ConnectionError,
         TimeoutError,
     )
-    return next((cause for cause in chain(error) if isinstance(cause, kinds)), None)
+    return next((cause for cause in causes(error) if isinstance(cause, kinds)), None)
 
 
-def chain(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, its cause, the cause's cause ..."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
-def may_pass(problem: Exception) -> bool:
+def is_transient(problem: Exception) -> bool:
     if isinstance(problem, HfHubHTTPError):
-        return status_of(problem) in PASSING
+        return problem.response.status_code in TRANSIENT
     return not isinstance(problem, (OfflineModeIsEnabled, LocalTokenNotFoundError))
 
 
-def status_of(problem: HfHubHTTPError) -> int:
-    return problem.response.status_code
-
-
-def asked_pause(problem: Exception) -> int | None:
-    """Seconds that the Hub asks us to wait, within reason."""
+def requested_wait(problem: Exception) -> int | None:
+    """Seconds that the Hub asks us to wait, at most MAX_WAIT; None if it does not say."""
     if not isinstance(problem, HfHubHTTPError):
         return None
-    limit = parse_ratelimit_headers(problem.response.headers)
-    after = problem.response.headers.get("Retry-After", "")
-    seconds = (
-        limit.reset_in_seconds
-        if limit and limit.remaining == 0
-        else int(after)
-        if after.isdigit()
-        else None
-    )
-    return None if seconds is None else min(seconds + 1, LONGEST_WAIT)
+    headers = problem.response.headers
+    limit, after = parse_ratelimit_headers(headers), headers.get("Retry-After", "")
+    if limit and limit.remaining == 0:
+        return min(limit.reset_in_seconds + 1, MAX_WAIT)
+    return min(int(after) + 1, MAX_WAIT) if after.isdigit() else None
 
 
-def reason(problem: Exception) -> str:
+def short_reason(problem: Exception) -> str:
     """In a few words, without the addresses and ids that the client's messages are full of."""
     if isinstance(problem, HfHubHTTPError):
         said = (problem.server_message or "").strip().splitlines()
-        return f"{status_of(problem)} {said[0] if said else problem.response.reason_phrase}".strip()
+        phrase = said[0] if said else problem.response.reason_phrase
+        return f"{problem.response.status_code} {phrase}".strip()
     return (str(problem) or type(problem).__name__).splitlines()[0]
 
 
-def explained(problem: Exception, repo: str) -> UserError:
-    """The problem in one line that names the remedy."""
-    tokens = "https://huggingface.co/settings/tokens"
-    log_in = "log in with `hf auth login`, or set HF_TOKEN"
-    owner = repo.split("/")[0]
+def as_user_error(problem: Exception, repo: str) -> UserError:
+    """The problem in one line that says what to do."""
     if isinstance(problem, OfflineModeIsEnabled):
         return UserError(f"{repo} has to be asked of the Hub, but HF_HUB_OFFLINE is set; unset it")
+    if isinstance(problem, LocalTokenNotFoundError):
+        return no_token(repo)
     if isinstance(problem, GatedRepoError):
-        return UserError(f"{repo} is gated: ask for access on its page, and {log_in}")
+        return UserError(f"{repo} is gated: ask for access on its page, and {LOG_IN}")
     if isinstance(problem, RevisionNotFoundError):
         return UserError(f"{repo} has no such branch, tag or commit")
     if isinstance(problem, RepositoryNotFoundError):
-        hidden = "the token may not see it" if get_token() else f"it is private: {log_in}"
+        hidden = "the token may not see it" if get_token() else f"it is private: {LOG_IN}"
         return UserError(
-            f"{repo}: there is no such repository, or {hidden}; to make it: hf repos create {repo}"
+            f"{repo}: no such repository, or {hidden}; to create it: hf repos create {repo}"
         )
-    status = status_of(problem) if isinstance(problem, HfHubHTTPError) else None
-    if isinstance(problem, LocalTokenNotFoundError) or (status == 401 and not get_token()):
-        return UserError(
-            f"{repo}: the Hub wants a token and there is none; {log_in} (tokens: {tokens})"
+    if isinstance(problem, HfHubHTTPError) and problem.response.status_code in (401, 403):
+        return refused_token(repo, problem.response.status_code)
+    if is_transient(problem):
+        return TryAgain(
+            f"{constants.ENDPOINT} could not be reached for {repo}, or gave up: "
+            f"{short_reason(problem)}; run the same command again"
         )
-    if status == 401:
-        return UserError(
-            f"{repo}: the Hub does not know the token (expired, revoked?); make another: {tokens}"
-        )
+    return UserError(f"{repo}: the Hub refuses: {short_reason(problem)}")
+
+
+def no_token(repo: str) -> UserError:
+    return UserError(
+        f"{repo}: the Hub wants a token, none is set; {LOG_IN} (tokens: {TOKENS_PAGE})"
+    )
+
+
+def refused_token(repo: str, status: int) -> UserError:
     if status == 403:
         return UserError(
-            f"{repo}: the token may not do that; take one with write access to {owner} ({tokens}), or publish to a "
-            "repository of your own: publish.repo=you/name"
+            f"{repo}: the token may not do that; take one with write access to "
+            f"{repo.split('/')[0]} ({TOKENS_PAGE}), or publish to a repository of your own: "
+            "publish.repo=you/name"
         )
-    if may_pass(problem):
-        return TryAgain(
-            f"{constants.ENDPOINT} could not be reached for {repo}, or gave up: {reason(problem)}; "
-            "give the same command again"
-        )
-    return UserError(f"{repo}: the Hub refuses: {reason(problem)}")
+    if not get_token():
+        return no_token(repo)
+    return UserError(
+        f"{repo}: the Hub does not know the token (expired, revoked?); "
+        f"create another: {TOKENS_PAGE}"
+    )

@@ -1,17 +1,17 @@
-"""Which trained model a name means: a run folder, a recipe's run folder, else its checkpoint on the Hub."""
+"""Which trained model a name means: a run folder, a recipe's run folder, else what it published."""
 
 import sys
 from pathlib import Path
 
 from finetuning.errors import UserError
-from finetuning.hub import allowed_files as contents
 from finetuning.hub.address import PREFIX, Address, parse_address
+from finetuning.hub.allowed_files import ADAPTER_WEIGHTS
 from finetuning.hub.download import pull
 from finetuning.recipe.recipe import Recipe, load_recipe
 from finetuning.runs.folder import find_run_folder, has_model, means_folder, output_folder
 
 
-def find_checkpoint(name: str) -> tuple[Path, Path]:
+def find_trained_model(name: str) -> tuple[Path, Path]:
     """(folder of a trained model, its recipe): of a run folder, a recipe or an address on the Hub.
 
     A recipe's run folder comes first, then the place where the recipe publishes; which one it is, is said.
@@ -38,7 +38,7 @@ def find_checkpoint(name: str) -> tuple[Path, Path]:
 
 
 def pull_published(recipe: Recipe, name: str) -> Path:
-    """The recipe's checkpoint on the Hub, for want of a run folder."""
+    """The recipe's published model, where there is no run folder."""
     local = output_folder(recipe)
     try:
         snapshot = pull(Address(recipe.publish.repo, recipe.publish.subfolder))
@@ -58,20 +58,20 @@ def read_address(text: str) -> Address:
 
 
 def pin_base_model(recipe: Recipe) -> Recipe:
-    """The recipe with its base model pulled and pinned to a commit, if that is a published checkpoint.
+    """The recipe with its base model pulled and pinned to a commit, if that is a published model.
 
-    Without a revision that is the newest commit, or for a run that has begun the one it began with: every publication
-    to the repository makes a new one.
+    Without a revision: the newest commit, or for a run that is resumed the one it began with, since
+    every publication to the repository makes a new one.
     """
     if not (recipe.model.name or "").startswith(PREFIX):
         return recipe
-    asked, begun = parse_address(recipe.model.name), output_folder(recipe) / "recipe.yaml"
-    if asked.revision is None and begun.is_file():
+    requested, begun = parse_address(recipe.model.name), output_folder(recipe) / "recipe.yaml"
+    if requested.revision is None and begun.is_file():
         name = load_recipe(begun).model.name or ""
-        if name.startswith(f"{asked}@"):
-            asked = parse_address(name)
-    snapshot = pull(asked)
-    if (snapshot.folder / contents.ADAPTER_WEIGHTS).is_file():
+        if name.startswith(f"{requested}@"):
+            requested = parse_address(name)
+    snapshot = pull(requested)
+    if (snapshot.folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(
             f"model.name: {snapshot.address} is an adapter; train on from full or merged weights"
         )

@@ -1,25 +1,29 @@
-"""Run folder -> what of it travels to the Hub, as others can use it."""
+"""Run folder -> everything that will stand in the subfolder, hashed and ready to be committed.
+
+The trip: run folder -> the recipe as others can run it -> what the model was made of -> files ->
+card -> checksums -> manifest. The folder's own files are read once, by RunFolder.
+"""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from tqdm import tqdm
 
-from finetuning.data.sources import is_local, looks_local
 from finetuning.errors import UserError
-from finetuning.hub import allowed_files as contents
-from finetuning.hub.address import PREFIX, Address
-from finetuning.hub.client import TIMEOUT, patiently
-from finetuning.hub.manifest import NAME, Manifest, as_text
+from finetuning.hub import allowed_files
+from finetuning.hub.address import Address
+from finetuning.hub.client import TIMEOUT, with_retries
+from finetuning.hub.manifest import NAME, BaseModelSource, Kind, Manifest, PublishedFile
 from finetuning.publishing.card import model_card
-from finetuning.publishing.provenance import describe
+from finetuning.publishing.portable import portable_recipe, publish_section
+from finetuning.publishing.provenance import describe_run
 from finetuning.recipe.recipe import Recipe
-from finetuning.recipe.sections import Model
-from finetuning.runs.folder import read_environment, read_metrics
+from finetuning.runs.folder import RunFolder
 from finetuning.runs.plots import plot_losses
+
+Files = dict[str, Path | bytes]  # {name in the subfolder, or path in the repository: content}
 
 
 @dataclass(frozen=True)
@@ -34,143 +38,108 @@ class Publication:
 
 def address_of(recipe: Recipe) -> Address:
     """Where the recipe is published. Raises UserError if it does not say."""
-    if recipe.publish is None:
-        raise UserError(
-            "the recipe has no publish section; add publish.repo=owner/name publish.subfolder=folder/name"
-        )
-    return Address(recipe.publish.repo, recipe.publish.subfolder)
+    publish = publish_section(recipe)
+    return Address(publish.repo, publish.subfolder)
 
 
-def require_publishable(folder: Path, recipe: Recipe, unfinished: bool) -> None:
-    """Raises UserError for a run folder that others could not use, before anything is asked of the Hub."""
-    if not unfinished and not read_environment(folder).get("finished"):
+def require_publishable(run: RunFolder, recipe: Recipe, unfinished: bool) -> None:
+    """Raises UserError for a run that others could not use, before anything is asked of the Hub."""
+    folder, publish = run.path, publish_section(recipe)
+    if not unfinished and not run.is_finished:
         raise UserError(
-            f"{folder} is not finished; the command that began it goes on with it, --unfinished publishes it as it is"
+            f"{folder} is not finished; the command that began it resumes it, "
+            "--unfinished publishes it as it is"
         )
-    contents.require_weights(folder, contents.ADAPTER if recipe.lora else contents.MODEL)
-    contents.require_no_remote_code(folder)
-    if recipe.lora is None or (recipe.publish.merged and not recipe.publish.adapter):
-        return
+    weights = allowed_files.ADAPTER if recipe.lora else allowed_files.MODEL
+    allowed_files.require_weights(folder, weights)
+    allowed_files.require_no_remote_code(folder)
+    if recipe.lora and (publish.adapter or not publish.merged):
+        require_public_base(run, recipe)
+
+
+def require_public_base(run: RunFolder, recipe: Recipe) -> None:
+    """Raises UserError where others cannot have the base model that the adapter belongs to."""
     if recipe.model.from_scratch:
         raise UserError(
-            "an adapter on a base model from scratch is of no use to others; add publish.merged=true"
+            "an adapter on a base model from scratch is of no use to others; "
+            "add publish.merged=true"
         )
-    if portable(recipe, folder).model.name.startswith("./"):
+    name = portable_recipe(recipe, run.environment.get("base_commit")).model.name
+    if name is None or name.startswith("./"):
         raise UserError(
-            f"the adapter's base model is the local folder {recipe.model.name}; say what it is a copy of, "
-            "publish.base_model=owner/name, or publish full weights, publish.merged=true"
+            f"the adapter's base model is the local folder {recipe.model.name}; name the Hub id "
+            "it is a copy of, publish.base_model=owner/name, or publish full weights, "
+            "publish.merged=true"
         )
 
 
-def portable(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe as others can run it: the base model by Hub id and commit, no folders of this machine.
+def gather_publication(run: RunFolder, recipe: Recipe, merged: Path | None) -> Publication:
+    """What a run folder publishes; `merged` holds its merged weights, if these are wanted.
 
-    Raises UserError where publish.base_model names a base that model.name does not leave open.
+    `recipe` is the run's, with where it is published. Raises UserError where a text holds a token.
     """
-    data, output = recipe.data, f"outputs/{Path(recipe.training.output_dir).name}"
-    if isinstance(data.path, str):
-        path = portable_path(data)
-    else:
-        entries = zip(data.path, data.sources, strict=True)
-        path = [
-            entry.model_copy(update={"path": portable_path(source)}) for entry, source in entries
-        ]
-    return recipe.model_copy(
-        update={
-            "model": portable_model(recipe, folder),
-            "data": data.model_copy(update={"path": path}),
-            "training": recipe.training.model_copy(update={"output_dir": output}),
-            "publish": recipe.publish.model_copy(update={"base_model": None}),
-        }
-    )
+    address = address_of(recipe)
+    portable = portable_recipe(recipe, run.environment.get("base_commit"))
+    kind: Kind = "merged" if merged else "adapter" if recipe.lora else "full"
+    manifest = describe_run(run, portable, kind)
+    files = collect_files(run.path, portable, manifest.base, merged)
+    for name, source in files.items():
+        allowed_files.require_no_token(name, source)
+    if plot := plot_losses(run.metrics):
+        files["loss.png"] = plot
+    files["README.md"] = model_card(address, manifest, portable, run, "loss.png" in files).encode()
+
+    above = f"{address.subfolder}/"
+    added = checksummed({f"{above}{name}": source for name, source in sorted(files.items())})
+    published = {path.removeprefix(above): as_published(added[path]) for path in added}
+    manifest = manifest.model_copy(update={"files": published})
+    added |= checksummed({f"{above}{NAME}": manifest.as_text().encode()})
+    return Publication(address, manifest, added)
 
 
-def portable_model(recipe: Recipe, folder: Path) -> Model:
-    name, said = recipe.model.name, recipe.publish.base_model
-    commit = read_environment(folder).get("base_commit")  # of a Hub id, when it was trained on
-    is_folder = name is not None and not name.startswith(PREFIX) and commit is None
-    if said and not is_folder:
-        raise UserError(
-            f"publish.base_model says what a local folder is a copy of; model.name is {name or 'not given'}"
-        )
-    if said:
-        name, _, commit = said.partition("@")
-    elif is_folder:
-        name = f"./{Path(name).name}"
-    return recipe.model.model_copy(
-        update={"name": name, "revision": commit or recipe.model.revision}
-    )
+def collect_files(
+    folder: Path, recipe: Recipe, base: BaseModelSource | None, merged: Path | None
+) -> Files:
+    """Weights, tokenizer, records and recipe, which is the one that is published."""
+    texts = (*allowed_files.TOKENIZER, *allowed_files.RUN_RECORDS)
+    files: Files = {"recipe.yaml": recipe.as_yaml().encode()}
+    files |= allowed_files.matching_files(folder, texts)
+    if merged or not recipe.lora:
+        files |= allowed_files.matching_files(merged or folder, allowed_files.MODEL)
+    if recipe.lora and (not merged or publish_section(recipe).adapter):
+        assert base is not None  # require_public_base
+        above = f"{allowed_files.ADAPTER_FOLDER}/" if merged else ""
+        adapter = dict(allowed_files.matching_files(folder, allowed_files.ADAPTER))
+        files[f"{above}{allowed_files.ADAPTER_WEIGHTS}"] = adapter[allowed_files.ADAPTER_WEIGHTS]
+        files[f"{above}adapter_config.json"] = adapter_config(adapter["adapter_config.json"], base)
+    return files
 
 
-def portable_path(source: Any) -> str:
-    """A data set's Hub id or a file below the project's folder as it stands, else `./` and its name."""
-    path = Path(source.path)
-    is_inside = not path.is_absolute() and path.parts[:1] not in (("~",), ("..",))
-    return (
-        source.path
-        if not is_local(source) or (is_inside and looks_local(source.path))
-        else f"./{path.name}"
-    )
+def adapter_config(file: Path, base: BaseModelSource) -> bytes:
+    """peft's settings with the base model that others have.
 
-
-def gather_publication(folder: Path, recipe: Recipe, merged: Path | None) -> Publication:
-    """What a run folder publishes; `merged` holds its merged weights, if these are wanted."""
-    address, shown = address_of(recipe), portable(recipe, folder)
-    manifest = describe(folder, shown, "merged" if merged else "adapter" if recipe.lora else "full")
-    found = gathered(folder, shown, manifest, merged)
-    for name, source in found.items():
-        contents.require_no_token(name, source)
-    if plot := plot_losses(read_metrics(folder)):
-        found["loss.png"] = plot
-    found["README.md"] = model_card(
-        address, manifest, shown, folder, has_plot="loss.png" in found
-    ).encode()
-    operations = hashed(
-        {f"{address.subfolder}/{name}": source for name, source in sorted(found.items())}
-    )
-    for path, operation in operations.items():
-        info, name = operation.upload_info, path.removeprefix(f"{address.subfolder}/")
-        manifest["files"][name] = {"sha256": info.sha256.hex(), "size": info.size}
-    operations |= hashed({f"{address.subfolder}/{NAME}": as_text(manifest).encode()})
-    return Publication(address, manifest, operations)
-
-
-def gathered(
-    folder: Path, recipe: Recipe, manifest: Manifest, merged: Path | None
-) -> dict[str, Path | bytes]:
-    """{name in the subfolder: file or content} of what the run folder has; `recipe` is the one that is published."""
-    found: dict[str, Path | bytes] = {"recipe.yaml": recipe.as_yaml().encode()}
-    found |= contents.files_of(folder, (*contents.TOKENIZER, *contents.RUN_RECORDS))
-    if manifest["kind"] != "adapter":
-        found |= contents.files_of(merged or folder, contents.MODEL)
-    if recipe.lora and (not merged or recipe.publish.adapter):
-        beside = f"{contents.ADAPTER_FOLDER}/" if merged else ""
-        found[f"{beside}{contents.ADAPTER_WEIGHTS}"] = folder / contents.ADAPTER_WEIGHTS
-        found[f"{beside}adapter_config.json"] = adapter_config(folder, manifest["base"])
-    return found
-
-
-def adapter_config(folder: Path, base: dict[str, Any]) -> bytes:
-    """peft's settings with the base model that others have: peft writes down the path it was loaded from.
-
-    Raises UserError where the Hub does not have it.
+    peft writes down the path it was loaded from. Raises UserError where the Hub does not have it.
     """
-    patiently(
-        lambda: HfApi().repo_info(base["name"], revision=base["revision"], timeout=TIMEOUT),
-        base["name"],
-    )
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    settings |= {"base_model_name_or_path": base["name"], "revision": base["revision"]}
+    name = base.name or ""  # require_public_base: never a local folder's
+    with_retries(lambda: HfApi().repo_info(name, revision=base.revision, timeout=TIMEOUT), name)
+    settings = allowed_files.read_json(file)
+    settings |= {"base_model_name_or_path": name, "revision": base.revision}
     return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
 
 
-def hashed(files: dict[str, Path | bytes]) -> dict[str, CommitOperationAdd]:
-    """The files as additions to a commit, their sha256 known."""
+def checksummed(files: Files) -> dict[str, CommitOperationAdd]:
+    """{path in the repository: the file as an addition to a commit, its sha256 known}."""
     operations = {path: CommitOperationAdd(path, source) for path, source in files.items()}
     total = sum(operation.upload_info.size for operation in operations.values())
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="checksums", leave=False, delay=1
     ) as bar:
         for operation in operations.values():
+            # Where it is not hashed yet, asking for sha256 reads the whole file.
             bar.update(operation.upload_info.size if operation.upload_info.sha256 else 0)
     return operations
+
+
+def as_published(operation: CommitOperationAdd) -> PublishedFile:
+    info = operation.upload_info
+    return PublishedFile(sha256=info.sha256.hex(), size=info.size)

@@ -1,48 +1,46 @@
-"""README.md of a published checkpoint, and of the repository that holds them all."""
+"""README.md of a published model."""
 
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from finetuning.data.prepare import load_template
-from finetuning.errors import TryAgain, UserError, one_line
+from finetuning.errors import TryAgain, UserError
 from finetuning.hub.address import Address
-from finetuning.hub.client import TIMEOUT, patiently
-from finetuning.hub.manifest import Manifest
+from finetuning.hub.client import TIMEOUT, with_retries
+from finetuning.hub.manifest import BaseModelSource, Manifest
 from finetuning.launch.step_size import step_size
-from finetuning.model.tokenizer import read_tokenizer
 from finetuning.recipe.recipe import Recipe
+from finetuning.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-
-
-BEGIN, END = (
-    "<!-- checkpoints: src/publish.py writes what follows -->",
-    "<!-- end of checkpoints -->",
-)
-
-
-METHODS = {"full": "all weights", "adapter": "LoRA adapter", "merged": "LoRA, merged"}
-
-
 QUESTION = "What is the capital of Japan?"  # shown where the recipe asks none
+METHODS = {
+    "full": "",
+    "adapter": " with LoRA (an adapter)",
+    "merged": " with LoRA, merged into full weights",
+}
 
 
 def model_card(
-    address: Address, manifest: Manifest, recipe: Recipe, folder: Path, has_plot: bool
+    address: Address, manifest: Manifest, recipe: Recipe, run: RunFolder, has_plot: bool
 ) -> str:
-    """The card of one subfolder, from its run folder; `recipe` is the one that is published."""
+    """The card of one subfolder; `recipe` is the one that is published."""
     question = (recipe.generation.prompts or [QUESTION])[0]
-    samples = folder / "samples.md"
+    license = recipe.publish.license if recipe.publish else None
+    samples = run.path / "samples.md"
     metadata = ModelCardData(
-        license=recipe.publish.license,
-        library_name="peft" if manifest["kind"] == "adapter" else "transformers",
+        license=license,
+        library_name="peft" if manifest.kind == "adapter" else "transformers",
         pipeline_tag="text-generation",
-        base_model=(manifest["base"] or {}).get("name"),
-        datasets=manifest["data"]["datasets"] or None,
+        base_model=manifest.base.name if manifest.base else None,
+        datasets=manifest.data.datasets or None,
         tags=["sft", "trl", *(["lora"] if recipe.lora else [])],
     )
     card = ModelCard.from_template(
@@ -50,11 +48,11 @@ def model_card(
         template_path=str(TEMPLATE),
         address=address,
         summary=summary(manifest),
-        facts=facts(manifest, recipe),
-        loading=loading(address, manifest),
-        asking=asking(recipe, folder, question),
+        facts=[*made_of(manifest, license), *lora_fact(recipe)],
+        loading=loading(address, manifest.kind, manifest.base),
+        asking=asking(recipe, run.tokenizer, question),
         question=shlex.quote(question),
-        training=training_table(manifest, recipe),
+        training=training_table(recipe, manifest),
         has_plot=has_plot,
         samples=without_title(samples.read_text(encoding="utf-8")) if samples.exists() else "",
         versions=", ".join(f"{name} {version}" for name, version in made_with(manifest)),
@@ -62,69 +60,51 @@ def model_card(
     return str(card)
 
 
+# What it was made of
+
+
 def summary(manifest: Manifest) -> str:
-    """One sentence, and what a reader has to know."""
-    method = {
-        "full": "",
-        "adapter": " with LoRA (an adapter)",
-        "merged": " with LoRA, merged into full weights",
-    }
-    how = f"{'fine-tuned' if manifest['base'] else 'trained'}{method[manifest['kind']]}"
-    text = f"{base_text(manifest)}, {how} on {', '.join(manifest['data']['path'])}."
-    return text if manifest["finished"] else f"{text} **The training was not finished.**"
+    """One sentence, and whether the training was finished."""
+    how = f"{'fine-tuned' if manifest.base else 'trained'}{METHODS[manifest.kind]}"
+    text = f"{base_link(manifest.base)}, {how} on {', '.join(manifest.data.path)}."
+    return text if manifest.finished else f"{text} **The training was not finished.**"
 
 
-def base_text(manifest: Manifest) -> str:
-    base = manifest["base"]
+def base_link(base: BaseModelSource | None) -> str:
+    """The base model in Markdown, with a link if it is on the Hub."""
     if base is None:
         return "A model of random weights"
-    if base["name"] is None:
+    if base.name is None:
         return "A model from a folder that is not on the Hub"
-    name = base["name"] + (f"/{base['subfolder']}" if base["subfolder"] else "")
-    return f"[{name}](https://huggingface.co/{base['name']})"
+    name = f"{base.name}/{base.subfolder}" if base.subfolder else base.name
+    return f"[{name}](https://huggingface.co/{base.name})"
 
 
-def facts(manifest: Manifest, recipe: Recipe) -> list[tuple[str, str]]:
-    """What it was made of, and under which licences."""
-    base = manifest["base"] or {}
-    found = [("base model", base_text(manifest))]
-    if base.get("name"):
-        found.append(
-            ("base model's commit", f"`{base['revision']}`" if base["revision"] else "not known")
-        )
-        found.append(("base model's licence", licence(base["name"], "model")))
-    for name in dict.fromkeys(manifest["data"]["path"]):
-        is_published = name in manifest["data"]["datasets"]
-        found.append(
-            (
-                "data",
-                f"[{name}](https://huggingface.co/datasets/{name})"
-                if is_published
-                else f"`{name}`",
-            )
-        )
-        found.append(("data's licence", licence(name, "dataset") if is_published else "not stated"))
-    found.append(
-        ("licence of these weights", recipe.publish.license or "not stated; those above bind")
-    )
-    if recipe.lora:
-        targets = recipe.lora.target_modules
-        where = ", ".join(targets) if isinstance(targets, list) else targets
-        found.append(
-            (
-                "LoRA",
-                f"r {recipe.lora.r}, alpha {recipe.lora.lora_alpha}, on {where or 'its default modules'}",
-            )
-        )
-    return found
+def made_of(manifest: Manifest, license: str | None) -> list[tuple[str, str]]:
+    """Base model and data, each with its licence, and the licence of the weights."""
+    base = manifest.base
+    found = [("base model", base_link(base))]
+    if base and base.name:
+        commit = f"`{base.revision}`" if base.revision else "not known"
+        found.append(("base model's commit", commit))
+        found.append(("base model's licence", stated_licence(base.name, "model")))
+    for path in dict.fromkeys(manifest.data.path):
+        if path in manifest.data.datasets:
+            found.append(("data", f"[{path}](https://huggingface.co/datasets/{path})"))
+            found.append(("data's licence", stated_licence(path, "dataset")))
+        else:
+            found += [("data", f"`{path}`"), ("data's licence", "not stated")]
+    return [*found, ("licence of these weights", license or "not stated; those above bind")]
 
 
-def licence(name: str, kind: str) -> str:
+def stated_licence(name: str, kind: str) -> str:
     """What the Hub's page of a model or data set states."""
+
+    def ask() -> Any:
+        return getattr(HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT), "card_data", None)
+
     try:
-        data = patiently(
-            lambda: HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT), name
-        ).card_data
+        data = with_retries(ask, name)
     except TryAgain:
         raise
     except UserError:  # private or gone
@@ -133,14 +113,26 @@ def licence(name: str, kind: str) -> str:
     return ", ".join(stated) if isinstance(stated, list) else stated or "not stated"
 
 
-def loading(address: Address, manifest: Manifest) -> str:
+def lora_fact(recipe: Recipe) -> list[tuple[str, str]]:
+    """Rank, alpha and modules of the adapter; nothing for full weights."""
+    if not recipe.lora:
+        return []
+    targets = recipe.lora.target_modules
+    modules = ", ".join(targets) if isinstance(targets, list) else targets
+    where = modules or "its default modules"
+    return [("LoRA", f"r {recipe.lora.r}, alpha {recipe.lora.lora_alpha}, on {where}")]
+
+
+# How it is used
+
+
+def loading(address: Address, kind: str, base: BaseModelSource | None) -> str:
     """The code that loads it, in the libraries' own calls."""
     place = f'"{address.repo}", subfolder="{address.subfolder}"'
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    if manifest["kind"] == "adapter":
-        base = manifest["base"]
-        names = [f'"{base["name"]}"']
-        names += [f'{key}="{base[key]}"' for key in ("subfolder", "revision") if base[key]]
+    if kind == "adapter" and base:
+        named = {"subfolder": base.subfolder, "revision": base.revision}
+        names = [f'"{base.name}"', *(f'{key}="{value}"' for key, value in named.items() if value)]
         lines = ["from peft import PeftModel", *lines]
         lines.append(f"base = AutoModelForCausalLM.from_pretrained({', '.join(names)})")
         lines.append(f"model = PeftModel.from_pretrained(base, {place})")
@@ -150,13 +142,11 @@ def loading(address: Address, manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def asking(recipe: Recipe, folder: Path, question: str) -> str:
-    """The code that asks it a question with the prompt of its training."""
-    tokenizer = read_tokenizer(str(folder))
+def asking(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", question: str) -> str:
+    """The code that asks it a question with the prompt it was trained with."""
     template = load_template(recipe.data, tokenizer)
-    prompt = "".join(
-        segment.text for segment in template.render_prompt([{"role": "user", "content": question}])
-    )
+    segments = template.render_prompt([{"role": "user", "content": question}])
+    prompt = "".join(segment.text for segment in segments)
     given = recipe.generation.model_dump(exclude_unset=True, exclude={"prompts", "seed"})
     settings = {"max_new_tokens": recipe.generation.max_new_tokens, **given}
     if template.end_marks != [tokenizer.eos_token]:  # all that the model's own settings may know
@@ -168,92 +158,46 @@ def asking(recipe: Recipe, folder: Path, question: str) -> str:
             f"prompt = {json.dumps(prompt, ensure_ascii=False)}",
             'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")',
             f"output = model.generate(**inputs, {arguments})",
-            "answer = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)",
+            "response = output[0, inputs.input_ids.shape[1] :]",
+            "answer = tokenizer.decode(response, skip_special_tokens=True)",
             f"print(answer{newline})",
         ]
     )
 
 
-def training_table(manifest: Manifest, recipe: Recipe) -> list[tuple[str, Any]]:
-    training, tokens, losses = recipe.training, recipe.data.batch_tokens, manifest["losses"]
-    steps = training.max_steps or -1
-    step = step_size(recipe, manifest["processes"] or 1)
+# How it was trained
+
+
+def training_table(recipe: Recipe, manifest: Manifest) -> list[tuple[str, Any]]:
+    """(name, value) of what decided the training."""
+    training, tokens = recipe.training, recipe.data.batch_tokens
+    steps, losses = training.max_steps or -1, manifest.losses
+    step = step_size(recipe, manifest.processes or 1)
+    evaluated = f"{losses.before:.3f} before, {losses.after:.3f} after" if losses else None
     rows = [
         ("length", f"{steps} steps" if steps > 0 else f"{training.num_train_epochs} epochs"),
         ("tokens of a micro-batch at most", tokens)
         if tokens
         else ("examples of a micro-batch", step.micro_batch),
         ("micro-batches of a step", step.accumulation),
-        ("processes", manifest["processes"]),
+        ("processes", manifest.processes),
         ("learning rate", f"{training.learning_rate}, {training.lr_scheduler_type or 'linear'}"),
         ("tokens of an example at most", recipe.data.max_length),
         ("loss on", "responses" if recipe.data.loss_on == "response" else "all tokens"),
-        (
-            "held-out loss",
-            f"{losses['before']:.3f} before, {losses['after']:.3f} after"
-            if losses
-            else "not evaluated",
-        ),
+        ("loss of the evaluation set", evaluated or "not evaluated"),
     ]
     return [(name, value) for name, value in rows if value is not None]
 
 
 def made_with(manifest: Manifest) -> list[tuple[str, str]]:
-    versions = {
-        "python": manifest["python"],
-        **manifest["versions"],
-        "finetuning-recipes": manifest["git"],
-    }
+    """(name, version) of Python, the libraries and this code."""
+    versions = {"python": manifest.python, **manifest.versions, "finetuning-recipes": manifest.git}
     return [(name, version) for name, version in versions.items() if version]
 
 
 def without_title(samples: str) -> str:
-    """The questions one level deeper, below the card's own heading."""
+    """samples.md with its questions one level deeper, below the card's own heading."""
     body = samples.partition("\n")[2].strip()
-    return (
-        body.replace("\n## ", "\n### ").replace("## ", "### ", 1)
-        if body.startswith("## ")
-        else body
-    )
-
-
-def repository_card(repo: str, before: bytes | None, manifests: dict[str, Manifest]) -> str:
-    """The repository's README.md with the table of all its checkpoints; what else stands there is kept.
-
-    The Hub reads metadata from this file only, so it names all base models and data sets. Raises UserError where the
-    README that is there cannot be read.
-    """
-    try:
-        card = ModelCard(
-            before.decode() if before else f"---\npipeline_tag: text-generation\n---\n\n# {repo}\n"
-        )
-    except Exception as error:  # yaml's and huggingface_hub's own
-        problem = one_line(error)
-        raise UserError(
-            f"{repo}: the metadata of its README.md cannot be read: {problem}; mend it there"
-        ) from None
-    bases = [(manifest["base"] or {}).get("name") for manifest in manifests.values()]
-    paths = [path for manifest in manifests.values() for path in manifest["data"]["datasets"]]
-    card.data.base_model = sorted({*listed(card.data.base_model), *filter(None, bases)}) or None
-    card.data.datasets = sorted({*listed(card.data.datasets), *paths}) or None
-    above, _, rest = card.text.partition(BEGIN)
-    below = rest.partition(END)[2]
-    card.text = f"{above.rstrip()}\n\n{BEGIN}\n\n{checkpoint_table(repo, manifests)}\n\n{END}{below or chr(10)}"
-    return str(card)
-
-
-def listed(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else value or []
-
-
-def checkpoint_table(repo: str, manifests: dict[str, Manifest]) -> str:
-    rows = ["| folder | trained | base model | data | held-out loss |", "|---|---|---|---|---|"]
-    for subfolder, manifest in sorted(manifests.items()):
-        losses = manifest["losses"]
-        loss = f"{losses['before']:.3f} → {losses['after']:.3f}" if losses else ""
-        link = f"[{subfolder}](https://huggingface.co/{repo}/tree/main/{subfolder})"
-        data = ", ".join(f"`{path}`" for path in manifest["data"]["path"])
-        rows.append(
-            f"| {link} | {METHODS[manifest['kind']]} | {base_text(manifest)} | {data} | {loss} |"
-        )
-    return "\n".join(rows)
+    if body.startswith("## "):
+        return body.replace("\n## ", "\n### ").replace("## ", "### ", 1)
+    return body

@@ -9,16 +9,18 @@ from huggingface_hub.utils import sha
 
 from finetuning.errors import UserError
 from finetuning.hub.address import Address
-from finetuning.hub.client import TIMEOUT, patiently, read, tree_of
+from finetuning.hub.client import head_commit, list_files, read_file, with_retries
 from finetuning.hub.manifest import NAME, Manifest, parse_manifest
-from finetuning.publishing.bundle import Publication, hashed
-from finetuning.publishing.card import repository_card
+from finetuning.publishing.bundle import Publication, checksummed
 from finetuning.publishing.provenance import changed_settings
+from finetuning.publishing.repository_card import repository_card
 
-CARD = "README.md"
+CARD = "README.md"  # of the repository
 
 
 class Change(NamedTuple):
+    """What happens to one file of the repository."""
+
     path: str
     what: str
     """new, changed, gone or same"""
@@ -44,56 +46,88 @@ class Published(NamedTuple):
     """False where everything was there already"""
 
 
-def plan(publication: Publication, replace: bool) -> Plan:
-    """What is to be done at the head of the repository. Raises UserError where it would undo somebody else's work."""
+def publish(publication: Publication, replace: bool) -> Published:
+    """One commit and a tag; neither where they are there already. Safe to repeat at any point.
+
+    Raises UserError where it would undo somebody else's work, TryAgain where the Hub does not
+    answer.
+    """
+    address = publication.address
+    committed: list[str] = []
+
+    def commit() -> str:
+        # Planned anew in each attempt: where only the answer of the last one was lost, nothing is
+        # left to do, and a head that moved is built upon.
+        plan = plan_changes(publication, replace)
+        if not plan.operations:
+            return plan.head
+        committed.append(plan.head)
+        title = f"Publish {address.subfolder}"
+        made = HfApi().create_commit(
+            address.repo, plan.operations, commit_message=title, parent_commit=plan.head
+        )
+        return made.oid
+
+    made = with_retries(commit, address.repo)
+    tag = with_retries(lambda: tag_commit(address, made), address.repo)
+    return Published(address._replace(revision=made), tag, is_new=bool(committed))
+
+
+# Plan
+
+
+def plan_changes(publication: Publication, replace: bool) -> Plan:
+    """What is to be done at the head of the repository.
+
+    Raises UserError where it would undo somebody else's work.
+    """
     repo, subfolder, _ = publication.address
-    head = HfApi().repo_info(repo, revision="main", timeout=TIMEOUT).sha
-    tree = tree_of(repo, head)
-    manifests = read_manifests(repo, head, tree)
-    there = {path for path in tree if path.startswith(f"{subfolder}/")}
-    require_own_room(publication.address, manifests)
-    if there and not replace:
+    head = head_commit(repo)
+    listed = list_files(repo, head)
+    manifests = read_manifests(repo, head, listed)
+    existing = {path for path in listed if path.startswith(f"{subfolder}/")}
+    require_no_overlap(publication.address, manifests)
+    if existing and not replace:
         require_same_run(publication, manifests.get(subfolder))
 
-    before = read(repo, tree[CARD], head) if CARD in tree else None
-    whole = repository_card(repo, before, {**manifests, subfolder: publication.manifest})
-    files = {**publication.files, **hashed({CARD: whole.encode()})}
-    changes = [change(operation, tree.get(path)) for path, operation in files.items()]
-    changes += [Change(path, "gone", tree[path].size) for path in sorted(there - set(files))]
-    added = [
-        fresh_operation(files[path]) for path, what, _ in changes if what in ("new", "changed")
-    ]
+    before = read_file(repo, listed[CARD], head) if CARD in listed else None
+    card = repository_card(repo, before, {**manifests, subfolder: publication.manifest})
+    files = {**publication.files, **checksummed({CARD: card.encode()})}
+    gone = sorted(existing - set(files))
+    changes = [compare_file(operation, listed.get(path)) for path, operation in files.items()]
+    sent = [files[change.path] for change in changes if change.what in ("new", "changed")]
     return Plan(
         head,
-        changes,
-        [*added, *(CommitOperationDelete(path) for path, what, _ in changes if what == "gone")],
+        [*changes, *(Change(path, "gone", listed[path].size) for path in gone)],
+        [*map(fresh_operation, sent), *map(CommitOperationDelete, gone)],
     )
 
 
-def read_manifests(repo: str, commit: str, tree: dict[str, RepoFile]) -> dict[str, Manifest]:
-    """{subfolder: manifest} of every checkpoint of ours."""
-    places = [path.removesuffix(f"/{NAME}") for path in tree if path.endswith(f"/{NAME}")]
-    found = {place: parse_manifest(read(repo, tree[f"{place}/{NAME}"], commit)) for place in places}
-    return {place: manifest for place, manifest in found.items() if manifest is not None}
+def read_manifests(repo: str, commit: str, listed: dict[str, RepoFile]) -> dict[str, Manifest]:
+    """{subfolder: manifest} of every model that was published from here."""
+    found = {}
+    for path in listed:
+        if path.endswith(f"/{NAME}") and (
+            manifest := parse_manifest(read_file(repo, listed[path], commit))
+        ):
+            found[path.removesuffix(f"/{NAME}")] = manifest
+    return found
 
 
-def change(operation: CommitOperationAdd, entry: RepoFile | None) -> Change:
-    what = "new" if entry is None else "same" if is_same(operation, entry) else "changed"
-    return Change(operation.path_in_repo, what, operation.upload_info.size)
-
-
-def require_own_room(address: Address, manifests: dict[str, Manifest]) -> None:
-    """Raises UserError where the subfolder lies in another checkpoint, or another in it: it is replaced as a whole."""
+def require_no_overlap(address: Address, manifests: dict[str, Manifest]) -> None:
+    """Raises UserError where one model's folder contains the other's."""
+    subfolder = address.subfolder
     for other in manifests:
-        if other.startswith(f"{address.subfolder}/") or address.subfolder.startswith(f"{other}/"):
+        if other.startswith(f"{subfolder}/") or subfolder.startswith(f"{other}/"):
             raise UserError(
-                f"{address.repo}: {address.subfolder} and the checkpoint in {other} would lie in each other, and a "
-                "subfolder is replaced as a whole; choose another publish.subfolder"
+                f"{address.repo}: {subfolder} overlaps the published model in {other}; a subfolder "
+                "is replaced as a whole, so one may not contain the other: "
+                "choose another publish.subfolder"
             )
 
 
 def require_same_run(publication: Publication, before: Manifest | None) -> None:
-    """Raises UserError unless what stands in the subfolder was published from the same recipe."""
+    """Raises UserError unless what is in the subfolder was published from the same recipe."""
     place = f"{publication.address.repo}: {publication.address.subfolder}"
     remedy = "--replace overwrites it, publish.subfolder=... goes elsewhere"
     if before is None:
@@ -101,6 +135,12 @@ def require_same_run(publication: Publication, before: Manifest | None) -> None:
     if changed := changed_settings(before, publication.manifest):
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(f"{place} was published from another recipe: {changed[0]}{more}; {remedy}")
+
+
+def compare_file(operation: CommitOperationAdd, entry: RepoFile | None) -> Change:
+    """What an addition does to the file that the repository has, if it has one."""
+    what = "new" if entry is None else "same" if is_same(operation, entry) else "changed"
+    return Change(operation.path_in_repo, what, operation.upload_info.size)
 
 
 def is_same(operation: CommitOperationAdd, entry: RepoFile) -> bool:
@@ -113,56 +153,32 @@ def is_same(operation: CommitOperationAdd, entry: RepoFile) -> bool:
 
 
 def fresh_operation(operation: CommitOperationAdd) -> CommitOperationAdd:
-    """A fresh copy, hashed already: one that was tried keeps what it heard about a head that has moved since."""
+    """A copy, hashed already: the client keeps the head's state in an operation it has tried."""
     copy = CommitOperationAdd(operation.path_in_repo, operation.path_or_fileobj)
     copy.upload_info = operation.upload_info
     return copy
 
 
-def publish(publication: Publication, replace: bool) -> Published:
-    """One commit and a tag; neither where they are there already. Safe to repeat at any point.
-
-    Raises UserError where it would undo somebody else's work, TryAgain where the Hub does not answer.
-    """
-    address, sent = publication.address, []
-
-    def commit() -> str:
-        # Planned anew in each attempt: a lost answer is then found done, and a head that moved is built upon.
-        todo = plan(publication, replace)
-        if not todo.operations:
-            return todo.head
-        sent.append(todo.head)
-        title = f"Publish {address.subfolder}"
-        return (
-            HfApi()
-            .create_commit(
-                address.repo, todo.operations, commit_message=title, parent_commit=todo.head
-            )
-            .oid
-        )
-
-    made = patiently(commit, address.repo)
-    tag = patiently(lambda: tagged(address, made), address.repo)
-    return Published(address._replace(revision=made), tag, is_new=bool(sent))
+# Tag
 
 
-def tagged(address: Address, commit: str) -> str:
-    """The tag of the subfolder as it stands in the commit: the last one if that is it, else a new one."""
+def tag_commit(address: Address, commit: str) -> str:
+    """The subfolder's tag at the commit: its last one if nothing changed since, else a new one."""
     api = HfApi()
     numbers = [0]
     for tag in api.list_repo_refs(address.repo).tags:
         number = tag.name.removeprefix(address.tag_prefix)
         numbers += [int(number)] if tag.name != number and number.isdigit() else []
     last = f"{address.tag_prefix}{max(numbers)}"
-    if max(numbers) and listing(address, last) == listing(address, commit):
+    if max(numbers) and blobs_in(address, last) == blobs_in(address, commit):
         return last
     name = f"{address.tag_prefix}{max(numbers) + 1}"
     api.create_tag(address.repo, tag=name, revision=commit)
     return name
 
 
-def listing(address: Address, revision: str) -> dict[str, str]:
-    """{path: git's name for its content} of the subfolder's files."""
+def blobs_in(address: Address, revision: str) -> dict[str, str]:
+    """{path: git's id of its content} of the subfolder's files."""
     try:
         entries = HfApi().list_repo_tree(
             address.repo, address.subfolder, recursive=True, revision=revision

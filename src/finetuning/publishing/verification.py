@@ -1,4 +1,4 @@
-"""Whether a published checkpoint, pulled anew, answers as its run folder does."""
+"""Does a published model, pulled anew, answer as its run folder does?"""
 
 import gc
 import json
@@ -19,9 +19,7 @@ from finetuning.runs.folder import now
 if TYPE_CHECKING:
     from rich.console import Console
 
-
-RUN_RECORDS = "published.json"
-
+RECORD = "published.json"  # in the run folder
 
 # What makes answers differ from one time to the next, or means nothing without it.
 SAMPLING = (
@@ -38,6 +36,8 @@ SAMPLING = (
 
 
 class Answer(NamedTuple):
+    """What both answer to one question."""
+
     question: str
     run_folder: str
     published: str
@@ -47,27 +47,27 @@ class Answer(NamedTuple):
         return self.run_folder == self.published
 
 
-def compare(folder: Path, recipe: Recipe, published: Published) -> list[Answer]:
-    """Greedy answers to the recipe's questions, by the run folder and by the published commit in a fresh cache.
+def compare_answers(folder: Path, recipe: Recipe, published: Published) -> list[Answer]:
+    """Greedy answers to the recipe's questions: by the run folder, and by the published commit.
 
-    Each with its own recipe: a published adapter goes on the base model that its readers will take. Raises UserError
-    where that cannot be had.
+    The commit is pulled to a fresh cache, and each is asked with its own recipe: a published
+    adapter goes on the base model that its readers will take. Raises UserError where that cannot
+    be had.
     """
     questions = recipe.generation.prompts or [QUESTION]
     ours = ask_once(folder, recipe, questions)
     with tempfile.TemporaryDirectory(prefix="published-") as cache:
         snapshot = pull(published.address, Path(cache))
         try:
-            theirs = ask_once(
-                snapshot.folder, load_recipe(snapshot.folder / "recipe.yaml"), questions
-            )
+            readers_recipe = load_recipe(snapshot.folder / "recipe.yaml")
+            theirs = ask_once(snapshot.folder, readers_recipe, questions)
         except UserError as error:
             raise type(error)(f"published, but it cannot be asked: {error}") from None
     return [Answer(*row) for row in zip(questions, ours, theirs, strict=True)]
 
 
 def ask_once(folder: Path, recipe: Recipe, questions: list[str]) -> list[str]:
-    """One model at a time in memory."""
+    """Greedy answers; the model is freed afterwards, so that one at a time is in memory."""
     settings = recipe.generation.model_dump(exclude_unset=True, exclude=set(SAMPLING))
     greedy = recipe.model_copy(update={"generation": Generation(**settings, do_sample=False)})
     answers = load_asker(folder, greedy)(questions)
@@ -76,30 +76,32 @@ def ask_once(folder: Path, recipe: Recipe, questions: list[str]) -> list[str]:
 
 
 def write_record(folder: Path, published: Published, answers: list[Answer]) -> None:
-    """published.json of the run folder: where it is, and what was answered."""
-    place = {"repo": published.address.repo, "subfolder": published.address.subfolder}
-    rows = [{**answer._asdict(), "is_same": answer.is_same} for answer in answers]
+    """published.json of the run folder: where it was published, and what was answered."""
     record = {
-        **place,
+        "repo": published.address.repo,
+        "subfolder": published.address.subfolder,
         "commit": published.address.revision,
         "tag": published.tag,
         "at": now(),
-        "answers": rows,
+        "answers": [{**answer._asdict(), "is_same": answer.is_same} for answer in answers],
     }
-    write_text(folder / RUN_RECORDS, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def require_agreement(console: "Console", answers: list[Answer], is_exact: bool) -> None:
-    """Says how many answers are the same. Raises UserError if not all, where the weights are the very same bytes."""
+    """Says how many answers are the same.
+
+    Raises UserError unless all are, where the weights are the very same bytes (`is_exact`).
+    """
     other = [answer for answer in answers if not answer.is_same]
     for question, ours, theirs in other:
         console.print(f"{question}\n  run folder: {ours}\n  published:  {theirs}")
     if other and is_exact:
         raise UserError(
-            f"published, but {len(other)} of {len(answers)} answers are not the run folder's; see {RUN_RECORDS}"
+            f"published, but {len(other)} of {len(answers)} answers are not the run folder's; "
+            f"see {RECORD}"
         )
-    why = " (merged weights are rounded once more)" if other else ""
+    why = " (merging rounds the weights once more)" if other else ""
     if answers:
-        console.print(
-            f"{len(answers) - len(other)} of {len(answers)} greedy answers are the run folder's{why}"
-        )
+        same = len(answers) - len(other)
+        console.print(f"{same} of {len(answers)} greedy answers are the run folder's{why}")

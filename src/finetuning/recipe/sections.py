@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from finetuning.hub.address import LONGEST, PREFIX, REPO, SUBFOLDER, parse_address
+from finetuning.hub.address import MAX_NAME_LENGTH, PREFIX, REPO, SUBFOLDER, parse_address
 from finetuning.recipe.library_sections import (
     GenerationConfigFields,
     LoraConfigFields,
@@ -31,7 +31,7 @@ class Model(Section):
     """The base model."""
 
     name: str | None = Field(default=None, min_length=1)
-    """Hub id, local folder, or hub:owner/name/subfolder[@revision] for a checkpoint that was published from here"""
+    """Hub id, local folder, or hub:owner/name/subfolder[@revision] for a model that was published from here"""
     revision: str | None = None
     """branch, tag or commit on the Hub"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -57,9 +57,9 @@ class Model(Section):
 class Publish(Section):
     """Where the finished run belongs on the Hub, and as what."""
 
-    repo: str = Field(pattern=REPO, max_length=LONGEST)
+    repo: str = Field(pattern=REPO, max_length=MAX_NAME_LENGTH)
     """Hub repository, owner/name"""
-    subfolder: str = Field(pattern=SUBFOLDER, max_length=LONGEST)
+    subfolder: str = Field(pattern=SUBFOLDER, max_length=MAX_NAME_LENGTH)
     """folder in the repository, such as chapter05/sft_model: lower-case letters, digits, _ and -, single slashes"""
     merged: bool = False
     """of a LoRA run: full weights with the adapter merged in, instead of the adapter"""

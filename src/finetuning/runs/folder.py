@@ -15,17 +15,21 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from finetuning.errors import UserError
 from finetuning.files import write_text
-from finetuning.hub.access import cached_commit
+from finetuning.hub.access import loaded_commit
 from finetuning.launch.software import git_revision, versions
 from finetuning.launch.step_size import step_size
 from finetuning.launch.strategy import Strategy
+from finetuning.model.tokenizer import read_tokenizer
 from finetuning.recipe.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 LOCK = ".lock"
 
@@ -68,6 +72,10 @@ class RunFolder:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.path)
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        return read_tokenizer(str(self.path))
 
     @property
     def is_finished(self) -> bool:
@@ -206,7 +214,7 @@ def write_start(folder: Path, recipe: Recipe, fingerprint: str, launch: dict[str
         "versions": versions(),
         "git": git_revision(),
         "data": fingerprint,
-        "base_commit": cached_commit(recipe.model.name, recipe.model.revision)
+        "base_commit": loaded_commit(recipe.model.name, recipe.model.revision)
         if recipe.model.name
         else None,
         "finished": None,

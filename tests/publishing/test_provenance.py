@@ -6,34 +6,33 @@ import pytest
 from run_folders import retrained
 
 from finetuning.errors import UserError
-from finetuning.hub.manifest import as_text, parse_manifest
+from finetuning.hub.manifest import Losses, parse_manifest
 from finetuning.launch.software import versions
 from finetuning.publishing.provenance import (
     changed_settings,
-    describe,
-    held_out_losses,
+    describe_run,
+    evaluation_losses,
     unlike_published,
 )
 from finetuning.recipe.recipe import load_recipe
+from finetuning.runs.folder import RunFolder
 
 
 @pytest.fixture
 def manifest(runs):
-    return describe(runs["full"], load_recipe(runs["full"] / "recipe.yaml"), "full")
+    run = RunFolder(runs["full"])
+    return describe_run(run, run.recipe, "full")
 
 
 def test_it_records_what_the_run_was_made_of(manifest, runs):
     environment = json.loads((runs["full"] / "environment.json").read_text())
-    assert (
-        manifest["data"]["fingerprint"] == environment["data"]
-        and manifest["versions"] == versions()
-    )
-    assert manifest["recipe"]["training"]["learning_rate"] == 0.01
-    assert parse_manifest(as_text(manifest)) == manifest
+    assert manifest.data.fingerprint == environment["data"] and manifest.versions == versions()
+    assert manifest.recipe["training"]["learning_rate"] == 0.01
+    assert parse_manifest(manifest.as_text()) == manifest
 
 
 def test_the_launch_command_stays_out_of_it(manifest):
-    assert "arguments" not in as_text(manifest) and "launch" not in manifest
+    assert "arguments" not in manifest.as_text() and "launch" not in manifest.as_text()
 
 
 def test_losses_are_the_first_and_the_last():
@@ -43,8 +42,8 @@ def test_losses_are_the_first_and_the_last():
         {"eval_loss": 2.0},
         {"eval_loss": 1.0},
     ]
-    assert held_out_losses(logged) == {"before": 3.0, "after": 1.0}
-    assert held_out_losses([{"loss": 1.0}]) is None
+    assert evaluation_losses(logged) == Losses(before=3.0, after=1.0)
+    assert evaluation_losses([{"loss": 1.0}]) is None
 
 
 @pytest.mark.parametrize(
@@ -59,16 +58,23 @@ def test_what_decides_the_training_is_compared_and_where_it_ran_is_not(manifest,
     run.mkdir()
     (run / "recipe.yaml").write_text((runs["full"] / "recipe.yaml").read_text())
     retrained(run, training__output_dir="x", publish__subfolder="y", generation__max_new_tokens="3")
-    assert changed_settings(manifest, describe(run, load_recipe(run / "recipe.yaml"), "full")) == []
+    assert (
+        changed_settings(
+            manifest, describe_run(RunFolder(run), load_recipe(run / "recipe.yaml"), "full")
+        )
+        == []
+    )
     retrained(run, data__max_length="64", training__seed="7")
-    changed = changed_settings(manifest, describe(run, load_recipe(run / "recipe.yaml"), "full"))
+    changed = changed_settings(
+        manifest, describe_run(RunFolder(run), load_recipe(run / "recipe.yaml"), "full")
+    )
     assert changed == ["data.max_length was 128, is 64", "training.seed was None, is 7"]
 
 
 def test_a_recipe_is_compared_with_the_manifest_beside_it(manifest, tmp_path):
-    recipe, data = tmp_path / "recipe.yaml", manifest["data"]["fingerprint"]
+    recipe, data = tmp_path / "recipe.yaml", manifest.data.fingerprint
     assert unlike_published(recipe, "any", {}) == []
-    (tmp_path / "manifest.json").write_text(as_text(manifest))
+    (tmp_path / "manifest.json").write_text(manifest.as_text())
     assert unlike_published(recipe, data, versions()) == []
     found = unlike_published(recipe, "other", {**versions(), "torch": "9.9", "peft": None})
     assert found[0].startswith("the data is not the same")
@@ -78,5 +84,5 @@ def test_a_recipe_is_compared_with_the_manifest_beside_it(manifest, tmp_path):
         and len(found) == 3
     )
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="is no manifest of a published checkpoint"):
+    with pytest.raises(UserError, match="is not a manifest of a published model"):
         unlike_published(recipe, data, versions())

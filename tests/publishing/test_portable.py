@@ -3,7 +3,7 @@
 import pytest
 from run_folders import copied, retrained
 
-from finetuning.publishing.bundle import portable
+from finetuning.publishing.portable import portable_recipe
 from finetuning.recipe.recipe import load_recipe
 
 
@@ -13,7 +13,7 @@ def travelled(runs, tmp_path):
 
     def travel(**changes: str):
         run = retrained(copied(runs["full"], tmp_path / "run"), **changes)
-        return portable(load_recipe(run / "recipe.yaml"), run)
+        return portable_recipe(load_recipe(run / "recipe.yaml"), base_commit=None)
 
     return travel
 

@@ -1,0 +1,72 @@
+"""The recipe as others can run it: nothing in it is a path of this machine."""
+
+from pathlib import Path
+
+from finetuning.data.section import Data, Source
+from finetuning.data.sources import is_local, looks_local
+from finetuning.errors import UserError
+from finetuning.hub.address import PREFIX
+from finetuning.recipe.recipe import Recipe
+from finetuning.recipe.sections import Model, Publish
+
+
+def publish_section(recipe: Recipe) -> Publish:
+    """Where and how the recipe is published. Raises UserError if it does not say."""
+    if recipe.publish is None:
+        raise UserError(
+            "the recipe has no publish section; "
+            "add publish.repo=owner/name publish.subfolder=folder/name"
+        )
+    return recipe.publish
+
+
+def portable_recipe(recipe: Recipe, base_commit: str | None) -> Recipe:
+    """The base model by Hub id and commit, data and output by paths that others can have.
+
+    `base_commit` is the commit of a base model of the Hub when it was trained on. Raises UserError
+    where publish.base_model is given and model.name is not a local folder.
+    """
+    publish = publish_section(recipe)
+    output = f"outputs/{Path(recipe.training.output_dir).name}"
+    return recipe.model_copy(
+        update={
+            "model": portable_model(recipe.model, publish.base_model, base_commit),
+            "data": recipe.data.model_copy(update={"path": portable_sources(recipe.data)}),
+            "training": recipe.training.model_copy(update={"output_dir": output}),
+            "publish": publish.model_copy(update={"base_model": None}),
+        }
+    )
+
+
+def portable_model(model: Model, base_model: str | None, base_commit: str | None) -> Model:
+    """The model section with `./name` for a local folder, or the Hub id that it is a copy of."""
+    name = model.name
+    is_folder = name is not None and not name.startswith(PREFIX) and base_commit is None
+    if base_model and not is_folder:
+        raise UserError(
+            "publish.base_model names the Hub id of which a local folder is a copy; "
+            f"model.name is {name or 'not given'}"
+        )
+    if base_model:
+        name, _, revision = base_model.partition("@")
+        return model.model_copy(update={"name": name, "revision": revision or model.revision})
+    if name is not None and is_folder:
+        name = f"./{Path(name).name}"
+    return model.model_copy(update={"name": name, "revision": base_commit or model.revision})
+
+
+def portable_sources(data: Data) -> str | list[Source]:
+    if isinstance(data.path, str):
+        return portable_path(data)
+    # An entry may leave the reader, say, to the data section; whether it is local depends on both.
+    entries = zip(data.path, data.sources, strict=True)
+    return [entry.model_copy(update={"path": portable_path(source)}) for entry, source in entries]
+
+
+def portable_path(source: Source) -> str:
+    """A data set's Hub id or a file below the project's folder as it is, else `./` and its name."""
+    path = Path(source.path)
+    is_inside = not path.is_absolute() and path.parts[:1] not in (("~",), ("..",))
+    if not is_local(source) or (is_inside and looks_local(source.path)):
+        return source.path
+    return f"./{path.name}"

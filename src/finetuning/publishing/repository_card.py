@@ -1,0 +1,58 @@
+"""README.md of the repository: what people wrote, and a table of all models published there."""
+
+from huggingface_hub import ModelCard
+
+from finetuning.errors import UserError, one_line
+from finetuning.hub.manifest import Manifest
+from finetuning.publishing.card import base_link
+
+# Around the table, in every repository that was published to: they stay as they are.
+BEGIN = "<!-- checkpoints: src/publish.py writes what follows -->"
+END = "<!-- end of checkpoints -->"
+
+METHODS = {"full": "all weights", "adapter": "LoRA adapter", "merged": "LoRA, merged"}
+
+
+def repository_card(repo: str, before: bytes | None, manifests: dict[str, Manifest]) -> str:
+    """The repository's README.md with the table of its models; the rest of `before` is kept.
+
+    `manifests` is {subfolder: manifest}. The Hub reads metadata from this file only, so it names
+    all base models and data sets. Raises UserError where `before` cannot be read.
+    """
+    try:
+        card = ModelCard(
+            before.decode() if before else f"---\npipeline_tag: text-generation\n---\n\n# {repo}\n"
+        )
+    except Exception as error:  # yaml's and huggingface_hub's own
+        raise UserError(
+            f"{repo}: the metadata of its README.md cannot be read: {one_line(error)}; fix it there"
+        ) from None
+    bases = [manifest.base.name for manifest in manifests.values() if manifest.base]
+    datasets = [name for manifest in manifests.values() for name in manifest.data.datasets]
+    add_to_metadata(card, "base_model", [name for name in bases if name])
+    add_to_metadata(card, "datasets", datasets)
+    above, _, rest = card.text.partition(BEGIN)
+    below = rest.partition(END)[2] or "\n"
+    table = model_table(repo, manifests)
+    card.text = f"{above.rstrip()}\n\n{BEGIN}\n\n{table}\n\n{END}{below}"
+    return str(card)
+
+
+def add_to_metadata(card: ModelCard, key: str, names: list[str]) -> None:
+    """Adds the names to a list of the card's metadata, sorted and once each."""
+    before = card.data.get(key) or []
+    before = [before] if isinstance(before, str) else before
+    setattr(card.data, key, sorted({*before, *names}) or None)
+
+
+def model_table(repo: str, manifests: dict[str, Manifest]) -> str:
+    """One row for each published model, in Markdown."""
+    rows = ["| folder | trained | base model | data | evaluation loss |", "|---|---|---|---|---|"]
+    for subfolder, manifest in sorted(manifests.items()):
+        losses = manifest.losses
+        loss = f"{losses.before:.3f} → {losses.after:.3f}" if losses else ""
+        link = f"[{subfolder}](https://huggingface.co/{repo}/tree/main/{subfolder})"
+        data = ", ".join(f"`{path}`" for path in manifest.data.path)
+        method = METHODS[manifest.kind]
+        rows.append(f"| {link} | {method} | {base_link(manifest.base)} | {data} | {loss} |")
+    return "\n".join(rows)
