@@ -1,11 +1,13 @@
-"""A training run in plain PyTorch, to read from top to bottom: what src/sft.py computes, without a trainer.
+"""A training run in plain PyTorch, to read from top to bottom: what src/sft.py computes, without a
+trainer.
 
 python examples/plain_loop.py recipes/quickstart.yaml
 python examples/plain_loop.py recipes/quickstart.yaml training.max_steps=40
 
-The same recipe gives the same loss at every step as src/sft.py, to 1e-5 (a test holds it). What src/sft.py does beside
-it: packed batches, many GPUs, LoRA, half precision, checkpoints, evaluation, answers. The letters in the comments: B
-sequences in a batch, T tokens in the longest of them, V tokens in the vocabulary.
+The same recipe gives the same loss at every step as src/sft.py, to 1e-5 (a test holds it). What
+src/sft.py does beside it: packed batches, many GPUs, LoRA, half precision, checkpoints, evaluation,
+answers. The letters in the comments: B sequences in a batch, T tokens in the longest of them, V
+tokens in the vocabulary.
 """
 
 import math

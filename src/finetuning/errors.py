@@ -4,7 +4,8 @@ import difflib
 import signal
 from collections.abc import Iterable
 
-# How Python, Rust (safetensors) and C++ (torch.save) say that the disk is full, in exceptions of their own.
+# How Python, Rust (safetensors) and C++ (torch.save) say that the disk is full, in exceptions of
+# their own.
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "inline_container.cc")
 
 
@@ -16,13 +17,17 @@ REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: not done, the same command again goes
 
 
 class UserError(ValueError):
-    """The recipe, the data or the machine does not allow what was asked for; the message is the whole explanation."""
+    """The recipe, the data or the machine does not allow what was asked for; the message is the
+    whole explanation.
+    """
 
     exit_code = 2
 
 
 class TryAgain(UserError):
-    """What may pass by itself, such as a Hub that does not answer: the same command may succeed later."""
+    """What may pass by itself, such as a Hub that does not answer: the same command may succeed
+    later.
+    """
 
     exit_code = 1
 

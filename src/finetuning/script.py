@@ -17,11 +17,12 @@ from finetuning.launch.launcher import silence_launcher
 
 
 def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = "") -> None:
-    """Calls main(arguments), or prints the manual; what the user can mend becomes one line on stderr, no traceback.
+    """Calls main(arguments), or prints the manual; what the user can mend becomes one line on
+    stderr, no traceback.
 
-    Exits with 0, 2 after a UserError or without arguments, 1 where disk or memory is full or the Hub does not answer,
-    130 after Ctrl-C, 75 where a signal asked for a stop and the same command will go on. A batch job reads it in the
-    folder EXIT_CODES; see write_exit_note.
+    Exits with 0, 2 after a UserError or without arguments, 1 where disk or memory is full or the
+    Hub does not answer, 130 after Ctrl-C, 75 where a signal asked for a stop and the same command
+    will go on. A batch job reads it in the folder EXIT_CODES; see write_exit_note.
     """
     code = 1  # of an exception that nobody foresaw
     # Registered before any library is imported, so called after all that they have registered.
@@ -80,9 +81,10 @@ def silence_libraries() -> None:
 def exit_without_finalizers(code: int) -> None:
     """Ends a process of several, when Python is done with it and before Python takes itself apart.
 
-    A thread of gloo lets go of the last tensors in its own time; if it needs the interpreter for that and only half of
-    it is left, the process aborts (pytorch/pytorch#190489), which 2 in 5 do that end right after a collective.
-    destroy_process_group waits for such threads only if nothing else has the group; DDP and DeepSpeed do.
+    A thread of gloo lets go of the last tensors in its own time; if it needs the interpreter for
+    that and only half of it is left, the process aborts (pytorch/pytorch#190489), which 2 in 5 do
+    that end right after a collective. destroy_process_group waits for such threads only if nothing
+    else has the group; DDP and DeepSpeed do.
     """
     if "WORLD_SIZE" in os.environ:
         sys.stdout.flush()
@@ -91,7 +93,9 @@ def exit_without_finalizers(code: int) -> None:
 
 
 def stdout_closed() -> bool:
-    """Whether nobody reads what is printed any more, as after `... | head`; what is left unprinted is dropped."""
+    """Whether nobody reads what is printed any more, as after `... | head`; what is left unprinted
+    is dropped.
+    """
     output = select.poll()
     output.register(sys.stdout, 0)
     has_left = any(event & select.POLLERR for _, event in output.poll(0))
@@ -112,21 +116,24 @@ def report(line: str, code: int) -> int:
             signal.SIGTERM, signal.SIG_IGN
         )  # a launcher that dies of the same Ctrl-C is no other reason
     else:
-        # What is wrong with a recipe is wrong in every process: the first speaks, and the launcher ends the others.
+        # What is wrong with a recipe is wrong in every process: the first speaks, and the launcher
+        # ends the others.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     if line:
         print(line, file=sys.stderr, flush=True)
     silence_launcher()
-    # Launchers report anything but 0 as a failure, a page for each node; a job that is only queued again has none.
+    # Launchers report anything but 0 as a failure, a page for each node; a job that is only queued
+    # again has none.
     return 0 if is_noted and code == REQUEUE else code
 
 
 def write_exit_note(code: int, reason: str = "", at: float | None = None) -> bool:
-    """Tells the batch job that started this process how it ends, and returns whether there is one to be told.
+    """Tells the batch job that started this process how it ends, and returns whether there is one
+    to be told.
 
-    Launchers turn every exit code into 1. So slurm/sft.sh names a folder in the environment variable EXIT_CODES, and
-    each process leaves a file there of one line: code, time (s), reason.
+    Launchers turn every exit code into 1. So slurm/sft.sh names a folder in the environment
+    variable EXIT_CODES, and each process leaves a file there of one line: code, time (s), reason.
     """
     folder = os.environ.get("EXIT_CODES")
     if not folder:

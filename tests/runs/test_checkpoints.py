@@ -1,4 +1,6 @@
-"""A checkpoint is whole or is not used, whatever became of its files and wherever its writing was cut off."""
+"""A checkpoint is whole or is not used, whatever became of its files and wherever its writing was
+cut off.
+"""
 
 import itertools
 import json
@@ -246,7 +248,9 @@ class Killed(BaseException):
 
 
 class Clock:
-    """Counts the calls that change the file system; from the one that is fatal on, none is done any more."""
+    """Counts the calls that change the file system; from the one that is fatal on, none is done any
+    more.
+    """
 
     CALLS = ("open", "fsync", "mkdir", "rename", "replace", "rmdir", "unlink")
 
@@ -420,7 +424,9 @@ def small_disk(tmp_path):
 def test_a_full_disk_leaves_the_checkpoint_before_and_the_same_command_goes_on(
     small_disk, run_script
 ):
-    """The quickstart's checkpoints have 8 MB: one fits, and what a second one needs beside it does not."""
+    """The quickstart's checkpoints have 8 MB: one fits, and what a second one needs beside it does
+    not.
+    """
     folder = small_disk(12) / "run"
     steps = ["training.save_steps=2", "training.max_steps=4", "training.eval_strategy=no"]
     silent = ["training.report_to=none", "generation.prompts=[]"]

@@ -75,7 +75,8 @@ def train(
     save_every: int = 0,
     before_step=None,
 ):
-    """The events of a training with 5 steps an epoch, in transformers' order; the steps and places of its saves.
+    """The events of a training with 5 steps an epoch, in transformers' order; the steps and places
+    of its saves.
 
     `signals` are heard within these steps: {step: signal}.
     """
@@ -152,7 +153,9 @@ def one_of_two(rank: int, work, folder: str) -> None:
 
 
 def stopped_at(signals: list[dict], hurry: int = 0):
-    """What a process says in the end whose training hears these signals, for each rank; one may be ahead."""
+    """What a process says in the end whose training hears these signals, for each rank; one may be
+    ahead.
+    """
 
     def work(rank: int) -> str:
         def before_step(step: int) -> None:

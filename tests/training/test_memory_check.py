@@ -1,4 +1,6 @@
-"""The longest batch first: it is the longest, it leaves no trace, and what does not fit ends in one line."""
+"""The longest batch first: it is the longest, it leaves no trace, and what does not fit ends in one
+line.
+"""
 
 import json
 import os

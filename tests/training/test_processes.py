@@ -29,7 +29,8 @@ CASES = [
     ("llama", "full", "packed", 1),
     ("llama", "lora", "padded", 1),
 ]
-# accelerate config -> what runs, a class of the prepared model, the share that a process has of weights and moments
+# accelerate config -> what runs, a class of the prepared model, the share that a process has of
+# weights and moments
 STRATEGIES = {
     "cpu_ddp": ("ddp, 2 processes", "DistributedDataParallel", 1.0, 1.0),
     "zero1": ("zero1, 2 processes", "DeepSpeedEngine", 1.0, 0.5),
@@ -70,7 +71,9 @@ def launch(config: str | Path, *command: object, processes: int = 2) -> subproce
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, tuple[str, Path]]:
-    """{architecture: (architecture, folder)}, wide enough for ZeRO-3 to share out matrices: over 100,000 numbers."""
+    """{architecture: (architecture, folder)}, wide enough for ZeRO-3 to share out matrices: over
+    100,000 numbers.
+    """
     found = {}
     for kind in ("gpt2", "llama", "bloom"):
         folder = tmp_path_factory.mktemp(kind)

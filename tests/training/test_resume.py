@@ -1,4 +1,6 @@
-"""A run that is killed, at any instant and as often as you like, ends with the same weights and losses, bit for bit."""
+"""A run that is killed, at any instant and as often as you like, ends with the same weights and
+losses, bit for bit.
+"""
 
 import functools
 import json
@@ -46,8 +48,8 @@ def recipe(tmp_path_factory) -> Path:
     (folder / "many.jsonl").write_text(lines * 20, encoding="utf-8")
     text = f"""
 model: {{name: {folder / "model"}}}
-data: {{path: {folder / "rows.jsonl"}, reader: prompt_response, template: question_answer, eval: {{every: 9}}}}
-training:
+data: {{path: {folder / "rows.jsonl"}, reader: prompt_response, template: question_answer, eval:
+{{every: 9}}}} training:
   output_dir: {folder / "run"}
   max_steps: {STEPS}
   global_batch_size: 8
@@ -110,7 +112,9 @@ class Run:
         )
 
     def until(self, process: psutil.Popen, is_time: Callable[[], bool]) -> list[psutil.Process]:
-        """Waits; returns the launcher and all processes that it started. Fails where the run ends before."""
+        """Waits; returns the launcher and all processes that it started. Fails where the run ends
+        before.
+        """
         deadline = time.monotonic() + 240
         while not is_time():
             assert process.poll() is None and time.monotonic() < deadline, self.said()
@@ -137,7 +141,9 @@ class Run:
 
     @property
     def losses(self) -> list[tuple[int, float, float]]:
-        """(step, loss, accuracy) as logged, of training and of evaluation; at the end the mean of all steps."""
+        """(step, loss, accuracy) as logged, of training and of evaluation; at the end the mean of
+        all steps.
+        """
         return [
             (entry["step"], entry[f"{part}loss"], entry.get(f"{part}mean_token_accuracy", 0.0))
             for entry in self.logged
@@ -236,7 +242,8 @@ def test_asked_to_stop_it_saves_once_and_the_next_command_goes_on(
         for each in processes
         if "src/sft.py" in each.cmdline() and "launch" not in each.cmdline()
     ]
-    # A scheduler sends SIGUSR1 to the processes that train; torch's launcher passes SIGTERM on to them.
+    # A scheduler sends SIGUSR1 to the processes that train; torch's launcher passes SIGTERM on to
+    # them.
     for receiver in training if number == signal.SIGUSR1 else [process]:
         receiver.send_signal(number)
     process.wait(120)
@@ -279,9 +286,11 @@ def test_asked_to_stop_while_it_evaluates_it_saves_and_evaluates_when_it_goes_on
 def test_begun_by_one_process_it_may_be_ended_by_two_and_the_other_way(
     whole, recipe, tmp_path, first, then
 ):
-    """The same steps, so the same training but for rounding; without dropout, whose numbers are of each process.
+    """The same steps, so the same training but for rounding; without dropout, whose numbers are of
+    each process.
 
-    It goes on from a checkpoint between two logs: what each process had counted since the last one is missed if lost.
+    It goes on from a checkpoint between two logs: what each process had counted since the last one
+    is missed if lost.
     """
     plain = f"model.name={recipe.parent / 'plain'}"
     uninterrupted = whole(*SINGLE, plain)

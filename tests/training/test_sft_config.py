@@ -1,4 +1,6 @@
-"""The training section as SFTConfig: where it trains, and in which number format, on machines with GPUs and without."""
+"""The training section as SFTConfig: where it trains, and in which number format, on machines with
+GPUs and without.
+"""
 
 import pytest
 import torch

@@ -69,7 +69,9 @@ def test_a_second_ctrl_c_is_obeyed_in_training_too(stop, between):
 
 
 def test_ctrl_c_stays_what_was_asked_when_the_launcher_dies_of_it_too(stop):
-    """One-process accelerate launch ends a moment after its script was interrupted; the kernel then sends SIGTERM."""
+    """One-process accelerate launch ends a moment after its script was interrupted; the kernel then
+    sends SIGTERM.
+    """
     with stop.after_a_step():
         signal.raise_signal(SIGINT)
         signal.raise_signal(SIGTERM)
@@ -121,7 +123,9 @@ run(main, "the manual", when_interrupted="; the same command goes on")
 
 @pytest.fixture
 def ending(tmp_path):
-    """A function that runs a script with this main: (exit code, stderr, [code, reason] that it left in EXIT_CODES)."""
+    """A function that runs a script with this main: (exit code, stderr, [code, reason] that it left
+    in EXIT_CODES).
+    """
 
     def end(
         main: str,
@@ -265,7 +269,8 @@ numbers = iter(loader)
 workers = psutil.Process().children()
 assert len(workers) == 2
 for worker in workers:
-    subprocess.run(["kill", f"-{sys.argv[1]}", str(worker.pid)], check=True)  # from a process that is not their parent
+    subprocess.run(["kill", f"-{sys.argv[1]}", str(worker.pid)], check=True)  # from a process that
+    is not their parent
 found = list(map(int, numbers))
 assert found == list(range(400)), found
 still_loading = iter(loader)

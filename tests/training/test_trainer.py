@@ -1,4 +1,6 @@
-"""Our trainer against a plain loop that computes every example alone, with all logits, and steps a plain AdamW."""
+"""Our trainer against a plain loop that computes every example alone, with all logits, and steps a
+plain AdamW.
+"""
 
 import json
 import math
@@ -43,7 +45,9 @@ def rows(tmp_path_factory) -> Path:
 
 
 def reference(recipe, trainer) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and trained weights of a loop without batches: one example after another, full logits, token-weighted."""
+    """Losses and trained weights of a loop without batches: one example after another, full logits,
+    token-weighted.
+    """
     model = load_model(recipe.model, load_tokenizer(recipe.model, []), seed=42)
     if recipe.lora:
         from transformers import set_seed

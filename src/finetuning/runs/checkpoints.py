@@ -1,7 +1,9 @@
-"""Checkpoints that can be trusted: written aside, sealed with the hash of every file, put in place whole.
+"""Checkpoints that can be trusted: written aside, sealed with the hash of every file, put in place
+whole.
 
 .unfinished/checkpoint-20   being written; after a kill it is thrown away
-checkpoint-20/sealed.json   {file: {bytes, sha256}}; without it, or where a file differs, it is not used
+checkpoint-20/sealed.json   {file: {bytes, sha256}}; without it, or where a file differs, it is not
+used
 """
 
 import json
@@ -36,7 +38,9 @@ def files_of(checkpoint: Path) -> list[Path]:
 
 
 def clear_unfinished(folder: Path) -> Path:
-    """An empty place to write a checkpoint aside; what a killed run left half written or half removed is gone."""
+    """An empty place to write a checkpoint aside; what a killed run left half written or half
+    removed is gone.
+    """
     for left in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(left, ignore_errors=True)
     (folder / UNFINISHED).mkdir()
@@ -46,7 +50,8 @@ def clear_unfinished(folder: Path) -> Path:
 def seal_and_rotate(
     written: Path, folder: Path, limit: int | None, best_step: int | None = None
 ) -> None:
-    """Seals what was written aside and puts it in place; then, and only then, removes those beyond the limit.
+    """Seals what was written aside and puts it in place; then, and only then, removes those beyond
+    the limit.
 
     The newest and the best are never removed.
     """

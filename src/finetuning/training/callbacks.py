@@ -1,4 +1,6 @@
-"""What happens beside the steps of training: metrics written down, stopping when asked, saying what is waited for."""
+"""What happens beside the steps of training: metrics written down, stopping when asked, saying what
+is waited for.
+"""
 
 import socket
 import sys
@@ -13,7 +15,9 @@ from finetuning.runs.folder import append_metrics, write_metrics
 
 
 class MetricsFile(TrainerCallback):
-    """metrics.jsonl: what is logged. A run that goes on first takes back what was logged after its checkpoint."""
+    """metrics.jsonl: what is logged. A run that goes on first takes back what was logged after its
+    checkpoint.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -28,7 +32,9 @@ class MetricsFile(TrainerCallback):
 
 
 class Watchdog(TrainerCallback):
-    """Says on stderr where a process of several stands when it has not moved for a third of training.ddp_timeout."""
+    """Says on stderr where a process of several stands when it has not moved for a third of
+    training.ddp_timeout.
+    """
 
     def __init__(self) -> None:
         self.moved = threading.Event()

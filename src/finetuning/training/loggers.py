@@ -1,4 +1,6 @@
-"""The loggers of training.report_to: whether they can log, and the answers in them. Scalars are the trainer's own."""
+"""The loggers of training.report_to: whether they can log, and the answers in them. Scalars are the
+trainer's own.
+"""
 
 import importlib.util
 import netrc
@@ -17,7 +19,9 @@ def loggers_of(recipe: Recipe) -> list[str]:
 
 
 def require_loggers(recipe: Recipe, folder: Path) -> None:
-    """Raises UserError for a logger that is not installed or not logged in; has wandb write below the run folder."""
+    """Raises UserError for a logger that is not installed or not logged in; has wandb write below
+    the run folder.
+    """
     for name in loggers_of(recipe):
         if name in ("tensorboard", "wandb") and importlib.util.find_spec(name) is None:
             raise UserError(f"training.report_to: {name} is not installed: pip install {name}")
@@ -48,7 +52,8 @@ def log_samples(recipe: Recipe, folder: Path, samples: list[Sample], step: int) 
     if "tensorboard" in loggers:
         from torch.utils.tensorboard import SummaryWriter
 
-        # The trainer has closed its writer by now; another one in the newest log folder adds to the same run.
+        # The trainer has closed its writer by now; another one in the newest log folder adds to the
+        # same run.
         runs = sorted((folder / "runs").glob("*"), key=lambda path: path.stat().st_mtime)
         with SummaryWriter(
             os.environ.get("TENSORBOARD_LOGGING_DIR") or str(runs[-1] if runs else folder)

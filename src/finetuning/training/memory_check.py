@@ -1,7 +1,9 @@
-"""The longest batch first: what does not fit into memory shows in the first minute, and not after hours.
+"""The longest batch first: what does not fit into memory shows in the first minute, and not after
+hours.
 
-It is computed once, forward and backward, beside as much memory as the optimizer and added-up gradients will take. What
-it leaves is thrown away and the random numbers are put back, so that training is the same, bit for bit.
+It is computed once, forward and backward, beside as much memory as the optimizer and added-up
+gradients will take. What it leaves is thrown away and the random numbers are put back, so that
+training is the same, bit for bit.
 """
 
 import contextlib
@@ -19,11 +21,15 @@ from finetuning.training.trainer import ResponseTrainer
 
 
 class TooLarge(Exception):
-    """The longest micro-batch does not fit, and the recipe lets it be made smaller (training.auto_find_batch_size)."""
+    """The longest micro-batch does not fit, and the recipe lets it be made smaller
+    (training.auto_find_batch_size).
+    """
 
 
 def check_memory(trainer: ResponseTrainer, run: PreparedRun) -> None:
-    """Computes the longest micro-batch of the whole run. Raises UserError where it does not fit, or TooLarge."""
+    """Computes the longest micro-batch of the whole run. Raises UserError where it does not fit, or
+    TooLarge.
+    """
     args, recipe = trainer.args, run.recipe
     batch = longest_batch(trainer, is_padded=recipe.data.layout == "padded")
     fits_here = fits(trainer, batch)

@@ -36,7 +36,9 @@ class PreparedRun:
 
 
 def prepare_run(recipe: Recipe, strategy: Strategy, *, trains_here: bool) -> PreparedRun:
-    """Reads tokenizer and rows. Raises UserError where something is missing or does not go together."""
+    """Reads tokenizer and rows. Raises UserError where something is missing or does not go
+    together.
+    """
     require_compatible(recipe, strategy, trains_here)
     require_hub(needs_of(recipe))
     recipe = pin_base_model(recipe)

@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 
 
 class ProgressLines(TrainerCallback):
-    """Aligned columns, the same in a terminal and in the log of a batch job; a bar in terminals only.
+    """Aligned columns, the same in a terminal and in the log of a batch job; a bar in terminals
+    only.
 
     In place of transformers' own, which prints dictionaries of quoted strings and a bar for each
     evaluation. metrics.jsonl has every figure in full.

@@ -1,8 +1,9 @@
-"""A run that is asked to stop, by its scheduler or by Ctrl-C.
+"""A run that is asked to stop: by its scheduler, by a terminal that closes, or by Ctrl-C.
 
 before training   nothing to save: it ends at once
-in training       the processes agree on a step, save, and end with 75 (the same command goes on), or 130 after Ctrl-C
-after training    SIGTERM and SIGUSR1 do not keep the last seconds from being saved
+in training       the processes agree on a step, save, and end with 75 (the same command resumes),
+                  or 130 after Ctrl-C
+after training    signals other than Ctrl-C do not keep the last seconds from being saved
 """
 
 import os
@@ -32,7 +33,9 @@ class Stop:
 
     @contextmanager
     def after_a_step(self) -> Iterator[None]:
-        """Within, a signal is only noted: whoever trains looks at the end of each step. A second Ctrl-C is obeyed."""
+        """Within, a signal is only noted: whoever trains looks at the end of each step. A second
+        Ctrl-C is obeyed.
+        """
         self.phase = "training"
         try:
             yield
@@ -55,7 +58,9 @@ class Stop:
 
 @contextmanager
 def block_signals() -> Iterator[None]:
-    """Within, signals wait; a process that is started is born block_signals, before it knows what to do about them."""
+    """Within, signals wait; a process that is started is born block_signals, before it knows what
+    to do about them.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -64,10 +69,11 @@ def block_signals() -> Iterator[None]:
 
 
 def worker_ignores_signals(worker: int) -> None:
-    """To be called in a process that loads batches (DataLoader's worker_init_fn): only its parent may end it.
+    """To be called in a process that loads batches (DataLoader's worker_init_fn): only its parent
+    may end it.
 
-    A scheduler signals every process of a job. torch's workers die of SIGTERM, and the one that trains dies of that,
-    before it could save.
+    A scheduler signals every process of a job. torch's workers die of SIGTERM, and the one that
+    trains dies of that, before it could save.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=exit_on_parent_signal, daemon=True).start()

@@ -53,8 +53,8 @@ CHECKS = (
 class StartChecks(TrainerCallback):
     """Raises UserError where one of CHECKS fails; then begins the run folder.
 
-    On the prepared model, because under ZeRO-3 and FSDP no process can ask its part of it alone. A run that is refused
-    here leaves nothing behind.
+    On the prepared model, because under ZeRO-3 and FSDP no process can ask its part of it alone. A
+    run that is refused here leaves nothing behind.
     """
 
     def __init__(self, trainer: ResponseTrainer, run: PreparedRun, console: Console) -> None:

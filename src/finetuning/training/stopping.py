@@ -12,10 +12,11 @@ from finetuning.training.signals import Stop
 
 
 class SynchronizedStop(TrainerCallback):
-    """Where a process is asked to stop: one checkpoint, after a step that all processes agree on, then Stopped.
+    """Where a process is asked to stop: one checkpoint, after a step that all processes agree on,
+    then Stopped.
 
-    The question goes round while the next step is computed, over a group of its own on the CPU, and is answered at that
-    step's end: nobody waits for it, and no device is asked.
+    The question goes round while the next step is computed, over a group of its own on the CPU, and
+    is answered at that step's end: nobody waits for it, and no device is asked.
     """
 
     def __init__(self, stop: Stop) -> None:
@@ -26,7 +27,8 @@ class SynchronizedStop(TrainerCallback):
         self.in_training = False
         self.saved = 0  # the step of the last checkpoint
         self.ends_epoch = False
-        """the step that was the last of its epoch is over, what comes with the epoch's end is not"""
+        """the step that was the last of its epoch is over, what comes with the epoch's end is not
+        """
         self.postponed = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -37,7 +39,8 @@ class SynchronizedStop(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.number = self.number or self.poll_stop()
         control.should_save |= bool(self.number)
-        # What comes with the end of an epoch, logs and an evaluation, belongs into the checkpoint of its last step.
+        # What comes with the end of an epoch, logs and an evaluation, belongs into the checkpoint
+        # of its last step.
         self.ends_epoch = float(state.epoch).is_integer() or state.global_step >= state.max_steps
         if self.ends_epoch:
             self.postponed, control.should_save = control.should_save, False
@@ -47,7 +50,9 @@ class SynchronizedStop(TrainerCallback):
         self.postponed = self.ends_epoch = False
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An evaluation may take longer than a scheduler waits. It is cut short where its step is, or can be, saved."""
+        """An evaluation may take longer than a scheduler waits. It is cut short where its step is,
+        or can be, saved.
+        """
         if self.stop.phase == "training" and not self.ends_epoch:
             self.number = self.number or self.poll_stop()
             if self.number and (self.in_training or self.saved == state.global_step):
@@ -72,7 +77,9 @@ class SynchronizedStop(TrainerCallback):
         self.number = self.number or self.finish_poll()
 
     def poll_stop(self) -> int:
-        """The highest signal number that any process had heard a step ago; at once where there is only one process."""
+        """The highest signal number that any process had heard a step ago; at once where there is
+        only one process.
+        """
         heard = int(self.stop.signal or 0)
         if self.group is None:
             return heard

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 def train(run: PreparedRun, stop: Stop, console: Console) -> None:
     """Trains, from the last checkpoint if there is one, and fills the run folder.
 
-    Raises UserError where model, data, strategy and machine do not go together, Stopped where a signal asked for it.
+    Raises UserError where model, data, strategy and machine do not go together, Stopped where a
+    signal asked for it.
     """
     trainer = make_trainer(run)
     trainer.remove_callback(ProgressCallback)
@@ -55,7 +56,8 @@ def train(run: PreparedRun, stop: Stop, console: Console) -> None:
         print_answers(console, samples)
     console.print(losses)
     console.print(f"run folder: {trainer.run_folder}")
-    # Torch asks for it, lest a process leaves while another still has something to receive from it by NCCL.
+    # Torch asks for it, lest a process leaves while another still has something to receive from it
+    # by NCCL.
     trainer.accelerator.end_training()
 
 
@@ -96,7 +98,9 @@ def require_positions(model: "PreTrainedModel", longest: int) -> None:
 
 
 def loss_before_and_after(trainer: ResponseTrainer) -> str:
-    """How far the loss of the evaluation set fell, evaluated anew unless that was just done with these weights."""
+    """How far the loss of the evaluation set fell, evaluated anew unless that was just done with
+    these weights.
+    """
     if trainer.eval_dataset is None:
         return "no evaluation: data.eval is null"
     history = evaluations(trainer)

@@ -36,13 +36,15 @@ Counters = dict[str, Any]
 
 
 class ResponseTrainer(Trainer):
-    """transformers' trainer, where a step does only the work that the loss needs, and a run survives being killed.
+    """transformers' trainer, where a step does only the work that the loss needs, and a run
+    survives being killed.
 
-    Overridden because, measured: Trainer averages evaluation losses over batches, so that a token of a short answer
-    weighs more than one of a long answer; accelerate repeats examples to share them out; checkpoints are written in
-    place, and the one with the highest number is resumed, whole or not, silently also where optimizer or random numbers
-    are missing; the losses since the last log are forgotten. Not trl.SFTTrainer: it wants a datasets.Dataset, casts
-    adapters of quantized models to bfloat16 and asks the device for metrics in every micro-batch.
+    Overridden because, measured: Trainer averages evaluation losses over batches, so that a token
+    of a short answer weighs more than one of a long answer; accelerate repeats examples to share
+    them out; checkpoints are written in place, and the one with the highest number is resumed,
+    whole or not, silently also where optimizer or random numbers are missing; the losses since the
+    last log are forgotten. Not trl.SFTTrainer: it wants a datasets.Dataset, casts adapters of
+    quantized models to bfloat16 and asks the device for metrics in every micro-batch.
     """
 
     args: SFTConfig
@@ -110,7 +112,8 @@ class ResponseTrainer(Trainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """On the device, without the labels: they are counted by now, and the loss takes its targets.
+        """On the device, without the labels: they are counted by now, and the loss takes its
+        targets.
 
         Without waiting: transformers copies one tensor after another to its end, pinned or not.
         """
@@ -141,7 +144,9 @@ class ResponseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> torch.Tensor:
-        """() cross-entropy of the response tokens; in training, over those of the step on all processes."""
+        """() cross-entropy of the response tokens; in training, over those of the step on all
+        processes.
+        """
         targets = Targets(inputs["positions"], inputs["targets"])
         arguments = {name: inputs[name] for name in ("input_ids", "position_ids") if name in inputs}
         with self.head.scoring(targets):
@@ -192,10 +197,12 @@ class ResponseTrainer(Trainer):
     # Checkpoints
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Not beyond the last step: transformers would train on where a run is resumed at its very end.
+        """Not beyond the last step: transformers would train on where a run is resumed at its very
+        end.
 
-        Signals are blocked until the first batch is asked for. By then the processes that load batches have started; in
-        the first epoch of a resumed run they are of a loader that accelerate makes.
+        Signals are blocked until the first batch is asked for. By then the processes that load
+        batches have started; in the first epoch of a resumed run they are of a loader that
+        accelerate makes.
         """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -206,9 +213,11 @@ class ResponseTrainer(Trainer):
     def _evaluate(
         self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
     ) -> dict[str, float]:
-        """Where a signal cuts it short, its step is saved; a run that is resumed from there evaluates first.
+        """Where a signal cuts it short, its step is saved; a run that is resumed from there
+        evaluates first.
 
-        transformers skips the scheduler for the evaluation at a start: here that may be the one that was cut short.
+        transformers skips the scheduler for the evaluation at a start: here that may be the one
+        that was cut short.
         """
         at_start, is_overdue = skip_scheduler, skip_scheduler and self.state.global_step > 0
         try:
@@ -224,7 +233,9 @@ class ResponseTrainer(Trainer):
         return metrics
 
     def name_best(self) -> None:
-        """The best step's checkpoint where it will lie: transformers names, when it saves, the place aside."""
+        """The best step's checkpoint where it will lie: transformers names, when it saves, the
+        place aside.
+        """
         if self.state.best_global_step:
             best = self.run_folder / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best)
@@ -234,7 +245,8 @@ class ResponseTrainer(Trainer):
         return str(self.run_folder / UNFINISHED)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Killed at any instant, a run finds whole checkpoints only: one is put in place when all of it is there.
+        """Killed at any instant, a run finds whole checkpoints only: one is put in place when all
+        of it is there.
 
         transformers writes in place and removes old ones by their number, whole or not.
         """
@@ -279,9 +291,11 @@ class ResponseTrainer(Trainer):
         }
 
     def restore_counters(self, counted: list[Counters]) -> None:
-        """Counts on from what each process of the checkpoint had counted, of whatever number they were.
+        """Counts on from what each process of the checkpoint had counted, of whatever number they
+        were.
 
-        A logged loss is the mean of the processes' losses, throughput the sum of what each has counted.
+        A logged loss is the mean of the processes' losses, throughput the sum of what each has
+        counted.
         """
         rank, world_size = self.args.process_index, self.args.world_size
         losses = [each["loss"] for each in counted]
@@ -291,7 +305,9 @@ class ResponseTrainer(Trainer):
         self.throughput.restore([each["throughput"] for each in counted[rank::world_size]])
 
     def save_trained(self) -> None:
-        """Weights or adapter, whole, and the tokenizer into the run folder, by way of a folder aside."""
+        """Weights or adapter, whole, and the tokenizer into the run folder, by way of a folder
+        aside.
+        """
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         self.begin_saving()
@@ -305,8 +321,8 @@ class ResponseTrainer(Trainer):
     ) -> None:
         """As transformers does, but without three things that it leaves behind.
 
-        training_args.bin, a pickle; under ZeRO-1 and 2 a copy of the output layer's tied weight; mode 0600 of the
-        weights, which keeps a group from reading them.
+        training_args.bin, a pickle; under ZeRO-1 and 2 a copy of the output layer's tied weight;
+        mode 0600 of the weights, which keeps a group from reading them.
         """
         model = self.accelerator.unwrap_model(self.model)
         if state_dict and getattr(model.config, "tie_word_embeddings", False):
