@@ -65,7 +65,7 @@ def signals():
     """Whoever listens to signals in a test does not listen after it."""
     before = {
         number: signal.getsignal(number)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
     }
     yield
     for number, handler in before.items():

@@ -1,6 +1,8 @@
 """How a script starts and ends: one line on stderr, an exit code, a note for the batch job."""
 
 import atexit
+import errno
+import io
 import logging
 import math
 import os
@@ -11,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from finetuning.errors import DISK_FULL, REQUEUE, Stopped, UserError, is_out_of_memory, one_line
 from finetuning.launch.launcher import silence_launcher
@@ -24,6 +27,8 @@ def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = 
     Hub does not answer, 130 after Ctrl-C, 75 where a signal asked for a stop and the same command
     will go on. A batch job reads it in the folder EXIT_CODES; see write_exit_note.
     """
+    use_utf8()
+    sys.stdout, sys.stderr = map(outliving_terminal, (sys.stdout, sys.stderr))
     code = 1  # of an exception that nobody foresaw
     # Registered before any library is imported, so called after all that they have registered.
     atexit.register(lambda: exit_without_finalizers(code))
@@ -43,6 +48,7 @@ def run_main(main: Callable[[list[str]], None], manual: str, when_interrupted: s
     try:
         main(arguments)
         write_exit_note(0)
+        ignore_signals()
         return 0
     except UserError as error:
         return report(f"error: {one_line(error)}", error.exit_code)
@@ -51,11 +57,11 @@ def run_main(main: Callable[[list[str]], None], manual: str, when_interrupted: s
     except Stopped as stopped:
         return report(str(stopped) if is_first() else "", stopped.code)
     except PermissionError as error:
-        return report(
-            f"error: {error.filename}: {error.strerror}; it has to be readable, and a folder writable",
-            2,
-        )
+        what = f"{error.filename}: {error.strerror}"
+        return report(f"error: {what}; it has to be readable, and a folder writable", 2)
     except Exception as error:
+        if is_of_interrupt(error):
+            return report(f"interrupted{when_interrupted}", 130)
         if isinstance(error, BrokenPipeError) and stdout_closed():
             return report("", 1)  # as Python's manual and rich have it
         if is_out_of_memory(error):
@@ -66,10 +72,52 @@ def run_main(main: Callable[[list[str]], None], manual: str, when_interrupted: s
         if not any(words in str(error) for words in DISK_FULL):
             write_exit_note(1, f"{type(error).__name__}: {one_line(error)}")
             raise
-        return report(
-            f"error: the disk is full: {one_line(error)}; make room, and give the same command again",
-            1,
-        )
+        remedy = "make room, and give the same command again"
+        return report(f"error: the disk is full: {one_line(error)}; {remedy}", 1)
+
+
+def use_utf8() -> None:
+    """Starts anew where the locale says ASCII and Python believes it: Japanese arguments and the
+    names of files could not be read, nor answers printed.
+    """
+    if sys.getfilesystemencoding() == "ascii":
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
+
+
+class Terminal(io.FileIO):
+    """A terminal that may be closed while a run goes on; what is then printed is dropped."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(data)
+
+
+def outliving_terminal(stream: Any) -> Any:
+    """The stream itself where it is no terminal."""
+    if stream is None or not stream.isatty():
+        return stream
+    raw = Terminal(stream.fileno(), "w", closefd=False)
+    buffer = io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True)
+
+
+def is_of_interrupt(error: BaseException | None) -> bool:
+    """Whether a library made something else of Ctrl-C, as some do while they are imported."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def ignore_signals() -> None:
+    """What has ended stays as it was noted: Python would die of a signal while it takes itself
+    apart, and launchers that die of the same Ctrl-C have the kernel send SIGTERM.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def silence_libraries() -> None:
@@ -112,9 +160,7 @@ def report(line: str, code: int) -> int:
     """Says the line, if there is one, and returns the code to exit with."""
     is_noted = write_exit_note(code, line)
     if is_first() or not line:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # a launcher that dies of the same Ctrl-C is no other reason
+        ignore_signals()
     else:
         # What is wrong with a recipe is wrong in every process: the first speaks, and the launcher
         # ends the others.

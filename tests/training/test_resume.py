@@ -48,8 +48,12 @@ def recipe(tmp_path_factory) -> Path:
     (folder / "many.jsonl").write_text(lines * 20, encoding="utf-8")
     text = f"""
 model: {{name: {folder / "model"}}}
-data: {{path: {folder / "rows.jsonl"}, reader: prompt_response, template: question_answer, eval:
-{{every: 9}}}} training:
+data:
+  path: {folder / "rows.jsonl"}
+  reader: prompt_response
+  template: question_answer
+  eval: {{every: 9}}
+training:
   output_dir: {folder / "run"}
   max_steps: {STEPS}
   global_batch_size: 8

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from signal import SIGINT, SIGTERM, SIGUSR1
+from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1
 
 import pytest
 from conftest import ROOT
@@ -108,6 +108,8 @@ def test_only_ctrl_c_does_not_ask_to_be_requeued(number, code):
 
 # How a script ends
 
+INTERRUPTED = "interrupted; the same command resumes\n"
+
 SCRIPT = """
 import signal, sys
 sys.path.insert(0, "src")
@@ -117,7 +119,7 @@ from finetuning.script import run
 def main(arguments):
     exec(arguments[0], globals())
 
-run(main, "the manual", when_interrupted="; the same command goes on")
+run(main, "the manual", when_interrupted="; the same command resumes")
 """
 
 
@@ -159,7 +161,7 @@ def ending(tmp_path):
             2,
             "error: data.path: a.jsonl is not there",
         ),
-        ("raise KeyboardInterrupt", 130, "interrupted; the same command goes on"),
+        ("raise KeyboardInterrupt", 130, "interrupted; the same command resumes"),
         ("raise Stopped(signal.SIGINT, 'stopped by SIGINT')", 130, "stopped by SIGINT"),
         (
             "raise OSError(28, 'No space left on device')",
@@ -257,10 +259,10 @@ import subprocess, sys, time
 import psutil
 from finetuning.errors import Stopped
 from finetuning.training.signals import Stop, worker_ignores_signals
-from finetuning.training.trainer import EpochLoader
+from finetuning.training.loader import EpochLoader
 
 def begin(worker):
-    time.sleep(1)  # signals come before it knows what to do about them
+    time.sleep(0.3)  # signals come before it knows what to do about them
     worker_ignores_signals(worker)
 
 Stop().listen()
@@ -268,15 +270,70 @@ loader = EpochLoader(range(400), num_workers=2, worker_init_fn=begin)
 numbers = iter(loader)
 workers = psutil.Process().children()
 assert len(workers) == 2
-for worker in workers:
-    subprocess.run(["kill", f"-{sys.argv[1]}", str(worker.pid)], check=True)  # from a process that
-    is not their parent
+for worker in workers:  # from a process that is not their parent
+    subprocess.run(["kill", f"-{sys.argv[1]}", str(worker.pid)], check=True)
 found = list(map(int, numbers))
 assert found == list(range(400)), found
 still_loading = iter(loader)
 next(still_loading)
 raise Stopped(15, "stopped in the middle of an epoch")
 """
+
+
+def test_a_closed_terminal_ends_what_is_before_training_and_is_noted_in_it(stop):
+    with pytest.raises(Stopped) as stopped:
+        signal.raise_signal(SIGHUP)
+    assert stopped.value.code == 75
+    stop.signal = None
+    with stop.after_a_step():
+        signal.raise_signal(SIGHUP)
+        assert stop.signal is SIGHUP
+
+
+def test_nohup_keeps_a_closed_terminal_ignored():
+    signal.signal(SIGHUP, signal.SIG_IGN)
+    stop = Stop()
+    stop.listen()
+    signal.raise_signal(SIGHUP)
+    assert stop.signal is None and signal.getsignal(SIGHUP) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+@pytest.mark.parametrize("main", ["", "raise UserError('no')"], ids=["done", "mistake"])
+def test_a_signal_after_the_end_was_noted_changes_nothing(ending, number, main):
+    late = f"import atexit, os; atexit.register(lambda: os.kill(os.getpid(), signal.{number}))"
+    code = 2 if main else 0
+    assert ending(f"{late}; {main}".removesuffix("; "))[0] == code
+
+
+def test_a_library_that_makes_another_error_of_ctrl_c_is_interrupted_all_the_same(ending):
+    main = "try: raise KeyboardInterrupt\nexcept BaseException as e: raise ImportError('x') from e"
+    assert ending(main) == (130, INTERRUPTED, ["130", INTERRUPTED.rstrip()])
+
+
+def test_a_locale_without_japanese_reads_and_prints_it(ending):
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    main = "assert '日本' in arguments[0], arguments; raise UserError('日本')"
+    assert ending(main, **ascii_only) == (2, "error: 日本\n", ["2", "error: 日本"])
+
+
+def test_what_is_printed_outlives_its_terminal(tmp_path):
+    """The other end of the terminal is closed while the script runs; it is not sent SIGHUP."""
+    main = (
+        "print('now'); open(arguments[1]).read(); print('on'); open(arguments[2], 'w').write('x')"
+    )
+    fifo, end = tmp_path / "fifo", tmp_path / "end"
+    os.mkfifo(fifo)
+    screen, terminal = os.openpty()
+    command = [sys.executable, "-c", SCRIPT, main, str(fifo), str(end)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal, env=os.environ
+    )
+    os.close(terminal)
+    assert b"now" in os.read(screen, 100)
+    os.close(screen)
+    fifo.write_text("go")
+    assert process.wait(60) == 0 and end.read_text() == "x"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)

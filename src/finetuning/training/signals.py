@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from finetuning.errors import Stopped
-from finetuning.launch.launcher import end_with_launcher
+from finetuning.launch.launcher import end_with_launcher, silence_launcher
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class Stop:
@@ -28,7 +28,9 @@ class Stop:
 
     def listen(self) -> None:
         for number in SIGNALS:
-            signal.signal(number, self.hear)
+            # nohup has a terminal that closes ignored; so does a shell, of what it starts.
+            if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):
+                signal.signal(number, self.hear)
         end_with_launcher()
 
     @contextmanager
@@ -44,10 +46,11 @@ class Stop:
 
     def hear(self, number: int, frame: Any) -> None:
         repeated = self.signal == number
-        if (
-            self.signal != signal.SIGINT
-        ):  # a launcher that dies of Ctrl-C too has the kernel send SIGTERM
+        # A launcher that dies of Ctrl-C too has the kernel send SIGTERM.
+        if self.signal != signal.SIGINT:
             self.signal = signal.Signals(number)
+        if number == signal.SIGINT:
+            silence_launcher()
         if number == signal.SIGINT and (self.phase != "training" or repeated):
             raise KeyboardInterrupt
         if self.phase == "before":
@@ -58,7 +61,7 @@ class Stop:
 
 @contextmanager
 def block_signals() -> Iterator[None]:
-    """Within, signals wait; a process that is started is born block_signals, before it knows what
+    """Within, signals wait; a process that is started here inherits the mask, until it knows what
     to do about them.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

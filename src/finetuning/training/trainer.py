@@ -12,7 +12,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import Trainer
 from trl import SFTConfig
 
@@ -27,6 +26,7 @@ from finetuning.runs.checkpoints import (
     move_into,
     seal_and_rotate,
 )
+from finetuning.training.loader import EpochLoader
 from finetuning.training.signals import SIGNALS, block_signals, worker_ignores_signals
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class ResponseTrainer(Trainer):
 
     # Batches
 
-    def get_train_dataloader(self) -> "EpochLoader":
+    def get_train_dataloader(self) -> EpochLoader:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return self.load(
             self.train_dataset,
@@ -84,11 +84,11 @@ class ResponseTrainer(Trainer):
             by_length=self.order == "by_length",
         )
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> "EpochLoader":
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> EpochLoader:
         assert self.eval_dataset is not None
         return self.load(self.eval_dataset, batch_size=self.args.per_device_eval_batch_size)
 
-    def load(self, examples: ExampleSet, **settings: Any) -> "EpochLoader":
+    def load(self, examples: ExampleSet, **settings: Any) -> EpochLoader:
         """A loader of this process's batches; accelerate does not share them out again."""
         processes, process = self.args.world_size, self.args.process_index
         lengths = examples.examples.lengths
@@ -336,19 +336,6 @@ class ResponseTrainer(Trainer):
             os.umask(umask)
             for file in folder.glob("*.safetensors"):
                 file.chmod(0o666 & ~umask)
-
-
-class EpochLoader(DataLoader[Any]):
-    """A DataLoader that tells its batch sampler the epoch, as Trainer expects of accelerate's."""
-
-    batch_sampler: BatchSampler
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
-
-    def __iter__(self) -> Any:
-        with block_signals():
-            return super().__iter__()
 
 
 def activation_offloading(model: Any, args: SFTConfig) -> Any:
