@@ -1,13 +1,17 @@
-"""Questions -> answers, asked with the very prompt that was trained on."""
+"""Conversations -> answers, asked with the very prompt that was trained on."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetuning.data.chat_template import ChatTemplate
 from finetuning.data.prepare import load_template
+from finetuning.data.row import BadRow, Message, message
 from finetuning.data.templates import MarkerTemplate
 from finetuning.data.tokenization import encode_prompts
 from finetuning.errors import UserError, one_line
@@ -24,20 +28,178 @@ if TYPE_CHECKING:
 BATCH = 8  # questions asked at once
 
 
-def load_asker(folder: Path, recipe: Recipe) -> Callable[[list[str]], list[str]]:
-    """A function from questions to answers, with the model of a run folder. Uses a GPU if there is one."""
+Conversation = Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Asker:
+    """A model that is asked with the prompt it was trained on."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerFast"
+    template: MarkerTemplate | ChatTemplate
+    generation: Generation
+
+    def __call__(self, questions: Sequence[str]) -> list[str]:
+        """The answer to each question, asked alone."""
+        return self.answer([[message("user", question)] for question in questions])
+
+    def answer(self, conversations: Sequence[Conversation]) -> list[str]:
+        """The next response of each conversation, without end mark.
+
+        Raises UserError for one that the template has no place for, or the model cannot read.
+        """
+        return self.answer_prompts([self.prompt(each) for each in conversations])
+
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """The token ids that the next response is generated from. Raises UserError; see answer."""
+        try:
+            segments = self.template.render_prompt(conversation)
+        except BadRow as error:
+            raise UserError(str(error)) from None
+        ids = encode_prompts([segments], self.tokenizer)[0]
+        if len(ids) >= (positions := self.positions()):
+            raise UserError(
+                f"a question has {len(ids)} tokens with its template and what was said before it, "
+                f"the model reads at most {positions}"
+            )
+        return ids
+
+    def positions(self) -> int:
+        """How many tokens the model reads, prompt and response together."""
+        return getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+
+    def answer_prompts(self, prompts: Sequence[list[int]]) -> list[str]:
+        """The answers in order; computed in batches of prompts of similar length."""
+        answers = [""] * len(prompts)
+        with self.generating():
+            for batch in batches_by_length(prompts):
+                responses = self.respond([prompts[number] for number in batch])
+                for number, response in zip(batch, responses, strict=True):
+                    answers[number] = self.text(response)
+        return answers
+
+    def stream(self, conversation: Conversation, show: Callable[[str], None]) -> str:
+        """The answer, of which each new piece is shown as soon as its words are whole."""
+        prompt = self.prompt(conversation)
+        if (self.generation.model_dump().get("num_beams") or 1) > 1:
+            show(answer := self.answer_prompts([prompt])[0])  # it is chosen at the end
+            return answer
+        streamer = WordStreamer(self.text, show)
+        with self.generating():
+            self.respond([prompt], streamer)
+        return streamer.shown
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Leaves the model's mode and the random numbers of training as they were."""
+        was_training = self.model.training
+        self.model.eval()
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        try:
+            # Not inference_mode: weights that ZeRO-3 gathers in it could not be trained on later.
+            with torch.random.fork_rng(devices), torch.no_grad():
+                torch.manual_seed(self.generation.seed)
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def respond(self, prompts: list[list[int]], streamer: Any = None) -> list[list[int]]:
+        """The token ids of each response, for B prompts padded on the left to T tokens.
+
+        So every response starts at the same column.
+        """
+        from transformers import GenerationConfig
+
+        longest = max(map(len, prompts))
+        settings = self.generation.model_dump(exclude_unset=True, exclude={"prompts", "seed"})
+        room = self.positions() - longest
+        settings["max_new_tokens"] = min(self.generation.max_new_tokens, room)
+        ends = self.ends()
+        fill = self.tokenizer.pad_token_id
+        fill = ends[0] if fill is None else fill
+        tokens = {"eos_token_id": ends, "pad_token_id": fill}
+        padding = [longest - len(prompt) for prompt in prompts]
+        input_ids = [[fill] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
+        is_prompt = [[0] * n + [1] * (longest - n) for n in padding]
+        device = self.model.device
+        try:
+            output = self.model.generate(
+                input_ids=torch.tensor(input_ids, device=device),
+                attention_mask=torch.tensor(is_prompt, device=device),
+                generation_config=GenerationConfig(**{**tokens, "use_cache": True, **settings}),
+                streamer=streamer,
+            )
+        except ValueError as error:  # what transformers finds wrong with the settings
+            raise UserError(f"generation: {one_line(error)}") from None
+        responses: list[list[int]] = output[:, longest:].tolist()
+        return responses
+
+    def ends(self) -> list[int]:
+        """The tokens that end a response."""
+        return [self.tokenizer.convert_tokens_to_ids(mark) for mark in self.template.end_marks]
+
+    def text(self, response: list[int]) -> str:
+        """The assistant's words in a generated response."""
+        words = cut_at_end(response, self.ends())
+        return self.template.answer(self.tokenizer.decode(words, skip_special_tokens=True))
+
+
+class WordStreamer:
+    """What transformers calls with each new token: shows what is new of the text, in whole words."""
+
+    def __init__(self, read: Callable[[list[int]], str], show: Callable[[str], None]) -> None:
+        self.read, self.show = read, show
+        self.ids: list[int] | None = None
+        self.shown = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.ids is None:  # the prompt comes first
+            self.ids = []
+            return
+        self.ids += value.flatten().tolist()
+        self.go_to(whole_words(self.read(self.ids)))
+
+    def end(self) -> None:
+        self.go_to(self.read(self.ids or []))
+
+    def go_to(self, text: str) -> None:
+        if text.startswith(self.shown) and text != self.shown:
+            self.show(text[len(self.shown) :])
+            self.shown = text
+
+
+def whole_words(text: str) -> str:
+    """The text without a word that may still grow, or a character that is not yet whole."""
+    text = text.rstrip("\ufffd")
+    if text and ord(text[-1]) >= 0x2E80:  # Chinese and Japanese have no spaces between words
+        return text
+    return text[: max(map(text.rfind, " \n")) + 1]
+
+
+def batches_by_length(prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The numbers of the prompts in batches of similar length, each in the order of the prompts."""
+    by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    starts = range(0, len(by_length), BATCH)
+    return [sorted(by_length[start : start + BATCH]) for start in starts]
+
+
+def load_asker(folder: Path, recipe: Recipe) -> Asker:
+    """The model of a run folder, to be asked. Uses a GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = read_tokenizer(str(folder))
     model = load_trained(folder, recipe, tokenizer, device)
     model.to(device)
-    template = load_template(recipe.data, tokenizer)
-    return lambda questions: ask(model, tokenizer, template, recipe.generation, questions)
+    return Asker(model, tokenizer, load_template(recipe.data, tokenizer), recipe.generation)
 
 
 def load_trained(
     folder: Path, recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", device: str = "cpu"
 ) -> "PreTrainedModel":
-    """The run folder's weights, or its adapter on the base model they were trained on, quantised if the recipe is."""
+    """The run folder's weights, or its adapter on the base model it was trained on.
+
+    The base is quantized if the recipe's is.
+    """
     if not (folder / "adapter_config.json").exists():
         return load_model(Model(name=str(folder), dtype=recipe.model.dtype), tokenizer, seed=0)
     from peft import PeftModel
@@ -47,82 +209,6 @@ def load_trained(
     return PeftModel.from_pretrained(base, str(folder))
 
 
-def ask(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerFast",
-    template: MarkerTemplate | ChatTemplate,
-    generation: Generation,
-    questions: list[str],
-) -> list[str]:
-    """The response to each question, without prompt and end mark.
-
-    Leaves the model's mode and the random numbers of training as they were. Raises UserError for a question longer
-    than the model can read.
-    """
-    segments = [
-        template.render_prompt([{"role": "user", "content": question}]) for question in questions
-    ]
-    prompts = encode_prompts(segments, tokenizer)
-    answers = []
-    was_training = model.training
-    model.eval()
-    devices = [model.device] if model.device.type == "cuda" else []
-    # Not inference_mode: weights that ZeRO-3 gathers in it could not be trained on afterwards.
-    with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(generation.seed)
-        for start in range(0, len(prompts), BATCH):
-            answers += respond(
-                model, tokenizer, template, generation, prompts[start : start + BATCH]
-            )
-    model.train(was_training)
-    return answers
-
-
-def respond(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerFast",
-    template: MarkerTemplate | ChatTemplate,
-    generation: Generation,
-    prompts: list[list[int]],
-) -> list[str]:
-    """One batch of `ask`: prompts padded on the left, so that every response starts at the same column."""
-    from transformers import GenerationConfig
-
-    longest = max(map(len, prompts))
-    settings = generation.model_dump(exclude_unset=True, exclude={"prompts", "seed"})
-    settings["max_new_tokens"] = new_tokens(model, generation.max_new_tokens, longest)
-    ends = [tokenizer.convert_tokens_to_ids(mark) for mark in template.end_marks]
-    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    tokens = {"eos_token_id": ends, "pad_token_id": fill}
-    input_ids = torch.tensor([[fill] * (longest - len(prompt)) + prompt for prompt in prompts])
-    attention_mask = torch.tensor(
-        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    )
-    try:
-        output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            generation_config=GenerationConfig(**{**tokens, "use_cache": True, **settings}),
-        )
-    except ValueError as error:  # what transformers finds wrong with the settings
-        raise UserError(f"generation: {one_line(error)}") from None
-    responses = [cut_at_end(ids, ends) for ids in output[:, longest:].tolist()]
-    return [
-        template.answer(text)
-        for text in tokenizer.batch_decode(responses, skip_special_tokens=True)
-    ]
-
-
 def cut_at_end(ids: list[int], ends: list[int]) -> list[int]:
     """The tokens before the first end mark."""
     return next((ids[:position] for position, token in enumerate(ids) if token in ends), ids)
-
-
-def new_tokens(model: "PreTrainedModel", wanted: int, prompt: int) -> int:
-    """How many tokens fit behind a prompt of that many."""
-    positions = getattr(model.config, "max_position_embeddings", None) or wanted + prompt
-    if prompt >= positions:
-        raise UserError(
-            f"a question has {prompt} tokens with its template, the model reads at most {positions}"
-        )
-    return min(wanted, positions - prompt)

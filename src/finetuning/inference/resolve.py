@@ -1,5 +1,6 @@
 """Which trained model a name means: a run folder, a recipe's run folder, else what it published."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,14 +9,22 @@ from finetuning.hub.address import PREFIX, Address, parse_address
 from finetuning.hub.allowed_files import ADAPTER_WEIGHTS
 from finetuning.hub.download import pull
 from finetuning.recipe.recipe import Recipe, load_recipe
+from finetuning.runs.checkpoints import checkpoints_of, damage_of, verify_newest_first
 from finetuning.runs.folder import find_run_folder, has_model, means_folder, output_folder
 
 
-def find_trained_model(name: str) -> tuple[Path, Path]:
+def find_trained_model(name: str, step: str | None = None) -> tuple[Path, Path]:
     """(folder of a trained model, its recipe): of a run folder, a recipe or an address on the Hub.
 
-    A recipe's run folder comes first, then the place where the recipe publishes; which one it is, is said.
+    A recipe's run folder comes first, then the place where the recipe publishes; which one it is,
+    is said. A step, a number or `last`, means that checkpoint of the run folder.
     """
+    path = Path(name).expanduser()
+    if step is None and (found := re.fullmatch(r"checkpoint-(\d+)", path.name)):
+        path, step = path.parent, found[1]
+    if step is not None:
+        folder = path if path.is_dir() else output_folder(load_recipe(path))
+        return whole_checkpoint(folder, step), folder / "recipe.yaml"
     if name.startswith(PREFIX):
         folder = pull(read_address(name)).folder
         if not (folder / "recipe.yaml").is_file():
@@ -35,6 +44,29 @@ def find_trained_model(name: str) -> tuple[Path, Path]:
     if is_recipe:
         print(f"taken from the run folder: {folder}", file=sys.stderr)
     return folder, folder / "recipe.yaml"
+
+
+def whole_checkpoint(folder: Path, step: str) -> Path:
+    """The run folder's checkpoint of that step, or its last. Raises UserError without a whole one."""
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder: it has no recipe.yaml")
+    checkpoint = folder / f"checkpoint-{step}"
+    if step == "last":
+        whole = [path for path, damage in verify_newest_first(folder) if damage is None]
+        if not whole:
+            raise UserError(f"{folder} has no whole checkpoint")
+        checkpoint = whole[0]
+    elif not checkpoint.is_dir():
+        there = ", ".join(path.name for path in checkpoints_of(folder)) or "none"
+        raise UserError(f"{folder} has no {checkpoint.name}; there are: {there}")
+    elif damage := damage_of(checkpoint):
+        raise UserError(f"{checkpoint} is not used: {damage}")
+    if not has_model(checkpoint):
+        raise UserError(
+            f"{checkpoint} has no weights in one piece: each of several processes wrote a part; "
+            "the run folder has them when the run is finished"
+        )
+    return checkpoint
 
 
 def pull_published(recipe: Recipe, name: str) -> Path:

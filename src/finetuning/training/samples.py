@@ -1,6 +1,6 @@
 """The recipe's prompts, asked before and after training."""
 
-from finetuning.inference.generation import ask
+from finetuning.inference.generation import Asker
 from finetuning.runs.folder import Sample, read_samples, write_samples
 from finetuning.training.prepared_run import PreparedRun
 from finetuning.training.trainer import ResponseTrainer
@@ -30,4 +30,4 @@ def ask_prompts(trainer: ResponseTrainer, run: PreparedRun) -> list[str]:
     is_asked = trainer.is_world_process_zero() or run.strategy.is_sharded
     generation = run.recipe.generation
     prompts = generation.prompts if is_asked else []
-    return ask(trainer.model, run.tokenizer, run.template, generation, prompts)
+    return Asker(trainer.model, run.tokenizer, run.template, generation)(prompts)
