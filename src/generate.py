@@ -100,8 +100,11 @@ def answer(options: Namespace, folder: Path, recipe: "Recipe") -> None:
         return load_asker(folder, recipe)
 
     if options.output:
-        made_with = {"model": str(folder), "generation": recipe.generation.model_dump()}
-        made_with |= {"quantization": recipe.model.quantization}
+        made_with = {
+            "model": str(folder),
+            "quantization": recipe.model.quantization,
+            "generation": recipe.generation.model_dump(),
+        }
         write_answers(load, questions, options.output, made_with)
         print(f"written to {options.output}: {len(questions):,} answers")
         return
