@@ -111,7 +111,7 @@ if [ -n "$failed" ] || [ -z "$is_stopped" ]; then
   exit "${failed:-$code}"
 fi
 if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:=100}" ]; then
-  say "stopped, and is not queued again after $MAX_RESTARTS restarts (MAX_RESTARTS); the same command goes on"
+  say "stopped, and is not queued again after $MAX_RESTARTS restarts (MAX_RESTARTS); the same command resumes"
   exit 75
 fi
 say "stopped; it is queued again and will go on"

@@ -45,4 +45,4 @@ def read_arguments(arguments: list[str]) -> Namespace:
 
 
 if __name__ == "__main__":
-    run(main, __doc__, when_interrupted="; the same command goes on where it stopped")
+    run(main, __doc__, when_interrupted="; the same command resumes where it stopped")

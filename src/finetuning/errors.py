@@ -13,7 +13,7 @@ DISK_FULL = ("No space left on device", "Disk quota exceeded", "inline_container
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "std::bad_alloc")
 
 
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: not done, the same command again goes on
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: not done, the same command again resumes
 
 
 class UserError(ValueError):

@@ -381,7 +381,7 @@ def test_interrupted_it_ends_at_once_with_130(served, call, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=50)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert errors.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
+    assert errors.splitlines()[-1] == "interrupted; the same command resumes where it stopped"
     assert not (tmp_path / "mine").exists()
     pulled(call, folder=tmp_path / "mine")
 

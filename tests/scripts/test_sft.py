@@ -294,7 +294,7 @@ def test_an_evaluation_after_training_is_cut_short_where_nothing_is_lost(tmp_pat
     steps = ["training.max_steps=4", "training.save_strategy=steps", "training.save_steps=4"]
     evaluated({}, stop=4)
     with pytest.raises(
-        Stopped, match="stopped by SIGUSR1 after step 4 of 4; the same command goes on"
+        Stopped, match="stopped by SIGUSR1 after step 4 of 4; the same command resumes"
     ):
         run_folder(tmp_path, *steps)
     evaluated({4: 2.0})

@@ -132,7 +132,7 @@ def test_one_process_stops_after_the_step_in_which_it_was_asked(number, step):
         train(callback, signals={step: number})
     assert (
         str(stopped.value)
-        == f"stopped by {number.name} after step {step} of 10; the same command goes on"
+        == f"stopped by {number.name} after step {step} of 10; the same command resumes"
     )
     assert stopped.value.code == (130 if number is SIGINT else 75)
 

@@ -42,7 +42,7 @@ OWNED = {
                 "ignore_data_skip",
                 "enable_jit_checkpoint",
             ),
-            "the run folder: the same command again goes on exactly where the run stopped",
+            "the run folder: the same command again resumes exactly where the run stopped",
         ),
         **dict.fromkeys(
             ("restore_callback_states_from_checkpoint", "save_on_each_node"),

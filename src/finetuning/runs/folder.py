@@ -6,6 +6,7 @@ model.safetensors or adapter_model.safetensors, tokenizer.json, ...   checkpoint
 """
 
 import json
+import math
 import platform
 import sys
 import tempfile
@@ -83,7 +84,8 @@ class RunFolder:
 
     def curve(self, figure: str) -> tuple[list[int], list[float]]:
         """(steps, values) wherever the figure was logged."""
-        points = {line["step"]: line[figure] for line in self.metrics if figure in line}
+        known = [line for line in self.metrics if line.get(figure) is not None]
+        points = {line["step"]: line[figure] for line in known}
         return list(points), list(points.values())
 
     def last(self, figure: str) -> float | None:
@@ -248,7 +250,7 @@ def read_environment(folder: Path) -> dict[str, Any]:
 
 def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(metrics) + "\n")
+        stream.write(line_of(metrics) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -261,7 +263,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(metrics) + "\n" for metrics in history))
+    write_text(folder / "metrics.jsonl", "".join(line_of(metrics) + "\n" for metrics in history))
+
+
+def line_of(metrics: dict[str, Any]) -> str:
+    """One line of JSON, which knows neither NaN nor infinity: they are null."""
+    numbers = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in metrics.items()
+    }
+    return json.dumps(numbers, allow_nan=False)
 
 
 def write_samples(folder: Path, samples: list[Sample]) -> None:

@@ -68,6 +68,7 @@ def fits(trainer: ResponseTrainer, batch: Batch) -> bool:
             fits = False
     trainer.model_wrapped.zero_grad()
     trainer.throughput.reset()
+    trainer.first_non_finite.forget()
     if not fits and device.type == "cuda":
         torch.cuda.empty_cache()
     return fits

@@ -63,6 +63,7 @@ class StartChecks(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for check in CHECKS:
             check(self.trainer, self.run)
+        self.trainer.remember_weights()
         if not state.global_step:  # else the model has learnt since
             ask_before_training(self.trainer, self.run)
         if state.is_world_process_zero:

@@ -8,22 +8,27 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from finetuning.errors import Stopped
+from finetuning.training.divergence import diverged
 from finetuning.training.signals import Stop
+from finetuning.training.trainer import ResponseTrainer
+
+LAST_STEP = 2**40  # no run has so many
+NOT_FINITE = 2**39  # below are the numbers of signals
 
 
 class SynchronizedStop(TrainerCallback):
     """Where a process is asked to stop: one checkpoint, after a step that all processes agree on,
-    then Stopped.
+    then Stopped. Where a loss is not finite: no checkpoint, and UserError.
 
     The question goes round while the next step is computed, over a group of its own on the CPU, and
     is answered at that step's end: nobody waits for it, and no device is asked.
     """
 
-    def __init__(self, stop: Stop) -> None:
-        self.stop = stop
+    def __init__(self, stop: Stop, trainer: ResponseTrainer | None = None) -> None:
+        self.stop, self.trainer = stop, trainer
         self.group: Any = None
         self.question: tuple[Any, torch.Tensor] | None = None
-        self.number = 0  # of the signal that was poll_stop on
+        self.number = 0  # that all processes agreed on, see poll_stop
         self.in_training = False
         self.saved = 0  # the step of the last checkpoint
         self.ends_epoch = False
@@ -38,6 +43,8 @@ class SynchronizedStop(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.number = self.number or self.poll_stop()
+        if self.number > NOT_FINITE:
+            self.end(state)
         control.should_save |= bool(self.number)
         # What comes with the end of an epoch, logs and an evaluation, belongs into the checkpoint
         # of its last step.
@@ -68,19 +75,26 @@ class SynchronizedStop(TrainerCallback):
 
     def end(self, state: Any) -> None:
         self.finish_poll()
+        if self.number > NOT_FINITE:
+            step = LAST_STEP - self.number
+            assert self.trainer is not None
+            raise diverged(self.trainer.args, f"the loss of step {step} is not finite")
         number = signal.Signals(self.number)
         place = f"step {state.global_step} of {state.max_steps}"
-        raise Stopped(number, f"stopped by {number.name} after {place}; the same command goes on")
+        raise Stopped(number, f"stopped by {number.name} after {place}; the same command resumes")
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.in_training = False
         self.number = self.number or self.finish_poll()
 
     def poll_stop(self) -> int:
-        """The highest signal number that any process had heard a step ago; at once where there is
-        only one process.
+        """The highest number that any process had a step ago; at once where there is only one.
+
+        That of a signal, or LAST_STEP less the first step whose loss was not finite.
         """
         heard = int(self.stop.signal or 0)
+        if self.trainer and (step := self.trainer.first_non_finite.poll()):
+            heard = LAST_STEP - step
         if self.group is None:
             return heard
         answer = self.finish_poll()

@@ -44,10 +44,12 @@ def train(run: PreparedRun, stop: Stop, console: Console) -> None:
     trainer.add_callback(progress)
     trainer.add_callback(MetricsFile(trainer.run_folder))
     trainer.add_callback(Watchdog())
-    trainer.add_callback(SynchronizedStop(stop))
+    trainer.add_callback(SynchronizedStop(stop, trainer))
     with closing(progress), stop.after_a_step():
         resume_or_train(trainer)
         losses = loss_before_and_after(trainer)
+    trainer.require_finite_weights()
+    trainer.require_moved_weights()
     trainer.save_trained()
     samples = ask_after_training(trainer, run)
     if trainer.is_world_process_zero():

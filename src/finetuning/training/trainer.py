@@ -26,6 +26,7 @@ from finetuning.runs.checkpoints import (
     move_into,
     seal_and_rotate,
 )
+from finetuning.training.divergence import FirstNonFinite, diverged, norms_of, unmoved
 from finetuning.training.loader import EpochLoader
 from finetuning.training.signals import SIGNALS, block_signals, worker_ignores_signals
 
@@ -65,6 +66,8 @@ class ResponseTrainer(Trainer):
         self.head = ResponseHead(self.accelerator.unwrap_model(self.model))
         self.throughput = Throughput(self.model, self.args.device)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch
+        self.first_non_finite = FirstNonFinite(self.args.device)
+        self.norms_at_start: torch.Tensor | None = None
         self.offloading = activation_offloading(self.model, self.args)
 
     @property
@@ -135,7 +138,8 @@ class ResponseTrainer(Trainer):
         # Until backward is done: checkpointed layers attend again.
         with self.offloading, packed_as(self.packing(inputs)):
             loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-            return loss
+        self.first_non_finite.look_at(loss, self.state.global_step + 1)
+        return loss
 
     def compute_loss(
         self,
@@ -250,6 +254,7 @@ class ResponseTrainer(Trainer):
 
         transformers writes in place and removes old ones by their number, whole or not.
         """
+        self.require_finite_weights()
         try:
             self.begin_saving()
             super()._save_checkpoint(model, trial)
@@ -263,6 +268,29 @@ class ResponseTrainer(Trainer):
             shutil.rmtree(self.run_folder / UNFINISHED, ignore_errors=True)
             raise
         self.accelerator.wait_for_everyone()
+
+    def require_finite_weights(self) -> None:
+        """Raises UserError, in every process, where one of them has a weight that is no number."""
+        is_bad = ~norms_of(self.model).isfinite().all() | (self.first_non_finite.step > 0)
+        if self.accelerator.reduce(is_bad.long().to(self.args.device)).item():
+            step = int(self.first_non_finite.step) or self.state.global_step
+            raise diverged(self.args, f"the loss or the weights of step {step} are not finite")
+
+    def remember_weights(self) -> None:
+        """As they are before the first step of this launch, for require_moved_weights."""
+        self.norms_at_start = norms_of(self.model)
+        self.first_step = self.state.global_step
+
+    def require_moved_weights(self) -> None:
+        """Raises UserError, in every process, where no step of this launch has changed a weight."""
+        steps = self.state.global_step - self.first_step
+        # The best weights may be those that this launch began with.
+        if self.first_step and (not steps or self.args.load_best_model_at_end):
+            return
+        assert self.norms_at_start is not None
+        has_moved = (norms_of(self.model) != self.norms_at_start).any()
+        if not self.accelerator.reduce(has_moved.long().to(self.args.device)).item():
+            raise unmoved(self.args, steps)
 
     def begin_saving(self) -> None:
         if self.is_world_process_zero():
