@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 from finetuning.data.readers import READERS
 from finetuning.data.row import Message
-from finetuning.data.templates import TEMPLATES, Markers, MarkerTemplate
+from finetuning.data.templates import CHAT, TEMPLATES, Markers, MarkerTemplate
 from finetuning.launch.compatibility import RULES
 
 ROOT = Path(__file__).parents[1]
@@ -46,11 +46,10 @@ def templates() -> Rows:
     """The templates, each as it writes one question and its answer."""
     rows = [
         [f"`{name}`", *texts(markers), f"`{' '.join(places(markers))}`"]
-        if markers
-        else [f"`{name}`", "the tokenizer's own chat template", "", "those of the chat template"]
         for name, markers in TEMPLATES.items()
     ]
-    return [["`data.template`", "prompt", "response", "roles it has a place for"], *rows]
+    chat = [f"`{CHAT}`", "the tokenizer's own chat template", "", "those of the chat template"]
+    return [["`data.template`", "prompt", "response", "roles it has a place for"], *rows, chat]
 
 
 def texts(markers: Markers) -> list[str]:

@@ -1,51 +1,45 @@
-"""What the user got wrong, told in one line."""
+"""What a person can cause, told in one line, and the exit codes that batch systems read."""
 
 import difflib
 import signal
 from collections.abc import Iterable
 
-# How Python, Rust (safetensors) and C++ (torch.save) say that the disk is full, in exceptions of
-# their own.
+# How Python, Rust (safetensors) and C++ (torch.save) report a full disk, each by its own exception.
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "inline_container.cc")
-
-
-# How torch says that of memory, of a GPU's and of the CPU's, and the C++ library.
+# How torch, for GPU and CPU memory, and the C++ library report an allocation that failed.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "std::bad_alloc")
-
-
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: not done, the same command again resumes
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: unfinished; the same command resumes
 
 
 class UserError(ValueError):
-    """The recipe, the data or the machine does not allow what was asked for; the message is the
-    whole explanation.
+    """The recipe, the data or the machine does not allow what was asked for.
+
+    The message is the whole explanation, in one line; scripts print it without a traceback.
     """
 
     exit_code = 2
 
 
 class TryAgain(UserError):
-    """What may pass by itself, such as a Hub that does not answer: the same command may succeed
-    later.
-    """
+    """A failure that may pass, such as a Hub that is down: the same command may succeed later."""
 
     exit_code = 1
 
 
 class Stopped(BaseException):
-    """A signal asked the run to stop, and it did. Like KeyboardInterrupt, nothing that goes wrong."""
+    """A signal asked the run to stop, and it did. Not an error, like KeyboardInterrupt."""
 
     def __init__(self, number: signal.Signals, message: str) -> None:
         super().__init__(message)
         self.code = 130 if number == signal.SIGINT else REQUEUE
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(part in str(error) for part in OUT_OF_MEMORY)
 
 
 def did_you_mean(name: object, choices: Iterable[str], prefix: str = "") -> str:
-    """The end of a message about an unknown name: `; did you mean x?`, or nothing if none is near."""
+    """The end of a message about an unknown name: `; did you mean x?`, or nothing."""
     near = nearest(name, choices)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
@@ -57,5 +51,5 @@ def nearest(
     return difflib.get_close_matches(str(name), list(choices), n=count, cutoff=similarity)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())

@@ -4,7 +4,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A frozen part of a recipe; unknown keys and values of another type, NaN and infinity are refused."""
+    """A frozen part of a recipe. Unknown keys, values of another type and NaN are refused."""
 
     model_config = ConfigDict(
         extra="forbid",

@@ -15,7 +15,7 @@ ORDERS = [{}, {"by_length": True}, {"seed": None}]
 
 
 def steps_of(processes: int, accumulation: int = 1, epoch: int = 0, **kwargs) -> list[set[int]]:
-    """The set of examples of every step, over all processes and micro-batches, of a global batch of 16."""
+    """The set of examples of every step of a global batch of 16, over all processes."""
     settings = {"seed": 3, "batch_size": 16 // processes // accumulation, **kwargs}
     samplers = [
         BatchSampler(

@@ -1,4 +1,4 @@
-"""The Harry Potter recipe from file to tokens: the records that a person would write down, and nothing else."""
+"""The Harry Potter recipes from file to tokens: what a person would write down, and no more."""
 
 import json
 
@@ -85,24 +85,21 @@ def test_the_question_that_is_asked_is_the_one_that_was_trained(recipe):
     made = build(recipe.data, tokenizer)
     texts = [tokenizer.decode(example["input_ids"]) for example in (*made.train, *made.eval)]
     assert f"{asked}Why?{END}" in texts
-    assert template.answer("Two people wait.<NL>It rains.") == "Two people wait.\nIt rains."
+    assert template.strip_markers("Two people wait.<NL>It rains.") == "Two people wait.\nIt rains."
 
 
-def test_the_recipe_is_the_one_of_the_book(recipe):
-    whole = load_recipe(ROOT / "recipes" / "harry_potter_bloomz_1b1_lora8bit.yaml")
-    assert (whole.data.sessions, whole.data.max_length, whole.data.eval.every) == (50, 256, 5)
-    assert (recipe.lora.r, recipe.lora.lora_alpha, recipe.lora.lora_dropout) == (8, 16, 0.05)
-    assert recipe.lora.target_modules == ["query_key_value"]
-    assert (recipe.training.learning_rate, recipe.training.num_train_epochs) == (1e-4, 3)
-    assert recipe.training.report_to == "tensorboard"
-    asked = recipe.generation
-    assert (asked.temperature, asked.top_p, asked.top_k, asked.no_repeat_ngram_size) == (
-        0.7,
-        0.75,
-        40,
-        2,
+def test_the_two_recipes_are_one_training_apart_from_the_quantization():
+    one, other = (
+        load_recipe(ROOT / "recipes" / f"harry_potter_bloomz_1b1_lora{bits}bit.yaml").model_dump()
+        for bits in (8, 4)
     )
-    assert asked.do_sample and asked.max_new_tokens == 256 and asked.seed is not None
+    assert (one["model"].pop("quantization"), other["model"].pop("quantization")) == (
+        "8bit",
+        "4bit",
+    )
+    for whole in (one, other):
+        del whole["training"]["output_dir"]
+    assert one == other
 
 
 def test_a_scene_that_is_too_long_is_kept_without_a_false_end(recipe, tmp_path):

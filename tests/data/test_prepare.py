@@ -1,4 +1,4 @@
-"""Every row is accounted for, the split is the same every time, and a cache changes nothing but the time."""
+"""Every row is accounted for, the split is always the same, and a cache changes only the time."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny import TOKENIZERS, byte_level
 
-from finetuning.data.cache import cache_key, prepare, write_cache
+from finetuning.data.cache import PIPELINE, cache_key, prepare, read_cache, write_cache
 from finetuning.data.prepare import training_texts
 from finetuning.data.section import Data
 from finetuning.data.templates import TEMPLATES
@@ -341,7 +341,10 @@ def test_without_eval_nothing_is_held_out(data_of):
 
 @pytest.fixture
 def mixed(data_of):
-    """Three sources of forty rows, used half, twice and one and a half times; every fifth row is held out."""
+    """Three sources of forty rows, used half, twice and one and a half times.
+
+    Every fifth row is held out.
+    """
     weights = {"half": 0.5, "twice": 2.0, "more": 1.5}
     paths = [
         {"path": data_of(pairs(40), name).path, "weight": weight}
@@ -432,7 +435,7 @@ def test_texts_to_train_a_tokenizer_on_are_those_of_rows_held_out_by_number_too(
 
 @pytest.fixture
 def without_system(data_of, monkeypatch):
-    """A data section of two rows, one of them with a system turn, for which its template has no place."""
+    """Two rows, one of them with a system turn, for which the template has no place."""
     monkeypatch.setitem(TEMPLATES, "plain_chat", replace(TEMPLATES["plain_chat"], system=None))
     rows = [chat("Hi", "Hello!"), chat(("system", "Be kind."), ("user", "a"), ("assistant", "b"))]
     return data_of(rows, template="plain_chat")
@@ -504,10 +507,12 @@ def test_a_damaged_cache_file_is_made_again(data, tmp_path):
     ]
     for place in [*range(0, len(content), 97), *range(len(content) - 900, len(content), 11)]:
         broken.append(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+    assert plain(read_cache(file)) == right
     for wrong in [*broken, b"not a zip", content + b"more"]:
         file.write_bytes(wrong)
-        assert plain(prepare(data, TOKENIZER, tmp_path / "cache")) == right
-        assert file.read_bytes() == content
+        assert read_cache(file) is None
+    assert plain(prepare(data, TOKENIZER, tmp_path / "cache")) == right
+    assert file.read_bytes() == content
     assert not list(file.parent.glob("*.tmp"))
 
 
@@ -520,7 +525,7 @@ def test_an_edited_data_file_is_read_anew(data, tmp_path):
     assert "id44" in TOKENIZER.decode(second.train.input_ids)
 
 
-# Another value of every setting of the data section, apart from those that do not change the examples.
+# Another value of every setting of the data section that changes the examples.
 OTHER = {
     "path": "other",
     "config": "a",
@@ -579,6 +584,14 @@ def test_another_tokenizer_is_another_cache_file(data):
     assert cache_key(data, byte_level()) == keys[0]
 
 
+def test_every_module_that_examples_depend_on_is_part_of_the_cache_key():
+    named = {path.stem for path in PIPELINE}
+    assert {"sources", "readers", "harry_potter", "chat_template", "tokenization"} <= named
+    for path in PIPELINE:
+        imported = re.findall(r"^from finetuning\.data\.(\w+) import", path.read_text(), re.M)
+        assert set(imported) <= named, path.name
+
+
 def test_an_edited_held_out_split_is_another_cache_file(folder):
     settings = {**folder, "eval": {"split": "test"}}
     first = cache_key(Data(**settings), TOKENIZER)
@@ -608,8 +621,12 @@ while len(list(folder.glob("ready.*"))) < 2:
     time.sleep(0.001)
 prepared = prepare(data, tokenizer, folder / "cache")
 file = next((folder / "cache").glob("*.npz"))
-parts = [{name: array.tolist() for name, array in vars(part).items()} for part in (prepared.train, prepared.eval)]
-print(json.dumps([parts, prepared.report, prepared.fingerprint, file.stat().st_ino, file.stat().st_mtime_ns]))
+parts = [
+    {name: array.tolist() for name, array in vars(part).items()}
+    for part in (prepared.train, prepared.eval)
+]
+written = [file.stat().st_ino, file.stat().st_mtime_ns]
+print(json.dumps([parts, prepared.report, prepared.fingerprint, *written]))
 """
 
 

@@ -397,7 +397,8 @@ def test_harry_potter_records_are_read_or_refused_one_by_one():
         ),
         (
             {"Session-1": {"scene": "a", "dialogue": "Mira: Hi"}},
-            "Session-1: expected {scene, dialogue: [...]}, found dict {'scene': 'a', 'dialogue': 'Mira: Hi'}",
+            "Session-1: expected {scene, dialogue: [...]}, "
+            "found dict {'scene': 'a', 'dialogue': 'Mira: Hi'}",
         ),
     ],
 )

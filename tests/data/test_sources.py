@@ -92,7 +92,7 @@ def test_a_csv_quote_that_is_not_closed_does_not_swallow_the_rows_below(tmp_path
 
 
 def test_two_csv_columns_of_one_name_are_refused(tmp_path):
-    with pytest.raises(UserError, match="line 1: two columns have one name: a, b, a"):
+    with pytest.raises(UserError, match="line 1: two columns have the same name: a, b, a"):
         load_rows(write(tmp_path / "rows.csv", "a,b,a\n1,2,3\n"))
 
 

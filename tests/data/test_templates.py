@@ -93,7 +93,8 @@ def test_instruction_ja_is_written_like_this(messages, expected):
         (MATERIAL, "User: Who?\n\nBob\nwas here.\nAssistant:« Bob.⟨<eos>⟩»"),
         (
             LONG,
-            "System: Be kind.\nUser: Hi\nAssistant:« Hello!⟨<eos>⟩»\nUser: 1 + 1?\nTool: 2\nAssistant:« 2⟨<eos>⟩»",
+            "System: Be kind.\nUser: Hi\nAssistant:« Hello!⟨<eos>⟩»\n"
+            "User: 1 + 1?\nTool: 2\nAssistant:« 2⟨<eos>⟩»",
         ),
     ],
 )
@@ -105,21 +106,22 @@ def test_line_feeds_are_written_as_the_recipe_says_and_undone_in_answers():
     template = marker_template("instruction_ja", newline="<NL>")
     messages = talk(("user", "a\nb"), ("assistant", "c\n\nd\r\n"), ("user", "e"))
     assert written(template.render(messages)) == (
-        "### 指示:<NL>a<NL>b<NL><NL>### 回答:<NL>«c<NL><NL>d\r<NL>⟨<eos>⟩»<NL>### 指示:<NL>e<NL><NL>"
+        "### 指示:<NL>a<NL>b<NL><NL>### 回答:<NL>«c<NL><NL>d\r<NL>⟨<eos>⟩»<NL>"
+        "### 指示:<NL>e<NL><NL>"
     )
-    assert template.answer("c<NL><NL>d\r<NL>") == "c\n\nd\r\n"
-    assert marker_template("instruction_ja").answer("c<NL>d") == "c<NL>d"
+    assert template.strip_markers("c<NL><NL>d\r<NL>") == "c\n\nd\r\n"
+    assert marker_template("instruction_ja").strip_markers("c<NL>d") == "c<NL>d"
 
 
 @pytest.mark.parametrize("newline", [None, "<NL>"])
 @pytest.mark.parametrize("name", MARKER_TEMPLATES)
 @pytest.mark.parametrize(
-    "words", ["Hello!", " two spaces  ", "", "one\n\ntwo\n", "### Answer:", "東京です。"]
+    "content", ["Hello!", " two spaces  ", "", "one\n\ntwo\n", "### Answer:", "東京です。"]
 )
-def test_the_answer_to_a_trained_response_is_what_the_assistant_said(name, newline, words):
+def test_the_answer_to_a_trained_response_is_what_the_assistant_said(name, newline, content):
     template = marker_template(name, newline=newline)
-    response, end = template.render(talk(("user", "Hi"), ("assistant", words)))[-2:]
-    assert template.answer(response.text) == words
+    response, end = template.render(talk(("user", "Hi"), ("assistant", content)))[-2:]
+    assert template.strip_markers(response.text) == content
     assert (end.text, end.is_special, end.is_response) == ("<eos>", True, True)
 
 
@@ -154,7 +156,7 @@ def test_markers_end_a_response_with_the_end_of_text_token(name):
 def test_a_role_without_a_place_is_refused_with_its_turn(role):
     template = MarkerTemplate(Markers(user=("Q: ", "\n"), generation_prompt="A:"), "<eos>")
     with pytest.raises(BadRow, match=f"^turn 1: the template has no place for the role {role}$"):
-        template.render(talk(("user", "Hi"), (role, "words"), ("assistant", "Hello!")))
+        template.render(talk(("user", "Hi"), (role, "content"), ("assistant", "Hello!")))
 
 
 def test_material_goes_below_the_question_it_belongs_to():
@@ -171,7 +173,7 @@ def test_material_goes_below_the_question_it_belongs_to():
     "before", [[], ["system"], ["user", "assistant"], ["user", "assistant", "tool"]]
 )
 def test_material_without_a_question_is_a_turn_of_the_user_and_never_part_of_a_response(before):
-    messages = talk(*((role, "words") for role in before))
+    messages = talk(*((role, "content") for role in before))
     assert fold_context([*messages, *talk(("context", "c"))]) == [*messages, *talk(("user", "c"))]
 
 
@@ -182,7 +184,7 @@ def test_folding_leaves_the_messages_themselves_alone():
 
 
 @pytest.mark.parametrize("name", ["chatml", "chatml_generation"])
-def test_chatml_trains_the_words_and_im_end_but_not_the_line_feed_behind_it(name):
+def test_chatml_trains_the_content_and_im_end_but_not_the_line_feed_behind_it(name):
     assert written(chat_template(name).render(LONG)) == (
         "⟨<|im_start|>⟩system\nBe kind.⟨<|im_end|>⟩\n"
         "⟨<|im_start|>⟩user\nHi⟨<|im_end|>⟩\n"
@@ -227,7 +229,7 @@ def test_a_template_that_trims_only_the_assistant_is_followed():
     )
 
 
-def test_a_template_that_trims_one_end_of_the_words_is_followed():
+def test_a_template_that_trims_one_end_of_the_content_is_followed():
     template = own_template(
         "{% for m in messages %}{{ (m.role + ': ' + m.content).strip() + '\n' }}{% endfor %}"
     )
@@ -249,13 +251,13 @@ def test_without_a_special_end_mark_a_response_ends_with_its_turn():
     )
 
 
-@pytest.mark.parametrize("words", ["Hello!", "think", "<think>", "</think>", "k>\n\n", "\n", ""])
-def test_what_a_template_puts_before_the_words_is_trained_up_to_the_end_mark_behind_them(words):
+@pytest.mark.parametrize("content", ["Hello!", "think", "<think>", "</think>", "k>\n\n", "\n", ""])
+def test_what_a_template_puts_before_the_content_is_trained_up_to_the_end_mark_behind_them(content):
     template = chat_template("thinking")
     template.tokenizer.add_tokens(["<think>", "</think>"])  # ordinary ones, as in Qwen 3
-    assert written(template.render(talk(("user", "Hi"), ("assistant", words)))) == (
+    assert written(template.render(talk(("user", "Hi"), ("assistant", content)))) == (
         "⟨<|im_start|>⟩user\nHi⟨<|im_end|>⟩\n"
-        f"⟨<|im_start|>⟩assistant\n«⟨<think>⟩\n\n⟨</think>⟩\n\n{words}⟨<|im_end|>⟩»\n"
+        f"⟨<|im_start|>⟩assistant\n«⟨<think>⟩\n\n⟨</think>⟩\n\n{content}⟨<|im_end|>⟩»\n"
     )
 
 
@@ -268,9 +270,9 @@ def test_a_template_that_rewrites_history_is_refused_with_the_turn():
         template.render(LONG)
 
 
-def test_a_template_that_rewrites_the_words_is_refused():
+def test_a_template_that_rewrites_the_content_is_refused():
     template = own_template("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
-    with pytest.raises(BadRow, match="rewrites the words of a message; use another template"):
+    with pytest.raises(BadRow, match="rewrites the content of a message; use another template"):
         template.render(QUESTION)
 
 
@@ -321,13 +323,16 @@ def test_text_that_spells_special_tokens_neither_ends_a_turn_nor_opens_the_loss(
 
 
 @pytest.mark.parametrize(
-    "words",
+    "content",
     ["\ue0000\ue001", "\ue0001\ue001", "{{ messages }}", "{% endfor %}", "\\1", "\ue002</s>"],
 )
-def test_text_that_spells_our_own_marks_stays_text(words):
-    messages = talk(("user", words), ("assistant", words), ("user", words), ("assistant", words))
+def test_text_that_spells_our_own_marks_stays_text(content):
+    messages = talk(
+        ("user", content), ("assistant", content), ("user", content), ("assistant", content)
+    )
     assert written(chat_template("vicuna").render(messages)) == (
-        f"USER: {words}\nASSISTANT: «{words}⟨<|endoftext|>⟩»USER: {words}\nASSISTANT: «{words}⟨<|endoftext|>⟩»"
+        f"USER: {content}\nASSISTANT: «{content}⟨<|endoftext|>⟩»"
+        f"USER: {content}\nASSISTANT: «{content}⟨<|endoftext|>⟩»"
     )
 
 
@@ -345,7 +350,8 @@ def test_the_text_is_the_one_the_chat_template_renders(kind, name):
     assert "".join(segment.text for segment in template.render_prompt(messages[:3])) == prompt
 
 
-# Not vicuna: its prompt ends with a space, which tokenizing the whole text puts into the first token of the response.
+# Not vicuna: its prompt ends with a space, which belongs to the response's first token when the
+# whole text is tokenized.
 @pytest.mark.parametrize("name", ["chatml", "chatml_generation", "llama_3", "mistral"])
 def test_harmless_text_gets_the_ids_of_transformers_own_apply_chat_template(name):
     tokenizer = chat_tokenizer("byte_level", name)
@@ -436,10 +442,15 @@ def test_white_space_behind_the_end_of_a_prompt_belongs_to_the_response():
 
 DATES = {
     # Llama 3.2's way, gpt-oss's, and those of Granite and others.
-    "{% if strftime_now is defined %}{% set d = strftime_now('%d %b %Y') %}{% endif %}{{ d }}": "26 Jul 2024",
-    "{% macro head() %}{{ 'Now: ' + strftime_now('%Y-%m-%d') }}{% endmacro %}{{ head() }}": "Now: 2024-07-26",
-    "{% for _ in [1, 2] %}{{ strftime_now('%A, %B %-d; %-m/%y') }}|{% endfor %}": "Friday, July 26; 7/24|"
-    * 2,
+    "{% if strftime_now is defined %}{% set d = strftime_now('%d %b %Y') %}{% endif %}{{ d }}": (
+        "26 Jul 2024"
+    ),
+    "{% macro head() %}{{ 'Now: ' + strftime_now('%Y-%m-%d') }}{% endmacro %}{{ head() }}": (
+        "Now: 2024-07-26"
+    ),
+    "{% for _ in [1, 2] %}{{ strftime_now('%A, %B %-d; %-m/%y') }}|{% endfor %}": (
+        "Friday, July 26; 7/24|Friday, July 26; 7/24|"
+    ),
     # Line feeds and spaces of a template's beginning stay, or go, as without a macro before them.
     "\n  {% set d = strftime_now('%F') %}\n  {{ d }}\n": "\n  2024-07-26\n",
     "  {% set d = strftime_now('%F') %}{{ d }}": "2024-07-26",
@@ -465,4 +476,4 @@ def test_the_date_is_another_in_our_rendering_alone():
 
 
 def test_the_answer_of_a_chat_template_is_the_text_itself():
-    assert chat_template("chatml").answer(" Hello!\n") == " Hello!\n"
+    assert chat_template("chatml").strip_markers(" Hello!\n") == " Hello!\n"

@@ -1,7 +1,8 @@
-"""Properties of what a model is trained on, for any conversation, template and kind of tokenizer."""
+"""Properties of what is trained, for any conversation, template and kind of tokenizer."""
 
 from collections.abc import Callable
 from functools import cache
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ class Case(NamedTuple):
 
     template: MarkerTemplate | ChatTemplate
     said: Callable[[str], str]
-    """an assistant's words -> the text to be trained, without its end mark"""
+    """an assistant's content -> the text to be trained, without its end mark"""
     end: str
 
 
@@ -51,8 +52,8 @@ def cases_of(kind):
             bos = tokenizer.bos_token if kind == "byte_fallback" else None
             template = MarkerTemplate(TEMPLATES[name], tokenizer.eos_token, bos, newline)
 
-            def said(words, lead=MARKER_LEADS[name], newline=newline):
-                return lead + (words.replace("\n", newline) if newline else words)
+            def said(content, lead=MARKER_LEADS[name], newline=newline):
+                return lead + (content.replace("\n", newline) if newline else content)
 
             cases[f"{name} {newline or ''}"] = Case(template, said, tokenizer.eos_token)
     for name, end in CHAT_ENDS.items():
@@ -105,28 +106,31 @@ SPELLINGS = [
         "The quick",
     ),
 ]
-# Not "▁": it is how SentencePiece writes a space, and reads back as one. Surrogates are no characters.
+# Not "▁": SentencePiece writes a space so, and decodes it to one. Surrogates are no characters.
 LETTERS = st.characters(exclude_categories=["Cs"], exclude_characters="▁")
 WORDS = st.lists(st.sampled_from(SPELLINGS) | st.text(LETTERS, max_size=4), max_size=5).map("".join)
 
 
-def messages_of(role, words):
-    return st.fixed_dictionaries({"role": st.just(role), "content": words})
+def messages_of(role, content):
+    return st.fixed_dictionaries({"role": st.just(role), "content": content})
 
 
 @st.composite
-def conversations(draw, words=WORDS):
-    """Some turns with at least one response; perhaps a system message, material, results of tools, a last question."""
-    messages = draw(st.lists(messages_of("system", words), max_size=1))
+def conversations(draw, content=WORDS):
+    """Some turns with at least one response.
+
+    Perhaps a system message, material, results of tools, a last question.
+    """
+    messages = draw(st.lists(messages_of("system", content), max_size=1))
     asking = st.lists(
-        st.sampled_from(["context", "tool"]).flatmap(lambda role: messages_of(role, words)),
+        st.sampled_from(["context", "tool"]).flatmap(lambda role: messages_of(role, content)),
         max_size=1,
     )
     for _ in range(draw(st.integers(1, 3))):
-        messages.append(draw(messages_of("user", words)))
+        messages.append(draw(messages_of("user", content)))
         messages += draw(asking)
-        messages.append(draw(messages_of("assistant", words)))
-    return messages + draw(st.lists(messages_of("user", words), max_size=1))
+        messages.append(draw(messages_of("assistant", content)))
+    return messages + draw(st.lists(messages_of("user", content), max_size=1))
 
 
 def examples_of(kind, messages, loss_on="response"):
@@ -223,6 +227,32 @@ def test_the_prompt_of_every_response_is_the_untrained_beginning_of_the_example(
         assert set(labels[answered:]) <= {IGNORE_INDEX}, name
 
 
+def reference_example(segments, tokenizer):
+    """(ids, labels) of an example, text by text: slow, and plain enough to be read."""
+    encoder = Encoder(tokenizer)
+    ids, labels, is_continued = [], [], False
+    for (is_response, is_special), group in groupby(segments, key=lambda s: (s[1], s[2])):
+        texts = [segment.text for segment in group]
+        for text in texts if is_special else ["".join(texts)]:
+            if is_special:
+                tokens = [tokenizer.convert_tokens_to_ids(text)]
+            else:
+                backend = encoder.continued if is_continued else encoder.first
+                tokens = backend.encode(text, add_special_tokens=False).ids
+                is_continued = is_continued or text != ""
+            ids += tokens
+            labels += tokens if is_response else [IGNORE_INDEX] * len(tokens)
+    return ids, [IGNORE_INDEX, *labels[1:]][: len(ids)]
+
+
+@of_every_kind
+@quickly
+@given(messages=conversations())
+def test_ids_and_labels_are_those_of_a_plain_reference(kind, messages):
+    for name, _, segments, ids, labels in examples_of(kind, messages):
+        assert (ids, labels) == reference_example(segments, tokenizer_of(kind)), name
+
+
 @of_every_kind
 @quickly
 @given(messages=conversations())
@@ -311,7 +341,7 @@ def test_harmless_text_gets_the_ids_the_tokenizer_itself_gives_it(kind, text):
     tokenizer = tokenizer_of(kind)
     [example] = tokenize([[Segment(text), Segment(f" {text}", is_response=True)]], tokenizer)
     first = tokenizer(text, add_special_tokens=False).input_ids
-    # Where the tokenizer puts a space in front, a text that begins with one is in the middle what it is in front.
+    # Where the tokenizer prepends a space, " a" within a text is what "a" is at its start.
     later = (
         tokenizer(f" {text}", add_special_tokens=False).input_ids if kind == "byte_level" else first
     )
@@ -321,12 +351,12 @@ def test_harmless_text_gets_the_ids_the_tokenizer_itself_gives_it(kind, text):
 @of_every_kind
 def test_rows_of_100_kilobytes_keep_every_law(kind):
     tokenizer = tokenizer_of(kind)
-    words = "".join(SPELLINGS)
-    words *= 100_000 // len(words.encode()) + 1
-    messages = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]
+    content = "".join(SPELLINGS)
+    content *= 100_000 // len(content.encode()) + 1
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
     for name, case, segments, ids, labels in examples_of(kind, messages):
         trained = [token for token in labels if token != IGNORE_INDEX]
-        assert spelled(tokenizer, trained) == case.said(words) + case.end, name
+        assert spelled(tokenizer, trained) == case.said(content) + case.end, name
         assert trained.count(tokenizer.convert_tokens_to_ids(case.end)) == 1, name
         assert text_of(segments).endswith(spelled(tokenizer, ids[-1000:]).lstrip("\ufffd")), name
 

@@ -1,4 +1,4 @@
-"""Prepared examples, kept: the same recipe, rows, tokenizer and code are tokenized once on a machine."""
+"""Prepared examples on disk: the same recipe, rows, tokenizer and code are tokenized once."""
 
 import hashlib
 import io
@@ -19,18 +19,13 @@ from finetuning.data.tokenization import Examples
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-
-PIPELINE = (
-    "sources",
-    "row",
-    "readers",
-    "harry_potter",
-    "templates",
-    "chat_template",
-    "tokenization",
-    "section",
-    "prepare",
-)  # modules between a row and its examples
+DIGEST_BYTES = hashlib.sha256().digest_size
+NOT_THE_EXAMPLES = {"layout", "order", "batch_tokens"}  # settings that only arrange examples
+# Modules of this package that no example depends on; an edit of any other makes the cache stale.
+NOT_THE_PIPELINE = {"__init__", "batching", "bin_packing", "cache"}
+PIPELINE = sorted(
+    path for path in Path(__file__).parent.glob("*.py") if path.stem not in NOT_THE_PIPELINE
+)
 
 
 def prepare(
@@ -38,8 +33,8 @@ def prepare(
 ) -> Prepared:
     """The examples of the recipe's data section.
 
-    With a cache folder, the first process of a machine to ask does the work and the others read its result. Raises
-    UserError where rows do not fit or nothing is left to train on.
+    With a cache folder, the first process of a machine does the work and the others read its
+    result. Raises UserError where rows do not fit or nothing is left to train on.
     """
     if cache is None:
         return build(data, tokenizer)
@@ -63,56 +58,62 @@ def prepare(
 
 
 def cache_folder() -> Path:
-    """Where prepared examples are kept: beside what the Hugging Face libraries cache."""
+    """Where prepared examples are kept: beside the cache of the Hugging Face libraries."""
     from huggingface_hub.constants import HF_HOME
 
     return Path(HF_HOME) / "finetuning"
 
 
 def cache_key(data: Data, tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Digest of all that decides the examples, this package's code included: an edited reader is never served stale."""
-    parts = [fingerprint(source) for source in data.sources]
+    """Digest of all that decides the examples: rows, settings, tokenizer and this package's code.
+
+    With the code in it, the result of an edited reader is never read from the cache.
+    """
+    rows = [fingerprint(source) for source in data.sources]
     if data.eval and data.eval.split:
-        parts += [
-            fingerprint(source.model_copy(update={"split": data.eval.split}))
-            for source in data.sources
-        ]
-    settings = data.model_dump(exclude={"layout", "order", "batch_tokens"})
-    code = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in PIPELINE]
-    words = [tokenizer.special_tokens_map, tokenizer.chat_template, tokenizers.__version__]
+        split = {"split": data.eval.split}
+        rows += [fingerprint(source.model_copy(update=split)) for source in data.sources]
+    settings = data.model_dump(exclude=NOT_THE_EXAMPLES)
+    code = [path.read_text(encoding="utf-8") for path in PIPELINE]
+    tokens = [tokenizer.special_tokens_map, tokenizer.chat_template, tokenizers.__version__]
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(json.dumps([parts, settings, code, words], sort_keys=True, default=str).encode())
+    digest.update(json.dumps([rows, settings, code, tokens], sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
 def read_cache(file: Path) -> Prepared | None:
-    """What write_cache wrote, or None if it is not there or any byte of it has changed."""
+    """What write_cache wrote; None if there is no file or any byte of it has changed."""
     try:
         whole = file.read_bytes()
     except OSError:
         return None
-    content, digest = whole[:-32], whole[-32:]
+    content, digest = whole[:-DIGEST_BYTES], whole[-DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest:
         return None
     with np.load(io.BytesIO(content)) as arrays:
-        report, fingerprint = json.loads(str(arrays["report"])), str(arrays["fingerprint"])
-        names = Examples.__dataclass_fields__
-        train, held = (
-            Examples(*(arrays[f"{part}.{name}"] for name in names))
-            if f"{part}.rows" in arrays
-            else None
-            for part in ("train", "eval")
+        has_eval = "eval.rows" in arrays
+        return Prepared(
+            train=read_examples(arrays, "train"),
+            eval=read_examples(arrays, "eval") if has_eval else None,
+            report=json.loads(str(arrays["report"])),
+            fingerprint=str(arrays["fingerprint"]),
         )
-    return Prepared(train, held, report, fingerprint)
+
+
+def read_examples(arrays: "np.lib.npyio.NpzFile", part: str) -> Examples:
+    return Examples(**{name: arrays[f"{part}.{name}"] for name in Examples.__dataclass_fields__})
 
 
 def write_cache(file: Path, prepared: Prepared) -> None:
-    """An .npz file with its own SHA-256 at the end: zip does not check the names and places of what it holds."""
+    """An .npz file with its SHA-256 at the end: zip does not check the names and places of members.
+
+    A file that cannot be written is reported and costs the next run some seconds, not this run.
+    """
     parts = {"train": prepared.train, **({"eval": prepared.eval} if prepared.eval else {})}
     arrays = {
-        f"{part}.{name}": value
+        f"{part}.{name}": array
         for part, examples in parts.items()
-        for name, value in vars(examples).items()
+        for name, array in vars(examples).items()
     }
     stream = io.BytesIO()
     np.savez(stream, report=json.dumps(prepared.report), fingerprint=prepared.fingerprint, **arrays)
@@ -121,6 +122,6 @@ def write_cache(file: Path, prepared: Prepared) -> None:
     try:
         unfinished.write_bytes(content + hashlib.sha256(content).digest())
         unfinished.replace(file)
-    except OSError as error:  # a full disk costs the next run some seconds, not this run
+    except OSError as error:  # a full disk, say
         unfinished.unlink(missing_ok=True)
         tqdm.write(f"not cached: {file}: {error.strerror}")

@@ -3,44 +3,49 @@
 from typing import Any, Literal, TypedDict
 
 Row = dict[str, Any]
+Role = Literal["system", "user", "context", "assistant", "tool"]
 
 
 class Message(TypedDict):
-    role: Literal["system", "user", "context", "assistant", "tool"]
+    role: Role
     content: str
 
 
 class BadRow(ValueError):
-    """A row does not fit its reader or template; the message names the column and what was found there."""
+    """A row does not fit its reader or template. The message says where, and what was found."""
 
 
-def message(role: str, content: str) -> Message:
+def message(role: Role, content: str) -> Message:
     return {"role": role, "content": content}
 
 
 def text(row: Row, column: str) -> str:
+    """The text of a column. Raises BadRow where it is missing, of another type or not Unicode."""
     value = row.get(column)
     if not isinstance(value, str):
-        raise BadRow(f"column {column}: expected text, found {brief(value)}{has(row, column)}")
-    return whole(value, f"column {column}")
+        raise BadRow(f"column {column}: expected text, found {brief(value)}{columns(row, column)}")
+    return checked_text(value, f"column {column}")
 
 
-def whole(words: str, place: str) -> str:
-    """The words as they are, unless a character of them is cut in two, which no tokenizer reads: a lone surrogate."""
+def checked_text(value: str, place: str) -> str:
+    """The text, unless it holds a lone surrogate (half a character), which no tokenizer encodes."""
     try:
-        words.encode()
+        value.encode()
     except UnicodeEncodeError as error:
-        raise BadRow(
-            f"{place}: half a character, {words[error.start]!r}, at position {error.start}"
-        ) from None
-    return words
+        half = value[error.start]
+        raise BadRow(f"{place}: half a character, {half!r}, at position {error.start}") from None
+    return value
 
 
-def has(row: Row, column: str) -> str:
-    return "" if column in row else f" (the row has {', '.join(map(str, row)) or 'no columns'})"
+def columns(row: Row, missing: str) -> str:
+    """What a message about a missing column adds: the columns that the row has."""
+    if missing in row:
+        return ""
+    return f" (the row has {', '.join(map(str, row)) or 'no columns'})"
 
 
 def brief(value: Any) -> str:
+    """A value and its type, at most 40 characters of it, for a message."""
     if value is None:
         return "nothing"
     shown = repr(value)

@@ -1,19 +1,26 @@
 """The data section of a recipe."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from finetuning.data.readers import READERS
-from finetuning.data.templates import TEMPLATES
+from finetuning.data.templates import CHAT, TEMPLATES
 from finetuning.section import Section
+
+if TYPE_CHECKING:
+    ReaderName = str
+    TemplateName = str
+else:  # a recipe with another name is refused with the allowed ones
+    ReaderName = Literal[tuple(READERS)]
+    TemplateName = Literal[(*TEMPLATES, CHAT)]
 
 
 class Eval(Section):
-    """Which examples are held out: one of `every`, `fraction`, `split`."""
+    """Which examples are the evaluation set: one of `every`, `fraction`, `split`."""
 
     every: int | None = Field(default=None, ge=2)
-    """examples: of those kept, number 0, every, 2 * every, ... are held out"""
+    """examples: of those kept, number 0, every, 2 * every, ... are evaluated on, not trained on"""
     fraction: float | None = Field(default=None, gt=0, lt=1)
     """share of the examples, 0..1, drawn at random"""
     seed: int | None = Field(default=None, ge=0, lt=2**32)
@@ -33,10 +40,10 @@ class Eval(Section):
         return self
 
 
-class Source(Section):
-    """Rows of one kind."""
+class RowSettings(Section):
+    """Which rows, and how they are read."""
 
-    path: str = Field(min_length=1)
+    path: str | list["Source"] = Field(min_length=1)
     """Hub id, or a local json, jsonl, csv or parquet file (also .gz) or a folder of them"""
     config: str | None = None
     """configuration (subset) of a Hub data set"""
@@ -44,7 +51,7 @@ class Source(Section):
     """branch, tag or commit of a Hub data set"""
     split: str = "train"
     """name of the split"""
-    reader: Literal[tuple(READERS)] | None = None
+    reader: ReaderName | None = None
     """how a row is read into messages"""
     sessions: int | None = Field(default=None, ge=1)
     """reader harry_potter: only the first sessions of the file"""
@@ -54,41 +61,48 @@ class Source(Section):
     """times each training example is used: 0.5 is a seeded half of them, 2 each one twice"""
 
     @model_validator(mode="after")
-    def check_sessions(self) -> "Source":
+    def check_sessions(self) -> "RowSettings":
         if self.sessions is not None and self.reader not in ("harry_potter", None):
             raise ValueError("sessions belongs to reader: harry_potter")
         return self
 
 
-class Data(Source):
+class Source(RowSettings):
+    """Rows of one kind."""
+
+    path: str = Field(min_length=1)
+    """Hub id, or a local json, jsonl, csv or parquet file (also .gz) or a folder of them"""
+
+
+class Data(RowSettings):
     """What is trained on, and how a row becomes tokens."""
 
     path: str | list[Source] = Field(min_length=1)
-    """Hub id, local file or folder; a list of {path, ...} mixes several, each with what it sets apart from here"""
+    """Hub id, local file or folder; a list of {path, ...} mixes several, each with own settings"""
     invalid_rows: Literal["error", "drop"] = "error"
     """a row that does not fit its reader or template: refuse the run, or drop and count it"""
-    template: Literal[tuple(TEMPLATES)]
-    """how messages are written down as text"""
+    template: TemplateName
+    """how messages are written as text"""
     newline: str | None = None
     """written instead of every line feed, such as <NL>; undone in answers"""
     max_length: int = Field(default=512, ge=2)
     """tokens of an example at most, end mark included"""
     overflow: Literal["drop", "cut", "error"] = "drop"
-    """a longer example: drop and count it, cut it (its end mark is then not trained), or refuse the run"""
+    """a longer example: drop and count it, cut it (and its end mark), or refuse the run"""
     loss_on: Literal["response", "all"] = "response"
     """tokens that are trained: responses and their end marks, or all of them"""
     layout: Literal["packed", "padded"] = "packed"
-    """how the examples of a batch lie in memory: one after another, or padded; memory and speed only"""
+    """layout of a batch in memory: one example after another, or padded; memory and speed only"""
     order: Literal["random", "by_length", "sequential"] = "random"
-    """of the examples in an epoch, drawn from training.seed; by_length: examples of like length meet in a step"""
+    """of the examples in an epoch, drawn from training.seed; by_length: similar lengths together"""
     batch_tokens: int | None = Field(default=None, ge=1)
-    """tokens of a device's micro-batch at most, instead of training.per_device_train_batch_size examples"""
+    """tokens of a micro-batch at most, instead of training.per_device_train_batch_size examples"""
     eval: Eval | None = None
-    """which examples are held out"""
+    """which examples are the evaluation set"""
 
     @model_validator(mode="after")
     def check_data(self) -> "Data":
-        if self.newline is not None and self.template == "chat":
+        if self.newline is not None and self.template == CHAT:
             raise ValueError(
                 "newline does not go with template: chat, whose line feeds are the tokenizer's own"
             )

@@ -1,7 +1,8 @@
-"""Source -> rows: a local json, jsonl, csv or parquet file (also .gz), a folder of them, or a data set of the Hub.
+"""Source -> rows.
 
-Local files are read here and not by `datasets`: an unreadable line is named by its number, rows of uneven columns are
-no error, and nothing heavy is imported.
+A source is a local json, jsonl, csv or parquet file (also .gz), a folder of them, or a data set of
+the Hub. Local files are read here and not by `datasets`: an unreadable line is named by its number,
+rows of uneven columns are no error, and nothing heavy is imported.
 """
 
 import codecs
@@ -22,26 +23,27 @@ from finetuning.data.row import BadRow, Row
 from finetuning.data.section import Source
 from finetuning.errors import UserError, one_line
 
-# A split's name as a word of a path in lower case: `latest` and `devices` are none, `validation` is one.
+# A split's name as a word of a path in lower case: `validation`, but not `latest` or `devices`.
 SPLIT_NAME = re.compile(
     r"(?<![a-z])(?:(?:train|test|dev|val)(?:ing|set)?|valid[a-z]*|eval[a-z]*)(?![a-z])"
 )
-
-
-# What `datasets` writes beside the data.
-ABOUT_DATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+# Files that `datasets` writes beside the data.
+METADATA_FILES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as loaded, and what they are called in messages."""
+    """Rows as loaded, and what messages call them."""
 
     rows: list[Row]
     files: list[tuple[str, int]]
     """name of each file (or data set) and its number of rows, in order"""
 
     def place(self, number: int) -> str:
-        """Where row `number` stands, for people: the file, and the row's number in it (from 0)."""
+        """The file of row `number` and the row's number in it (from 0), for messages.
+
+        Raises IndexError where there is no such row.
+        """
         for name, count in self.files:
             if number < count:
                 return f"{name}: row {number}"
@@ -68,7 +70,7 @@ def load_rows(source: Source) -> Rows:
 def fingerprint(source: Source) -> str:
     """A digest of the source's content: changes when any byte of its split does."""
     if not is_local(source):
-        return load_hub(source)._fingerprint
+        return str(load_hub(source)._fingerprint)
     digest = hashlib.sha256()
     for file in files_of_split(local_path(source), source.split):
         digest.update(hashlib.sha256(read_bytes(file)).digest())
@@ -85,51 +87,47 @@ def local_path(source: Source) -> Path:
 
 def looks_local(path: str) -> bool:
     """Whether a path that does not exist was meant as one: Hub ids are `name` or `owner/name`."""
-    named_as_file = any(path.removesuffix(".gz").endswith(suffix) for suffix in PARSERS)
-    return named_as_file or path.startswith((".", "/", "~")) or path.count("/") > 1
+    is_file_name = path.removesuffix(".gz").endswith(tuple(PARSERS))
+    return is_file_name or path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def files_of_split(path: Path, split: str) -> list[Path]:
-    """The data files of a split: those of a folder that bear the split's name as a word of theirs.
+    """The data files of a split: those of a folder whose path has the split's name as a word.
 
-    A single file, or a folder whose files name no split (no train, test, validation, ...), is all of it `train`.
+    A single file is `train`, and so is a whole folder whose files name no split (no train, test,
+    validation, ...). Raises UserError where there is no such file.
     """
     if not path.exists():
         raise UserError(f"data.path: {path}: no such file or folder")
     if path.is_file():
         if suffix_of(path) not in PARSERS:
-            raise UserError(
-                f"data.path: {path}: unknown kind of file; allowed are {', '.join(PARSERS)}, also with .gz"
-            )
+            raise UserError(f"data.path: {path}: unknown kind of file; allowed are {FILE_KINDS}")
         if split != "train":
             raise UserError(
-                f"data.path: {path}: no split {split!r} in a file, all of it is train; name a folder"
+                f"data.path: {path}: no split {split!r} in a file, which is train; name a folder"
             )
         return [path]
     files = sorted(
         file for file in path.rglob("*") if file.is_file() and is_data(file.relative_to(path))
     )
     if not files:
-        raise UserError(
-            f"data.path: {path}: no data file in this folder; expected {', '.join(PARSERS)}, also with .gz"
-        )
+        raise UserError(f"data.path: {path}: no data file in this folder; expected {FILE_KINDS}")
     names = [file.relative_to(path).as_posix().lower() for file in files]
     word = re.compile(rf"(?<![a-z]){re.escape(split.lower())}(?![a-z])")
     named = [file for file, name in zip(files, names, strict=True) if word.search(name)]
     if named or (split == "train" and not any(map(SPLIT_NAME.search, names))):
         return named or files
-    raise UserError(
-        f"data.path: {path}: no file of split {split!r}; found {', '.join(file.name for file in files[:5])}"
-    )
+    found = ", ".join(file.name for file in files[:5])
+    raise UserError(f"data.path: {path}: no file of split {split!r}; found {found}")
 
 
 def is_data(path: Path) -> bool:
-    """Whether a file of a folder, by its path in there, is one of data that a person put there.
+    """Whether the file at this path in a folder holds rows.
 
     Hidden files are copies of others: Jupyter's `.ipynb_checkpoints/`, the `._rows.jsonl` of macOS.
     """
     is_hidden = any(part.startswith(".") for part in path.parts)
-    return suffix_of(path) in PARSERS and not is_hidden and path.name not in ABOUT_DATA
+    return suffix_of(path) in PARSERS and not is_hidden and path.name not in METADATA_FILES
 
 
 def suffix_of(path: Path) -> str:
@@ -146,10 +144,10 @@ def read_bytes(path: Path) -> bytes:
 
 def read_rows(path: Path, content: bytes, source: Source) -> Iterator[Row]:
     try:
-        if source.reader in FILE_READERS:
-            yield from FILE_READERS[source.reader](json.loads(content), source.sessions)
-            return
-        yield from PARSERS[suffix_of(path)](content)
+        if read_file := FILE_READERS.get(source.reader or ""):
+            yield from read_file(json.loads(content), source.sessions)
+        else:
+            yield from PARSERS[suffix_of(path)](content)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: is not JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
@@ -161,12 +159,12 @@ def read_rows(path: Path, content: bytes, source: Source) -> Iterator[Row]:
 
 
 def parse_json(content: bytes) -> Iterator[Row]:
-    """One JSON array of objects; lines of JSON under the wrong name are taken too."""
+    """One JSON array of objects; lines of JSON under the wrong file name are read too."""
     content = content.removeprefix(codecs.BOM_UTF8)
     if content.lstrip()[:1] == b"[":
         rows = json.loads(content)
         for number, row in enumerate(rows):
-            yield checked(row, f"row {number}")
+            yield checked_row(row, f"row {number}")
     else:
         yield from parse_jsonl(content)
 
@@ -175,7 +173,7 @@ def parse_jsonl(content: bytes) -> Iterator[Row]:
     for number, line in enumerate(content.decode("utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
-                yield checked(json.loads(line), f"line {number}")
+                yield checked_row(json.loads(line), f"line {number}")
             except json.JSONDecodeError as error:
                 raise json.JSONDecodeError(
                     error.msg, "\n" * (number - 1) + line, number - 1 + error.pos
@@ -183,13 +181,13 @@ def parse_jsonl(content: bytes) -> Iterator[Row]:
 
 
 def parse_csv(content: bytes) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # by default a field of more than 131,072 characters is refused
-    # strict: a quote that is not closed is an error, and does not swallow the rest of the file.
+    csv.field_size_limit(2**31 - 1)  # the default refuses a field of more than 131,072 characters
+    # strict: a quote that is never closed is an error, instead of one field to the end of the file.
     lines = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
     try:
         names = lines.fieldnames or []
         if len(set(names)) < len(names):
-            raise BadRow(f"line 1: two columns have one name: {', '.join(names)}")
+            raise BadRow(f"line 1: two columns have the same name: {', '.join(names)}")
         for row in lines:
             if None in row or None in row.values():
                 raise BadRow(f"line {lines.line_num}: not as many columns as the header")
@@ -203,12 +201,13 @@ def parse_parquet(content: bytes) -> Iterable[Row]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+        rows: list[Row] = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise BadRow(f"is not parquet: {error}") from None
+    return rows
 
 
-def checked(row: Any, place: str) -> Row:
+def checked_row(row: Any, place: str) -> Row:
     if not isinstance(row, dict):
         raise BadRow(f"{place}: expected an object, found {type(row).__name__}")
     return row
@@ -220,10 +219,11 @@ PARSERS: dict[str, Callable[[bytes], Iterable[Row]]] = {
     ".csv": parse_csv,
     ".parquet": parse_parquet,
 }
+FILE_KINDS = f"{', '.join(PARSERS)}, also with .gz"
 
 
 def load_hub(source: Source) -> Any:
-    """The split as a datasets.Dataset. Raises UserError where `datasets` cannot load it, with its reason."""
+    """The split as a datasets.Dataset. Raises UserError with the reason `datasets` gives."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetsError
 
@@ -231,16 +231,11 @@ def load_hub(source: Source) -> Any:
         return load_dataset(
             source.path, source.config, split=source.split, revision=source.revision
         )
-    except (
-        DatasetsError,
-        ValueError,
-        OSError,
-        RuntimeError,
-    ) as error:  # RuntimeError: a data set that is a script
-        # "An error occurred while generating the dataset" says nothing; what it was raised from does.
-        reason = (
-            error.__cause__ if type(error) is DatasetGenerationError and error.__cause__ else error
-        )
-        raise UserError(
-            f"data.path: {source.path}: {one_line(reason) or type(reason).__name__}"
-        ) from None
+    except (DatasetsError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: a script
+        reason: BaseException = error
+        if type(error) is DatasetGenerationError and error.__cause__:
+            reason = (
+                error.__cause__
+            )  # "An error occurred while generating the dataset" is no reason
+        message = one_line(reason) or type(reason).__name__
+        raise UserError(f"data.path: {source.path}: {message}") from None

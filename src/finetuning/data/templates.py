@@ -1,45 +1,67 @@
-"""Messages -> segments: which text stands around each message, and which text the model must produce.
+"""Messages -> segments: the text around each message, and which text the model must produce.
 
     messages   user "Hi"                assistant "Hello!"
-    segments   "### Question: Hi\\n### Answer:" prompt | " Hello!" response | "<eos>" response, a special token
+    segments   "### Question: Hi\\n### Answer:" | " Hello!" response | "<eos>" response, special
 
-Training text and the prompt of generation come from the same template, so they cannot drift apart. To add a template of
-plain markers, add one entry to TEMPLATES. `chat` is the tokenizer's own chat template.
+Training text and the prompt of generation come from the same template, so they cannot differ. To
+add a template of plain markers, add one entry to TEMPLATES. `chat` is the tokenizer's own chat
+template (chat_template.py).
+
+An end mark is the token that ends a response: the tokenizer's EOS token, or the end-of-turn token
+of a chat template, such as <|im_end|>. It is trained with the response, and generation stops at it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from finetuning.data.row import BadRow, Message
+from finetuning.data.row import BadRow, Message, message
 
 
 class Segment(NamedTuple):
-    """A piece of text. Only a special one may become a special token: row text that spells one stays ordinary text."""
+    """A piece of text. Only a special one may become a special token; row text never does."""
 
     text: str
     is_response: bool = False
     is_special: bool = False
 
 
+class Template(Protocol):
+    """How a conversation is written as text, for training and for generation."""
+
+    @property
+    def end_marks(self) -> list[str]:
+        """The special tokens that end a response."""
+
+    def render(self, messages: Sequence[Message]) -> list[Segment]:
+        """The whole conversation. Raises BadRow where the template cannot write it."""
+
+    def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
+        """The conversation up to where the next response starts. Raises BadRow as `render`."""
+
+    def strip_markers(self, text: str) -> str:
+        """The assistant's content in the text of a generated response."""
+
+
 @dataclass(frozen=True)
 class Markers:
-    """The text before and after each role's words. A role without markers is refused."""
+    """The text (before, after) the content of each role. A role without markers is refused."""
 
     user: tuple[str, str]
     generation_prompt: str
     """ends the prompt; the response follows"""
     response_prefix: str = ""
-    """first characters of the response, before the assistant's words"""
+    """first characters of the response, before the assistant's content"""
     system: tuple[str, str] | None = None
     context: tuple[str, str] | None = None
     """without it the material is put below the question"""
     tool: tuple[str, str] | None = None
     turn_separator: str = "\n"
-    """from one response's end mark to the next turn"""
+    """between the end mark of a response and the next turn"""
 
 
-TEMPLATES: dict[str, Markers | None] = {
+CHAT = "chat"  # data.template of the tokenizer's own chat template
+TEMPLATES: dict[str, Markers] = {
     "question_answer": Markers(
         system=("", "\n"),
         user=("### Question: ", "\n"),
@@ -63,74 +85,71 @@ TEMPLATES: dict[str, Markers | None] = {
         generation_prompt="Assistant:",
         response_prefix=" ",
     ),
-    "chat": None,  # ChatTemplate
 }
 
 
+@dataclass(frozen=True)
 class MarkerTemplate:
-    """Plain markers around each role's words, the end-of-text token after every response."""
+    """Plain markers around the content of each role, the EOS token after every response."""
 
-    def __init__(
-        self, markers: Markers, eos: str, bos: str | None = None, newline: str | None = None
-    ) -> None:
-        self.markers, self.eos, self.bos, self.newline = markers, eos, bos, newline
+    markers: Markers
+    eos: str
+    bos: str | None = None
+    newline: str | None = None
+    """written instead of every line feed"""
 
     @property
     def end_marks(self) -> list[str]:
-        """The special tokens that end a response."""
         return [self.eos]
 
     def render(self, messages: Sequence[Message]) -> list[Segment]:
-        """The whole conversation. Raises BadRow on a role the template has no place for."""
+        if self.markers.context is None:
+            messages = fold_context(messages)
         segments = [Segment(self.bos, is_special=True)] if self.bos else []
-        for number, message in enumerate(
-            fold_context(messages) if self.markers.context is None else messages
-        ):
+        for number, turn in enumerate(messages):
             if number and segments[-1].is_response:
                 segments.append(self.plain(self.markers.turn_separator))
-            segments += self.turn(message, number)
+            segments += self.render_turn(turn, number)
         return segments
 
     def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
-        """The conversation up to where the next response starts."""
-        return self.render([*messages, {"role": "assistant", "content": ""}])[:-2]
+        *prompt, _response, _eos = self.render([*messages, message("assistant", "")])
+        return prompt
 
-    def answer(self, text: str) -> str:
-        """The assistant's words in a generated response."""
+    def strip_markers(self, text: str) -> str:
         text = text.removeprefix(self.markers.response_prefix)
         return text.replace(self.newline, "\n") if self.newline else text
 
-    def turn(self, message: Message, number: int) -> list[Segment]:
-        role, words = message["role"], message["content"]
+    def render_turn(self, turn: Message, number: int) -> list[Segment]:
+        role, content = turn["role"], turn["content"]
         if role == "assistant":
-            response = self.plain(self.markers.response_prefix + words, is_response=True)
             return [
                 self.plain(self.markers.generation_prompt),
-                response,
+                self.plain(self.markers.response_prefix + content, is_response=True),
                 Segment(self.eos, is_response=True, is_special=True),
             ]
-        around = getattr(self.markers, role)
+        around: tuple[str, str] | None = getattr(self.markers, role)
         if around is None:
             raise BadRow(f"turn {number}: the template has no place for the role {role}")
-        return [self.plain(around[0] + words + around[1])]
+        before, after = around
+        return [self.plain(before + content + after)]
 
     def plain(self, text: str, is_response: bool = False) -> Segment:
         return Segment(text.replace("\n", self.newline) if self.newline else text, is_response)
 
 
 def fold_context(messages: Sequence[Message]) -> list[Message]:
-    """The same conversation with material put below the question it belongs to."""
+    """The same conversation with material put below the question it belongs to.
+
+    Material that follows no question becomes a user turn of its own.
+    """
     folded: list[Message] = []
-    for message in messages:
-        if message["role"] == "context" and folded and folded[-1]["role"] == "user":
-            folded[-1] = {
-                "role": "user",
-                "content": f"{folded[-1]['content']}\n\n{message['content']}",
-            }
+    for turn in messages:
+        if turn["role"] != "context":
+            folded.append(turn)
+        elif folded and folded[-1]["role"] == "user":
+            question = folded.pop()["content"]
+            folded.append(message("user", f"{question}\n\n{turn['content']}"))
         else:
-            folded.append(
-                {"role": "user", "content": message["content"]}
-                if message["role"] == "context"
-                else message
-            )
+            folded.append(message("user", turn["content"]))
     return folded

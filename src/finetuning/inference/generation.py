@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetuning.data.chat_template import ChatTemplate
 from finetuning.data.prepare import load_template
 from finetuning.data.row import BadRow, Message, message
-from finetuning.data.templates import MarkerTemplate
+from finetuning.data.templates import Template
 from finetuning.data.tokenization import encode_prompts
 from finetuning.errors import UserError, one_line
 from finetuning.inference.resolve import pin_base_model
@@ -37,7 +36,7 @@ class Asker:
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerFast"
-    template: MarkerTemplate | ChatTemplate
+    template: Template
     generation: Generation
 
     def __call__(self, questions: Sequence[str]) -> list[str]:
@@ -142,7 +141,7 @@ class Asker:
     def text(self, response: list[int]) -> str:
         """The assistant's words in a generated response."""
         words = cut_at_end(response, self.ends())
-        return self.template.answer(self.tokenizer.decode(words, skip_special_tokens=True))
+        return self.template.strip_markers(self.tokenizer.decode(words, skip_special_tokens=True))
 
 
 class WordStreamer:

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetuning.data.cache import cache_folder, prepare
-from finetuning.data.chat_template import ChatTemplate
 from finetuning.data.prepare import Prepared, load_template, training_texts
-from finetuning.data.templates import MarkerTemplate
+from finetuning.data.templates import Template
 from finetuning.hub.access import require_hub
 from finetuning.inference.resolve import pin_base_model
 from finetuning.launch.compatibility import require_compatible
@@ -31,7 +30,7 @@ class PreparedRun:
     examples: Prepared
 
     @property
-    def template(self) -> MarkerTemplate | ChatTemplate:
+    def template(self) -> Template:
         return load_template(self.recipe.data, self.tokenizer)
 
 
