@@ -36,6 +36,13 @@ def rooms() -> Rows:
     return [["package", "what it does", "read first"], *rows]
 
 
+def scripts() -> Rows:
+    """The scripts, each with the first line of its manual."""
+    files = sorted((ROOT / "src").glob("*.py"))
+    rows = [[f"`{file.name}`", summary(docstring(file))] for file in files]
+    return [["script", "what it does"], *rows]
+
+
 def readers() -> Rows:
     """The readers, each with the first paragraph of its docstring: the columns it takes."""
     rows = [[f"`{name}`", summary(read.__doc__ or "")] for name, read in READERS.items()]
@@ -74,7 +81,7 @@ def incompatible() -> Rows:
 
 
 TABLES: dict[str, Callable[[], Rows]] = {
-    table.__name__: table for table in (rooms, readers, templates, incompatible)
+    table.__name__: table for table in (scripts, rooms, readers, templates, incompatible)
 }
 
 

@@ -26,6 +26,14 @@ def test_the_navigation_has_every_page_in_both_languages():
     assert [page.replace(".md", ".ja.md") for page in english if page in ENGLISH] == japanese
 
 
+def test_a_search_finds_japanese_words_inside_a_sentence():
+    (search,) = [plugin["search"] for plugin in CONFIG["plugins"] if "search" in plugin]
+    words = re.split(
+        search["separator"], "または学習率が、勾配累積のステップ数 (training.max_steps)"
+    )
+    assert {"学習率", "勾配累積", "ステップ", "training", "max"} <= set(words)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """What the recipe of `make docs` builds, in a copy of the repository."""

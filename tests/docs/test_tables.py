@@ -30,7 +30,7 @@ def test_the_rooms_are_the_packages():
         assert (tables.PACKAGE / name.strip("`") / first.strip("`")).is_file()
 
 
-@pytest.mark.parametrize("make", [tables.rooms, tables.incompatible])
+@pytest.mark.parametrize("make", [tables.scripts, tables.rooms, tables.incompatible])
 def test_what_only_we_write_is_translated(make):
     assert tables.untranslated(make()) == []
 
