@@ -50,7 +50,7 @@ def gathers_on_save(strategy: Strategy) -> bool:
 RULES = (
     Rule(
         "FSDP on a CPU",
-        "accelerate runs it as plain DDP without a word",
+        "accelerate silently runs it as plain DDP",
         "accelerate_configs/cpu_ddp.yaml, or zero3.yaml, which a CPU can run",
         lambda recipe, strategy: strategy.name == "fsdp" and not has_gpu(),
         depends_on_machine=True,
@@ -65,7 +65,7 @@ RULES = (
     ),
     Rule(
         "ZeRO with ACCELERATE_USE_CPU=true",
-        "accelerate runs it as plain DDP without a word",
+        "accelerate silently runs it as plain DDP",
         "leave the variable out; training.use_cpu: true keeps GPUs idle",
         lambda recipe, strategy: strategy.name.startswith("zero") and is_set("ACCELERATE_USE_CPU"),
     ),
@@ -92,13 +92,13 @@ RULES = (
     ),
     Rule(
         "model.quantization with ZeRO-3 or FSDP",
-        "bitsandbytes' weights cannot be shared out",
+        "bitsandbytes' weights cannot be sharded",
         "accelerate_configs/ddp.yaml, or zero2.yaml: each process holds the small base model",
         lambda recipe, strategy: bool(recipe.model.quantization) and strategy.is_sharded,
     ),
     Rule(
         "training.auto_find_batch_size with ZeRO or FSDP",
-        "what they have wrapped cannot be made anew with another micro-batch",
+        "a wrapped model cannot be rebuilt with another micro-batch",
         "a smaller training.per_device_train_batch_size, with training.global_batch_size",
         lambda recipe, strategy: (
             recipe.training.auto_find_batch_size and strategy.name not in ("single", "ddp")
@@ -143,7 +143,7 @@ RULES = (
     ),
     Rule(
         "training.torch_compile",
-        "it was never tried with packed attention and the loss of the responses",
+        "it was not tested with packed attention and the loss over responses",
         "leave it out",
         lambda recipe, strategy: bool(recipe.training.torch_compile),
     ),
