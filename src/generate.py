@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING
 from finetuning.command_line import ArgumentParser, require_section
 from finetuning.errors import UserError
 from finetuning.script import run
+from finetuning.untrusted_text import printable
 
 if TYPE_CHECKING:
     from finetuning.inference.generation import Asker
@@ -110,7 +111,10 @@ def answer(options: Namespace, folder: Path, recipe: "Recipe") -> None:
         return
     answers = answer_in_order(load(), questions)
     for question, words in zip(questions, answers, strict=True):
-        print(as_json(question, words) if options.json else words, end="" if options.json else None)
+        # As it is, for other programs; a terminal would act on control characters in it.
+        text = as_json(question, words) if options.json else words
+        text = printable(text) if sys.stdout.isatty() else text
+        print(text, end="" if options.json else None)
 
 
 def questions_of(word: str, is_json: bool) -> list["Question"]:

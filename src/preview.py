@@ -16,6 +16,7 @@ plot's labels are Japanese where the locale is, as with LANG=ja_JP.UTF-8.
 import json
 import os
 from argparse import Namespace
+from pathlib import Path
 
 from finetuning.command_line import ArgumentParser
 from finetuning.errors import UserError
@@ -31,7 +32,12 @@ def main(arguments: list[str]) -> None:
     from finetuning.launch.strategy import launch_environment, requested_strategy
     from finetuning.model.quantization import hide_bitsandbytes
     from finetuning.recipe.recipe import load_recipe
-    from finetuning.runs.folder import make_folder, output_folder
+    from finetuning.runs.folder import (
+        make_folder,
+        output_folder,
+        require_free_or_ours,
+        require_local_output,
+    )
     from finetuning.runs.plots import plot_lengths
     from finetuning.runs.terminal import (
         examples_in_order,
@@ -44,6 +50,8 @@ def main(arguments: list[str]) -> None:
 
     options = read_arguments(arguments)
     recipe = load_recipe(options.recipe, options.overrides)
+    require_local_output(Path(options.recipe), recipe, options.overrides)
+    require_free_or_ours(output_folder(recipe))
     os.environ |= launch_environment(options.config_file, options.num_processes)
     strategy = requested_strategy()
     gpu = devices.gpu_by_name(options.gpu) if options.gpu is not None else None

@@ -16,6 +16,7 @@ from pathlib import Path
 from finetuning.command_line import ArgumentParser
 from finetuning.errors import UserError
 from finetuning.script import run
+from finetuning.untrusted_text import printable
 
 
 def main(arguments: list[str]) -> None:
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> None:
     folder = snapshot.folder
     if options.folder:
         folder = copy_snapshot(snapshot, Path(options.folder).expanduser())
-    print(*describe_snapshot(snapshot), f"folder: {folder}", sep="\n")
+    print(*describe_snapshot(snapshot), printable(f"folder: {folder}"), sep="\n")
 
 
 def read_arguments(arguments: list[str]) -> Namespace:

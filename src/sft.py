@@ -35,6 +35,8 @@ def main(arguments: list[str]) -> None:
         lock,
         open_run_folder,
         output_folder,
+        require_free_or_ours,
+        require_local_output,
         take_publish,
     )
     from finetuning.runs.terminal import make_console, print_funnel
@@ -47,6 +49,8 @@ def main(arguments: list[str]) -> None:
     options = read_arguments(arguments)
     is_check = options.check
     recipe = load_recipe(options.recipe, options.overrides)
+    require_local_output(Path(options.recipe), recipe, options.overrides)
+    require_free_or_ours(output_folder(recipe))
     strategy = requested_strategy()
     step_size(recipe, strategy.processes)
     require_loggers(recipe, output_folder(recipe))

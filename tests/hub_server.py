@@ -155,7 +155,8 @@ class HubServer(ThreadingHTTPServer):
         what: status=503 [headers={"Retry-After": "1"}]; delay=seconds before any work;
         drop_response=True (the work is done, then the line is cut); corrupt=True (one byte of the
         answer is flipped); reset_after=n or eof_after=n (the line is cut with RST or FIN after n
-        bytes of the upload or download); call=function, before any work.
+        bytes of the upload or download); call=function, before any work;
+        lies={header: value} and says=bytes or JSON, instead of the true ones.
         """
         self.faults.append({"match": match, "due": iter([False] * skip + [True] * times), **what})
 
@@ -368,6 +369,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, data: Any, status: int = 200, **headers: Any) -> None:
         """Bytes, whole or the range that was asked for; anything else as JSON."""
+        data, headers = self.fault.get("says", data), headers | self.fault.get("lies", {})
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not isinstance(data, bytes):
             data = json.dumps(data).encode()

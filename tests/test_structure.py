@@ -18,7 +18,8 @@ SCRIPTS = sorted(path.stem for path in SOURCE.glob("*.py"))
 PACKAGE = SOURCE / "finetuning"
 # Each imports itself and what stands before it; publishing and training do not know each other.
 ORDER = [
-    ["errors", "files", "section"],
+    ["untrusted_text"],
+    ["errors", "files", "secrets", "section"],
     ["data", "hub"],
     ["recipe"],
     ["launch"],

@@ -4,6 +4,8 @@ import difflib
 import signal
 from collections.abc import Iterable
 
+from finetuning.untrusted_text import printable
+
 # How Python, Rust (safetensors) and C++ (torch.save) report a full disk, each by its own exception.
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "inline_container.cc")
 # How torch, for GPU and CPU memory, and the C++ library report an allocation that failed.
@@ -52,4 +54,5 @@ def nearest(
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    """Its message without line feeds, printable: names and answers of others stand in it."""
+    return printable(" ".join(str(error).split()))

@@ -10,13 +10,16 @@ import select
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from finetuning.errors import DISK_FULL, REQUEUE, Stopped, UserError, is_out_of_memory, one_line
 from finetuning.launch.launcher import silence_launcher
+from finetuning.untrusted_text import printable
 
 
 def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = "") -> None:
@@ -32,6 +35,7 @@ def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = 
     code = 1  # of an exception that nobody foresaw
     # Registered before any library is imported, so called after all that they have registered.
     atexit.register(lambda: exit_without_finalizers(code))
+    sys.excepthook = print_traceback
     code = run_main(main, manual, when_interrupted)
     sys.exit(code)
 
@@ -70,7 +74,7 @@ def run_main(main: Callable[[list[str]], None], manual: str, when_interrupted: s
                 f"error: out of memory: {first}; src/preview.py says what a recipe needs", 1
             )
         if not any(words in str(error) for words in DISK_FULL):
-            write_exit_note(1, f"{type(error).__name__}: {one_line(error)}")
+            write_exit_note(1, safe(f"{type(error).__name__}: {one_line(error)}"))
             raise
         remedy = "make room, and give the same command again"
         return report(f"error: the disk is full: {one_line(error)}; {remedy}", 1)
@@ -158,6 +162,7 @@ def is_first() -> bool:
 
 def report(line: str, code: int) -> int:
     """Says the line, if there is one, and returns the code to exit with."""
+    line = safe(line)
     is_noted = write_exit_note(code, line)
     if is_first() or not line:
         ignore_signals()
@@ -172,6 +177,22 @@ def report(line: str, code: int) -> int:
     # Launchers report anything but 0 as a failure, a page for each node; a job that is only queued
     # again has none.
     return 0 if is_noted and code == REQUEUE else code
+
+
+def safe(text: str) -> str:
+    """The text without control characters and secrets: it is printed, and kept in the job's log."""
+    if not text:
+        return text
+    from finetuning.secrets import redacted
+
+    return redacted(printable(text))
+
+
+def print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Python's own, but for what its message may hold of others."""
+    print(safe("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def write_exit_note(code: int, reason: str = "", at: float | None = None) -> bool:

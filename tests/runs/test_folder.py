@@ -292,7 +292,7 @@ def test_a_folder_with_weights_of_somebody_else_is_not_trained_into(recipe_of, n
     folder = Path(recipe.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(b"")
-    with pytest.raises(UserError, match="and would be overwritten; choose another"):
+    with pytest.raises(UserError, match="which could be overwritten; choose"):
         open_run_folder(recipe, "data", None)
 
 

@@ -77,15 +77,13 @@ def require_reachable(need: Need, needs: list[Need]) -> None:
 
 
 def unreachable(needs: list[Need], error: Exception) -> TryAgain:
-    from huggingface_hub import constants
-
-    from finetuning.hub.client import short_reason
+    from finetuning.hub.client import endpoint, short_reason
 
     names = ", ".join(dict.fromkeys(need.name for need in needs))
     cached = all(is_cached(need.name, need.kind) for need in needs)
     offline = "set HF_HUB_OFFLINE=1 to use the copies in the cache, or " if cached else ""
     return TryAgain(
-        f"{constants.ENDPOINT} could not be reached for {names} ({short_reason(error)}); "
+        f"{endpoint()} could not be reached for {names} ({short_reason(error)}); "
         f"{offline}{local_copies(needs)}"
     )
 

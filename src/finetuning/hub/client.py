@@ -5,6 +5,7 @@ and not when a download breaks off (2.4.0).
 """
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_token,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -32,6 +39,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exports its
 
 from finetuning.errors import DISK_FULL, TryAgain, UserError, one_line
 from finetuning.files import sha256_of
+from finetuning.hub.protocol import DIGEST, MAX_ANSWER, MIN_COST, at_most
+from finetuning.untrusted_text import printable
 
 TIMEOUT = 10  # seconds until an answer begins
 WAITS = (1, 2, 4, 8)  # seconds between one attempt and the next
@@ -53,7 +62,7 @@ def with_retries(action: Callable[[], T], repo: str) -> T:
     """
     for wait in (*WAITS, None):
         try:
-            with without_client_warnings():
+            with without_client_warnings(), at_most(MAX_ANSWER):
                 return action()
         except HFValidationError as error:  # a name that the Hub cannot have
             raise UserError(one_line(error)) from None
@@ -65,9 +74,14 @@ def with_retries(action: Callable[[], T], repo: str) -> T:
                 raise as_user_error(problem, repo) from None
             pause = requested_wait(problem) or wait
             said = f"the Hub: {short_reason(problem)}; next attempt in {pause} s"
-            print(said, file=sys.stderr, flush=True)
+            print(printable(said), file=sys.stderr, flush=True)
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
+
+
+def endpoint() -> str:
+    """The Hub's address, for messages: a mirror's may hold a password."""
+    return re.sub("//[^/@]*@", "//", constants.ENDPOINT)
 
 
 @contextmanager
@@ -97,41 +111,71 @@ def require_access(repo: str, write: bool) -> None:
 
 def head_commit(repo: str, revision: str = "main") -> str:
     """The commit that a branch, tag or commit of a model repository stands at."""
-    commit = HfApi().repo_info(repo, revision=revision, timeout=TIMEOUT).sha
-    assert commit is not None
+    with understood(repo):
+        commit = HfApi().repo_info(repo, revision=revision, timeout=TIMEOUT).sha
+        if not isinstance(commit, str) or not DIGEST.fullmatch(commit):
+            raise ValueError(f"commit {commit!r}")
     return commit
 
 
 def list_files(repo: str, commit: str) -> dict[str, RepoFile]:
     """{path: size and checksum, as the Hub lists them} of every file of a commit."""
-    entries = HfApi().list_repo_tree(repo, recursive=True, revision=commit)
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    with understood(repo):
+        entries = HfApi().list_repo_tree(repo, recursive=True, revision=commit)
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+@contextmanager
+def understood(repo: str) -> Iterator[None]:
+    """UserError for an answer that the client makes no sense of: not JSON, or not of the Hub."""
+    try:
+        yield
+    except (HFValidationError, UserError):
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{repo}: {endpoint()} answers with what is not of the Hub's protocol: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from None
 
 
 # Downloading
 
 
 def download_file(
-    repo: str, path: str, commit: str, cache: Path | None = None, force: bool = False
+    repo: str, entry: RepoFile, commit: str, cache: Path | None = None, force: bool = False
 ) -> Path:
     """A file of a commit, in the cache.
 
     An interrupted download raises ConnectionError or one of the client's errors.
     """
+    if force:
+        require_inside(entry.path, repo, commit, cache)
     try:
-        return Path(
-            hf_hub_download(repo, path, revision=commit, cache_dir=cache, force_download=force)
-        )
+        with understood(repo), at_most(entry.size + 16 * MIN_COST):
+            return Path(
+                hf_hub_download(
+                    repo, entry.path, revision=commit, cache_dir=cache, force_download=force
+                )
+            )
     except RuntimeError as error:  # hf_xet raises it for every failed download
         if any(text in str(error) for text in DISK_FULL):
             raise
         raise ConnectionError(one_line(error)) from error
 
 
+def require_inside(path: str, repo: str, commit: str, cache: Path | None) -> None:
+    """Raises UserError where a cached file is a link out of the cache: it would be overwritten."""
+    root = Path(cache or constants.HF_HUB_CACHE)
+    file = try_to_load_from_cache(repo, path, cache_dir=root, revision=commit)
+    if isinstance(file, str) and not Path(file).resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{file} is a link to {Path(file).resolve()}, outside the cache; delete it")
+
+
 def read_file(repo: str, entry: RepoFile, commit: str) -> bytes:
     """A small file's content. A damaged one is fetched once more, then it is a ConnectionError."""
     for force in (False, True):
-        file = download_file(repo, entry.path, commit, force=force)
+        file = download_file(repo, entry, commit, force=force)
         if is_intact(file, entry):
             return file.read_bytes()
     raise ConnectionError(f"{entry.path}: checksum mismatch after two downloads")
@@ -158,6 +202,7 @@ def hub_problem(error: BaseException) -> Exception | None:
     kinds = (
         HfHubHTTPError,
         httpx2.HTTPError,
+        httpx2.InvalidURL,
         LocalTokenNotFoundError,
         ConnectionError,
         TimeoutError,
@@ -175,7 +220,8 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 def is_transient(problem: Exception) -> bool:
     if isinstance(problem, HfHubHTTPError):
         return problem.response.status_code in TRANSIENT
-    return not isinstance(problem, (OfflineModeIsEnabled, LocalTokenNotFoundError))
+    permanent = (OfflineModeIsEnabled, LocalTokenNotFoundError, httpx2.InvalidURL)
+    return not isinstance(problem, permanent)
 
 
 def requested_wait(problem: Exception) -> int | None:
@@ -217,7 +263,7 @@ def as_user_error(problem: Exception, repo: str) -> UserError:
         return refused_token(repo, problem.response.status_code)
     if is_transient(problem):
         return TryAgain(
-            f"{constants.ENDPOINT} could not be reached for {repo}, or gave up: "
+            f"{endpoint()} could not be reached for {repo}, or gave up: "
             f"{short_reason(problem)}; run the same command again"
         )
     return UserError(f"{repo}: the Hub refuses: {short_reason(problem)}")

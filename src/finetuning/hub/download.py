@@ -6,6 +6,7 @@ Hub is down or the token was revoked. HF_HUB_OFFLINE=1 is the way to say that th
 
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
@@ -30,6 +31,7 @@ from finetuning.hub.client import (
     with_retries,
 )
 from finetuning.hub.manifest import NAME, Manifest, parse_manifest
+from finetuning.untrusted_text import printable
 
 UNVERIFIED = {NAME, "README.md"}  # the manifest itself; a card may be edited on the Hub
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -106,11 +108,11 @@ def download_intact(
 
     Raises TryAgain where one is damaged a second time.
     """
-    root = download(address, paths, cache)
+    root = download(address, [listed[path] for path in paths], cache)
     damaged = [path for path in verifying(paths) if not is_intact(root / path, listed[path])]
     if not damaged:
         return root, []
-    root = download(address, damaged, cache, force=True)
+    root = download(address, [listed[path] for path in damaged], cache, force=True)
     if still := [path for path in damaged if not is_intact(root / path, listed[path])]:
         raise TryAgain(
             f"{address}: {still[0]}: checksum mismatch after two downloads; "
@@ -119,17 +121,19 @@ def download_intact(
     return root, damaged
 
 
-def download(address: Address, paths: list[str], cache: Path | None, force: bool = False) -> Path:
+def download(
+    address: Address, entries: list[RepoFile], cache: Path | None, force: bool = False
+) -> Path:
     """The folder of the commit. What an interrupted attempt has finished is not fetched again.
 
     One file after the other: the threads of snapshot_download finish their files before they heed
     Ctrl-C.
     """
     repo, commit = address.repo, str(address.revision)
-    assert paths
-    for path in tqdm(paths, desc="files", unit="file", leave=False, delay=1):
-        file: Path = with_retries(partial(download_file, repo, path, commit, cache, force), repo)
-    return file.parents[paths[-1].count("/")]
+    assert entries
+    for entry in tqdm(entries, desc="files", unit="file", leave=False, delay=1):
+        file: Path = with_retries(partial(download_file, repo, entry, commit, cache, force), repo)
+    return file.parents[entries[-1].path.count("/")]
 
 
 def verifying(names: list[str]) -> Iterable[str]:
@@ -181,7 +185,7 @@ def snapshot_in_cache(address: Address) -> Snapshot:
         raise UserError(
             f"{address} is not in the cache, or has no manifest to verify it; HF_HUB_OFFLINE is set"
         )
-    print(f"from the cache: {pinned}", file=sys.stderr)
+    print(printable(f"from the cache: {pinned}"), file=sys.stderr)
     names = [
         name
         for name in (*manifest.files, NAME)
@@ -237,22 +241,20 @@ def describe_snapshot(snapshot: Snapshot) -> list[str]:
         lines.append(f"arrived damaged, fetched again: {', '.join(snapshot.repaired)}")
     if snapshot.refused:
         lines.append(f"left on the Hub, not part of a model: {', '.join(snapshot.refused)}")
-    return lines
+    return [printable(line) for line in lines]
 
 
 def copy_snapshot(snapshot: Snapshot, target: Path) -> Path:
     """The snapshot's files as a folder of its own: whole or not at all."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already; choose another folder, or delete it")
-    unfinished = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
+        unfinished = Path(beside, target.name)
         for name in snapshot.names:
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(snapshot.folder / name, unfinished / name)
         if target.exists():
             target.rmdir()
         unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return target

@@ -6,6 +6,7 @@ from contextlib import suppress
 from finetuning.data.row import Message, message
 from finetuning.errors import UserError, one_line
 from finetuning.inference.generation import Asker
+from finetuning.untrusted_text import printable
 
 MANUAL = "/new begins another conversation, /system TEXT one with instructions, /quit ends"
 
@@ -37,7 +38,7 @@ class Chat:
 
 
 def show(piece: str) -> None:
-    print(piece, end="", flush=True)
+    print(printable(piece), end="", flush=True)
 
 
 def converse(asker: Asker, remembers: bool) -> None:

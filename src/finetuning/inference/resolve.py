@@ -11,6 +11,7 @@ from finetuning.hub.download import pull
 from finetuning.recipe.recipe import Recipe, load_recipe
 from finetuning.runs.checkpoints import checkpoints_of, damage_of, verify_newest_first
 from finetuning.runs.folder import find_run_folder, has_model, means_folder, output_folder
+from finetuning.untrusted_text import printable
 
 
 def find_trained_model(name: str, step: str | None = None) -> tuple[Path, Path]:
@@ -42,7 +43,7 @@ def find_trained_model(name: str, step: str | None = None) -> tuple[Path, Path]:
             )
     folder = find_run_folder(name)
     if is_recipe:
-        print(f"taken from the run folder: {folder}", file=sys.stderr)
+        print(printable(f"taken from the run folder: {folder}"), file=sys.stderr)
     return folder, folder / "recipe.yaml"
 
 
@@ -78,7 +79,8 @@ def pull_published(recipe: Recipe, name: str) -> Path:
         raise type(error)(
             f"{local} has no trained model, and {error}; train it: accelerate launch src/sft.py {name}"
         ) from None
-    print(f"{local} has no trained model; taken from the Hub: {snapshot.address}", file=sys.stderr)
+    said = f"{local} has no trained model; taken from the Hub: {snapshot.address}"
+    print(printable(said), file=sys.stderr)
     return snapshot.folder
 
 

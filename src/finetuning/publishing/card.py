@@ -1,26 +1,30 @@
 """README.md of a published model."""
 
 import json
+import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from finetuning.data.prepare import load_template
 from finetuning.errors import TryAgain, UserError
-from finetuning.hub.address import Address
+from finetuning.hub.address import REPO, Address
 from finetuning.hub.client import TIMEOUT, with_retries
 from finetuning.hub.manifest import BaseModelSource, Manifest
 from finetuning.launch.step_size import step_size
 from finetuning.recipe.recipe import Recipe
-from finetuning.runs.folder import RunFolder
+from finetuning.runs.folder import RunFolder, read_samples, sample_parts
+from finetuning.untrusted_text import cell, code_cell, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 QUESTION = "What is the capital of Japan?"  # shown where the recipe asks none
+LICENCE = r"[\w.-]{1,40}|not stated"
+OLD_NAME = r"^[\w.-]{1,96}$"  # of the Hub's first models, such as gpt2, without an owner
 METHODS = {
     "full": "",
     "adapter": " with LoRA (an adapter)",
@@ -34,7 +38,6 @@ def model_card(
     """The card of one subfolder; `recipe` is the one that is published."""
     question = (recipe.generation.prompts or [QUESTION])[0]
     license = recipe.publish.license if recipe.publish else None
-    samples = run.path / "samples.md"
     metadata = ModelCardData(
         license=license,
         library_name="peft" if manifest.kind == "adapter" else "transformers",
@@ -51,11 +54,11 @@ def model_card(
         facts=[*made_of(manifest, license), *lora_fact(recipe)],
         loading=loading(address, manifest.kind, manifest.base),
         asking=asking(recipe, run.tokenizer, question),
-        question=shlex.quote(question),
-        training=training_table(recipe, manifest),
+        question=shlex.quote(question if question.isprintable() else "QUESTION"),
+        training=[(name, cell(str(v))) for name, v in training_table(recipe, manifest)],
         has_plot=has_plot,
-        samples=without_title(samples.read_text(encoding="utf-8")) if samples.exists() else "",
-        versions=", ".join(f"{name} {version}" for name, version in made_with(manifest)),
+        samples="\n".join(f"#{part}" for part in sample_parts(read_samples(run.path))),
+        versions=", ".join(cell(f"{name} {version}") for name, version in made_with(manifest)),
     )
     return str(card)
 
@@ -66,7 +69,7 @@ def model_card(
 def summary(manifest: Manifest) -> str:
     """One sentence, and whether the training was finished."""
     how = f"{'fine-tuned' if manifest.base else 'trained'}{METHODS[manifest.kind]}"
-    text = f"{base_link(manifest.base)}, {how} on {', '.join(manifest.data.path)}."
+    text = f"{base_link(manifest.base)}, {how} on {', '.join(map(cell, manifest.data.path))}."
     return text if manifest.finished else f"{text} **The training was not finished.**"
 
 
@@ -77,7 +80,19 @@ def base_link(base: BaseModelSource | None) -> str:
     if base.name is None:
         return "A model from a folder that is not on the Hub"
     name = f"{base.name}/{base.subfolder}" if base.subfolder else base.name
-    return f"[{name}](https://huggingface.co/{base.name})"
+    return hub_link(name, base.name)
+
+
+def is_repo(name: str) -> bool:
+    """Whether it can be the name of a model or data set on the Hub."""
+    return bool(re.fullmatch(f"{REPO}|{OLD_NAME}", name))
+
+
+def hub_link(text: str, repo: str, kind: Literal["", "datasets/"] = "") -> str:
+    """A link to a repository of the Hub; only the text where that is not the name of one."""
+    if not is_repo(repo):
+        return cell(text)
+    return f"[{cell(text)}](https://huggingface.co/{kind}{repo})"
 
 
 def made_of(manifest: Manifest, license: str | None) -> list[tuple[str, str]]:
@@ -85,16 +100,16 @@ def made_of(manifest: Manifest, license: str | None) -> list[tuple[str, str]]:
     base = manifest.base
     found = [("base model", base_link(base))]
     if base and base.name:
-        commit = f"`{base.revision}`" if base.revision else "not known"
+        commit = code_cell(base.revision) if base.revision else "not known"
         found.append(("base model's commit", commit))
         found.append(("base model's licence", stated_licence(base.name, "model")))
     for path in dict.fromkeys(manifest.data.path):
         if path in manifest.data.datasets:
-            found.append(("data", f"[{path}](https://huggingface.co/datasets/{path})"))
+            found.append(("data", hub_link(path, path, "datasets/")))
             found.append(("data's licence", stated_licence(path, "dataset")))
         else:
-            found += [("data", f"`{path}`"), ("data's licence", "not stated")]
-    return [*found, ("licence of these weights", license or "not stated; those above bind")]
+            found += [("data", code_cell(path)), ("data's licence", "not stated")]
+    return [*found, ("licence of these weights", cell(license or "not stated; those above bind"))]
 
 
 def stated_licence(name: str, kind: str) -> str:
@@ -110,7 +125,10 @@ def stated_licence(name: str, kind: str) -> str:
     except UserError:  # private or gone
         data = None
     stated = (data.get("license_name") or data.get("license")) if data else None
-    return ", ".join(stated) if isinstance(stated, list) else stated or "not stated"
+    stated = stated if isinstance(stated, list) else [stated or "not stated"]
+    # A licence has a short identifier; what else stands there is not for our card to repeat.
+    is_known = all(isinstance(name, str) and re.fullmatch(LICENCE, name) for name in stated)
+    return ", ".join(stated) if is_known else "see its page"
 
 
 def lora_fact(recipe: Recipe) -> list[tuple[str, str]]:
@@ -120,7 +138,7 @@ def lora_fact(recipe: Recipe) -> list[tuple[str, str]]:
     targets = recipe.lora.target_modules
     modules = ", ".join(targets) if isinstance(targets, list) else targets
     where = modules or "its default modules"
-    return [("LoRA", f"r {recipe.lora.r}, alpha {recipe.lora.lora_alpha}, on {where}")]
+    return [("LoRA", f"r {recipe.lora.r}, alpha {recipe.lora.lora_alpha}, on {cell(where)}")]
 
 
 # How it is used
@@ -132,7 +150,7 @@ def loading(address: Address, kind: str, base: BaseModelSource | None) -> str:
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if kind == "adapter" and base:
         named = {"subfolder": base.subfolder, "revision": base.revision}
-        names = [f'"{base.name}"', *(f'{key}="{value}"' for key, value in named.items() if value)]
+        names = [text_of(base.name), *(f"{key}={text_of(v)}" for key, v in named.items() if v)]
         lines = ["from peft import PeftModel", *lines]
         lines.append(f"base = AutoModelForCausalLM.from_pretrained({', '.join(names)})")
         lines.append(f"model = PeftModel.from_pretrained(base, {place})")
@@ -140,6 +158,11 @@ def loading(address: Address, kind: str, base: BaseModelSource | None) -> str:
         lines.append(f"model = AutoModelForCausalLM.from_pretrained({place})")
     lines.append(f"tokenizer = AutoTokenizer.from_pretrained({place})")
     return "\n".join(lines)
+
+
+def text_of(value: str | None) -> str:
+    """A string in Python, whatever is in it."""
+    return printable(json.dumps(value, ensure_ascii=False))
 
 
 def asking(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", question: str) -> str:
@@ -152,10 +175,10 @@ def asking(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", question: str) 
     if template.end_marks != [tokenizer.eos_token]:  # all that the model's own settings may know
         settings = {"eos_token_id": tokenizer.convert_tokens_to_ids(template.end_marks), **settings}
     newline = f".replace({recipe.data.newline!r}, '\\n')" if recipe.data.newline else ""
-    arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    arguments = printable(", ".join(f"{name}={value!r}" for name, value in settings.items()))
     return "\n".join(
         [
-            f"prompt = {json.dumps(prompt, ensure_ascii=False)}",
+            f"prompt = {text_of(prompt)}",
             'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")',
             f"output = model.generate(**inputs, {arguments})",
             "response = output[0, inputs.input_ids.shape[1] :]",
@@ -193,11 +216,3 @@ def made_with(manifest: Manifest) -> list[tuple[str, str]]:
     """(name, version) of Python, the libraries and this code."""
     versions = {"python": manifest.python, **manifest.versions, "finetuning-recipes": manifest.git}
     return [(name, version) for name, version in versions.items() if version]
-
-
-def without_title(samples: str) -> str:
-    """samples.md with its questions one level deeper, below the card's own heading."""
-    body = samples.partition("\n")[2].strip()
-    if body.startswith("## "):
-        return body.replace("\n## ", "\n### ").replace("## ", "### ", 1)
-    return body

@@ -1,15 +1,19 @@
 """README.md of the repository: what people wrote, and a table of all models published there."""
 
+import urllib.parse
+
 from huggingface_hub import ModelCard
 
 from finetuning.errors import UserError, one_line
 from finetuning.hub.manifest import Manifest
-from finetuning.publishing.card import base_link
+from finetuning.publishing.card import base_link, is_repo
+from finetuning.untrusted_text import cell, code_cell
 
 # Around the table, in every repository that was published to: they stay as they are.
 BEGIN = "<!-- checkpoints: src/publish.py writes what follows -->"
 END = "<!-- end of checkpoints -->"
 
+MAX_SOURCES = 10  # named in the table
 METHODS = {"full": "all weights", "adapter": "LoRA adapter", "merged": "LoRA, merged"}
 
 
@@ -29,8 +33,8 @@ def repository_card(repo: str, before: bytes | None, manifests: dict[str, Manife
         ) from None
     bases = [manifest.base.name for manifest in manifests.values() if manifest.base]
     datasets = [name for manifest in manifests.values() for name in manifest.data.datasets]
-    add_to_metadata(card, "base_model", [name for name in bases if name])
-    add_to_metadata(card, "datasets", datasets)
+    add_to_metadata(card, "base_model", [name for name in bases if name and is_repo(name)])
+    add_to_metadata(card, "datasets", [name for name in datasets if is_repo(name)])
     above, _, rest = card.text.partition(BEGIN)
     below = rest.partition(END)[2] or "\n"
     table = model_table(repo, manifests)
@@ -51,8 +55,9 @@ def model_table(repo: str, manifests: dict[str, Manifest]) -> str:
     for subfolder, manifest in sorted(manifests.items()):
         losses = manifest.losses
         loss = f"{losses.before:.3f} → {losses.after:.3f}" if losses else ""
-        link = f"[{subfolder}](https://huggingface.co/{repo}/tree/main/{subfolder})"
-        data = ", ".join(f"`{path}`" for path in manifest.data.path)
+        place = urllib.parse.quote(f"{repo}/tree/main/{subfolder}")
+        link = f"[{cell(subfolder)}](https://huggingface.co/{place})"
+        data = ", ".join(map(code_cell, manifest.data.path[:MAX_SOURCES]))
         method = METHODS[manifest.kind]
         rows.append(f"| {link} | {method} | {base_link(manifest.base)} | {data} | {loss} |")
     return "\n".join(rows)

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from finetuning.errors import UserError
 from finetuning.runs.folder import RunFolder
 from finetuning.runs.plots import label, pyplot
+from finetuning.untrusted_text import printable, short_line
 
 NOT_COMPARED = ("training.output_dir",)
 
@@ -140,7 +141,7 @@ def text_table(columns: list[str], rows: list[list[Any]]) -> Table:
 def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-    return "-" if value is None else str(value)
+    return "-" if value is None else printable(str(value))
 
 
 def short(setting: str) -> str:
@@ -165,7 +166,15 @@ def write_comparison(runs: list[Run], folder: Path) -> None:
 def write_csv(runs: list[Run], file: Path) -> None:
     columns, rows = table_of(runs)
     with file.open("w", encoding="utf-8", newline="") as stream:
-        csv.writer(stream).writerows([columns, *rows])
+        csv.writer(stream).writerows([map(csv_cell, row) for row in (columns, *rows)])
+
+
+def csv_cell(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula begins with an apostrophe instead."""
+    if isinstance(value, str | list | dict):
+        text = short_line(str(value))
+        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+    return value
 
 
 def plot_runs(runs: list[Run], file: Path) -> None:
@@ -180,6 +189,10 @@ def plot_runs(runs: list[Run], file: Path) -> None:
             panel.plot(*run.curve(name), color=colour, marker=".", label=label_of(run, runs))
         panel.set_xlabel(label("step"))
         panel.set_ylabel(label(loss))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    legend = figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in a setting is not the beginning of a formula
     figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -10,7 +10,7 @@ import math
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,16 +23,21 @@ from filelock import FileLock, Timeout
 from finetuning.errors import UserError
 from finetuning.files import write_text
 from finetuning.hub.access import loaded_commit
+from finetuning.hub.manifest import NAME
 from finetuning.launch.software import git_revision, versions
 from finetuning.launch.step_size import step_size
 from finetuning.launch.strategy import Strategy
 from finetuning.model.tokenizer import read_tokenizer
 from finetuning.recipe.recipe import Recipe, load_recipe
+from finetuning.untrusted_text import inline, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LOCK = ".lock"
+
+# What a run, or a preview, writes before it has written recipe.yaml and environment.json.
+BEGUN = {LOCK, "preview", "runs", "wandb", "samples.json", "samples.md", "recipe.yaml"}
 
 
 # What may change from one launch to the next: how a step is shared out, as long as the step stays the same, and what
@@ -98,15 +103,9 @@ def open_run_folder(recipe: Recipe, fingerprint: str, strategy: Strategy | None)
 
     Raises UserError where it belongs to another run, cannot go on with these processes, or cannot be written.
     """
+    require_free_or_ours(output_folder(recipe))
     folder = make_folder(output_folder(recipe))
     if not (folder / "recipe.yaml").exists():
-        if foreign := next(
-            (name for name in (*WEIGHTS, "checkpoint-*") if any(folder.glob(name))), None
-        ):
-            what = f"holds {foreign} without a recipe.yaml, so it is no run folder"
-            raise UserError(
-                f"training.output_dir: {folder} {what}, and would be overwritten; choose another"
-            )
         return folder
     before, environment = load_recipe(folder / "recipe.yaml"), read_environment(folder)
     remedy = "; delete the folder, or choose another with training.output_dir=..."
@@ -120,6 +119,48 @@ def open_run_folder(recipe: Recipe, fingerprint: str, strategy: Strategy | None)
     if strategy and environment.get("launches") and not environment.get("finished"):
         require_same_steps(folder, before, recipe, environment["launches"][-1], strategy)
     return folder
+
+
+def require_free_or_ours(folder: Path) -> None:
+    """Raises UserError where the folder holds what no run has written, or a link.
+
+    A run writes files of many names, config.json and README.md among them: `.`, `~/.docker` or a
+    repository as training.output_dir would lose theirs. What a run has written is told by its
+    recipe.yaml and environment.json, or by there being nothing else yet.
+    """
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    if links := [path.name for path in found if path.is_symlink()]:
+        raise UserError(
+            f"training.output_dir: {folder} holds a link, {links[0]}, through which files elsewhere "
+            "would be written; delete it, or choose another folder"
+        )
+    names = {path.name for path in found}
+    if names >= {"recipe.yaml", "environment.json"}:
+        return
+    if foreign := sorted(name for name in names - BEGUN if not name.endswith(".tmp")):
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UserError(
+            f"training.output_dir: {folder} is not a run folder: it holds {foreign[0]}{more}, which "
+            "could be overwritten; choose a folder that is empty or new"
+        )
+
+
+def require_local_output(file: Path, recipe: Recipe, overrides: Sequence[str]) -> None:
+    """Raises UserError where a pulled recipe chooses a folder outside the current one.
+
+    A recipe with a manifest beside it is somebody else's; where files are written is for the person
+    to say, as an override.
+    """
+    if not file.with_name(NAME).is_file():
+        return
+    if any(override.startswith(("training.output_dir=", "training=")) for override in overrides):
+        return
+    path = Path(recipe.training.output_dir)
+    if path.is_absolute() or any(part.startswith(("~", ".")) for part in path.parts):
+        raise UserError(
+            f"training.output_dir: {path} is chosen by a recipe that was pulled, and is not a folder "
+            "below the current one; say where to write: training.output_dir=outputs/again"
+        )
 
 
 def require_same_steps(
@@ -281,13 +322,18 @@ def write_samples(folder: Path, samples: list[Sample]) -> None:
         folder / "samples.json",
         json.dumps([s._asdict() for s in samples], indent=1, ensure_ascii=False) + "\n",
     )
-    parts = ["# Answers before and after training\n"]
-    for sample in samples:
-        after = "(not yet)" if sample.after is None else sample.after
-        parts.append(
-            f"## {sample.question}\n\nBefore:\n\n{quoted(sample.before)}\n\nAfter:\n\n{quoted(after)}\n"
-        )
+    parts = ["# Answers before and after training\n", *sample_parts(samples)]
     write_text(folder / "samples.md", "\n".join(parts))
+
+
+def sample_parts(samples: list[Sample]) -> list[str]:
+    """Markdown of each sample: its question as a heading, the answers as code."""
+    parts = []
+    for question, before, after in samples:
+        last = "(not yet)" if after is None else after
+        answers = f"Before:\n\n{quoted(before)}\n\nAfter:\n\n{quoted(last)}\n"
+        parts.append(f"## {inline(question)}\n\n{answers}")
+    return parts
 
 
 def read_samples(folder: Path) -> list[Sample]:
@@ -300,7 +346,8 @@ def read_samples(folder: Path) -> list[Sample]:
 
 
 def quoted(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+    """The text as a code block of Markdown, without control characters."""
+    return "\n".join(f"    {printable(line)}" for line in text.splitlines() or [""])
 
 
 def find_run_folder(name: str) -> Path:

@@ -1,14 +1,17 @@
 """What a person sees: the funnel of rows, coloured masks, answers before and after, the histogram of lengths."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from finetuning.data.tokenization import IGNORE_INDEX, Example, Examples
 from finetuning.runs.folder import Sample
+from finetuning.untrusted_text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -22,12 +25,26 @@ PROMPT, RESPONSE = (
 )  # colours of tokens that are not trained, and that are
 
 
+class PrintableConsole(Console):
+    """A console that prints no control characters but its own: rows and names are others'.
+
+    An escape in a row could colour an untrained text green, which only trained tokens are.
+    """
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(printable(text), style)
+
+
 def make_console(quiet: bool = False) -> Console:
     """One that prints text as it is: no markup, no colours for numbers, no line breaks of its own.
 
     A table is printed with soft_wrap=False: its cells are wrapped.
     """
-    return Console(quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    return PrintableConsole(quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def print_funnel(console: Console, report: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetuning.errors import UserError
 from finetuning.recipe.recipe import Recipe
-from finetuning.runs.folder import Sample
+from finetuning.runs.folder import Sample, quoted
 
 
 def loggers_of(recipe: Recipe) -> list[str]:
@@ -59,7 +59,9 @@ def log_samples(recipe: Recipe, folder: Path, samples: list[Sample], step: int) 
             os.environ.get("TENSORBOARD_LOGGING_DIR") or str(runs[-1] if runs else folder)
         ) as writer:
             for number, (question, before, after) in enumerate(samples):
-                text = f"**{question}**\n\nbefore: {before}\n\nafter: {after}"
+                # As code: in TensorBoard's Markdown an answer could load a picture from anywhere.
+                parts = ("question", question), ("before", before), ("after", after or "")
+                text = "\n\n".join(f"{name}:\n\n{quoted(part)}" for name, part in parts)
                 writer.add_text(f"samples/{number}", text, step)
     if "wandb" in loggers:
         import wandb

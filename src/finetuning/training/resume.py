@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from finetuning.runs.checkpoints import verify_newest_first
 from finetuning.training.memory_check import TooLarge, halve_micro_batch
 from finetuning.training.trainer import Counters, ResponseTrainer
+from finetuning.untrusted_text import printable
 
 
 def resume_or_train(trainer: ResponseTrainer) -> None:
@@ -36,10 +37,10 @@ def last_checkpoint(trainer: ResponseTrainer) -> str | None:
     if trainer.is_world_process_zero():
         for checkpoint, damage in verify_newest_first(trainer.run_folder):
             if damage:
-                print(f"{checkpoint} is not used: {damage}", file=sys.stderr)
+                print(printable(f"{checkpoint} is not used: {damage}"), file=sys.stderr)
             else:
                 found = [str(checkpoint)]
-                print(f"resuming from {checkpoint}", file=sys.stderr)
+                print(printable(f"resuming from {checkpoint}"), file=sys.stderr)
     broadcast_object_list(found)  # in place
     return found[0]
 
