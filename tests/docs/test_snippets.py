@@ -86,7 +86,7 @@ def extended(tmp_path):
     data = tmp_path / "src" / "finetuning" / "data"
     insert(data / "readers.py", "\nREADERS: dict", f"\n{READER}\n")
     insert(data / "readers.py", '    "dolly": read_dolly,\n', f"    {READER_LINE}")
-    insert(data / "templates.py", '    "chat": None', f"    {TEMPLATE_LINE}")
+    insert(data / "templates.py", '    "question_answer": Markers(', f"    {TEMPLATE_LINE}")
     rows = [{"title": f"How {n}?", "body": "So."} for n in range(9)]
     (tmp_path / "faq.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
