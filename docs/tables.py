@@ -1,7 +1,8 @@
 """Writes the tables that come from code into the pages, in both languages: `make tables`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, NAME being a function of TABLES. In a Japanese page its
-cells are translated by tables.ja.yaml; a text that is not in there stays English and is named.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, NAME being a function of TABLES.
+In a Japanese page its cells are translated by tables.ja.yaml; a text that is not in there stays
+English and is named.
 """
 
 import ast
@@ -25,7 +26,7 @@ Rows = list[list[str]]
 
 
 def rooms() -> Rows:
-    """The package's folders in the order of imports, each with the first paragraph of its docstring."""
+    """The package's folders in the order of imports, with the first paragraph of their docstrings."""
     order = re.findall(r"\w+", docstring(PACKAGE / "__init__.py").partition("holds it):")[2])
     names = [name for name in order if (PACKAGE / name / "__init__.py").is_file()]
     rows = []

@@ -1,4 +1,4 @@
-"""Commands that a page or the notebook tells people to type, read by the parsers that will read them."""
+"""Commands of the pages and the notebook, read by the parsers that will read them."""
 
 import re
 import shlex
@@ -41,7 +41,7 @@ def run_folders() -> dict[str, Path]:
 
 
 def check_command(command: str) -> None:
-    """Raises where a script, recipe, setting, make target or run folder in the command is not there."""
+    """Raises where a script, recipe, setting, make target or run folder is not there."""
     words = shlex.split(command.partition(" < ")[0])
     while re.match(r"[A-Z_]+=", words[0]):
         del words[0]
@@ -121,7 +121,7 @@ CHECKS = {
 
 
 def recipe_of(source: str) -> Path:
-    """The recipe that is meant by a file, by a run folder, or by what a command of the pages pulls."""
+    """The recipe meant by a file, a run folder, or what a command of the pages pulls."""
     if source == PULLED or source.startswith("hub:"):
         assert source == PULLED or parse_address(source)
         return ROOT / "recipes" / "quickstart.yaml"

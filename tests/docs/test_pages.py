@@ -1,4 +1,4 @@
-"""The pages say nothing that is not so: commands can be typed, names exist, both languages say the same."""
+"""The pages are true: commands can be typed, names exist, both languages say the same."""
 
 import re
 import shlex
@@ -57,7 +57,7 @@ def test_a_command_can_be_typed(page, command):
     "command",
     [
         "make quickstrat",
-        "accelerate launch --config_file accelerate_configs/zero9.yaml src/sft.py recipes/dolly_gpt2.yaml",
+        "accelerate launch --config_file=none.yaml src/sft.py recipes/quickstart.yaml",
         "accelerate launch src/sft.py recipes/dolly_gpt2.yaml training.max_step=10",
         "python src/look.py recipes/dolly_gpt2.yaml",
         "python src/preview.py recipes/dolly_gpt2.yaml --gpu t5",

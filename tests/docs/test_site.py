@@ -1,4 +1,4 @@
-"""The documentation site builds from the pages as they stand, in both languages, and fetches nothing."""
+"""The site builds from the pages as they stand, in both languages, and fetches nothing."""
 
 import os
 import re
@@ -28,9 +28,8 @@ def test_the_navigation_has_every_page_in_both_languages():
 
 def test_a_search_finds_japanese_words_inside_a_sentence():
     (search,) = [plugin["search"] for plugin in CONFIG["plugins"] if "search" in plugin]
-    words = re.split(
-        search["separator"], "または学習率が、勾配累積のステップ数 (training.max_steps)"
-    )
+    sentence = "または学習率が、勾配累積のステップ数 (training.max_steps)"
+    words = re.split(search["separator"], sentence)
     assert {"学習率", "勾配累積", "ステップ", "training", "max"} <= set(words)
 
 

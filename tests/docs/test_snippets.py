@@ -1,4 +1,4 @@
-"""Snippets of the pages run, and what a page says that a run prints and leaves is what it prints and leaves."""
+"""Snippets of the pages run, and a run prints and leaves what the pages say."""
 
 import ast
 import fnmatch
@@ -79,7 +79,7 @@ def insert(file: Path, before: str, text: str) -> None:
 
 @pytest.fixture
 def extended(tmp_path):
-    """A copy of src/ with the reader, the template and a recipe of a user's own, as the pages say."""
+    """A copy of src/ with the reader and the template that the page shows."""
     ignored = shutil.ignore_patterns("__pycache__")
     for folder in ("src", "recipes"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)

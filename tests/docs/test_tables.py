@@ -1,4 +1,4 @@
-"""Generated tables are what the code says now, and a table of messages has messages that the code has."""
+"""Generated tables are what the code says now, and messages of tables are messages of the code."""
 
 import ast
 import re
