@@ -155,19 +155,25 @@ EXAMPLES = examples_of(([1, 2, 3], [-100, 2, 3]), ([4, 5], [-100, 5]))
 
 def test_packed_examples_lie_in_one_row():
     batch = Collator("packed", 9)(list(EXAMPLES))
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
-    assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
-    assert batch["positions"].tolist() == [0, 1, 3] and batch["targets"].tolist() == [2, 3, 5]
-    assert batch["lengths"] == [3, 2]
+    assert batch["input_ids"].tolist() == [[1, 2, 4]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0]]
+    assert batch["positions"].tolist() == [0, 1, 2] and batch["targets"].tolist() == [2, 3, 5]
+    assert batch["lengths"] == [2, 1]
 
 
 def test_padded_examples_lie_in_rows_of_one_length():
     batch = Collator("padded", 9)(list(EXAMPLES))
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
-    assert batch["labels"].tolist() == [[-100, 2, 3], [-100, 5, -100]]
-    assert batch["positions"].tolist() == [0, 1, 3] and batch["targets"].tolist() == [2, 3, 5]
+    assert batch["input_ids"].tolist() == [[1, 2], [4, 9]]
+    assert batch["positions"].tolist() == [0, 1, 2] and batch["targets"].tolist() == [2, 3, 5]
     assert "position_ids" not in batch
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_tokens_that_no_target_depends_on_are_left_out(layout):
+    first, nothing = ([1, 2, 3, 4], [-100, 2, -100, -100]), ([5, 6, 7], [-100] * 3)
+    batch = Collator(layout, 9)(list(examples_of(first, nothing)))
+    assert batch["input_ids"].flatten().tolist() == [1, 5] and batch["lengths"] == [1, 1]
+    assert batch["positions"].tolist() == [0] and batch["targets"].tolist() == [2]
 
 
 def test_an_example_is_found_by_its_number_without_a_copy():

@@ -15,6 +15,7 @@ from finetuning.model.attention import (
     Packing,
     attend,
     packed_as,
+    positions_of,
     require_isolation,
     use_packed_attention,
 )
@@ -41,8 +42,12 @@ def flat(lengths=LENGTHS, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.cat([torch.arange(length) for length in lengths])[None]
 
 
+def packing_of(lengths, device, way: type[Packing] = Packing) -> Packing:
+    return way(tuple(lengths), positions_of(lengths, device))
+
+
 def logits_of(model, ids, positions, lengths) -> torch.Tensor:
-    with torch.no_grad(), packed_as(Packing(tuple(lengths), model.device)):
+    with torch.no_grad(), packed_as(packing_of(lengths, model.device)):
         ids, positions = ids.to(model.device), positions.to(model.device)
         return model(input_ids=ids, position_ids=positions, use_cache=False).logits.float().cpu()
 
@@ -89,24 +94,24 @@ def test_changing_one_packed_example_changes_no_other(kind, device):
 def way(request, monkeypatch) -> type[Packing]:
     """Each way to attend, on the CPU: the kernel is ours, by the manual of varlen_attn."""
     if request.param == "kernel":
-        monkeypatch.setattr(attention, "has_flash", lambda query: True)
-        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+        monkeypatch.setattr(attention, "has_flash", lambda *_: True)
+        monkeypatch.setattr(attention, "flash_attention", flash_attention)
     return PaddedPacking if request.param == "padded rows" else Packing
 
 
-def varlen_attn(q, k, v, borders, _, longest, __, scale, window_size, enable_gqa):
-    left, right = window_size
-    assert right == 0 and longest == borders.diff().max()
+def flash_attention(q, k, v, ends, _, longest, __, dropout, is_causal, ___, **settings):
+    left, right = settings["window_size_left"], settings["window_size_right"]
+    assert right == 0 and is_causal == (left == -1) and longest == ends.diff().max()
     parts = []
-    for start, end in pairwise(borders.tolist()):
+    for start, end in pairwise(ends.tolist()):
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
         seen = (distance >= 0) & ((distance <= left) | (left == -1))
         rows = (part[start:end].transpose(0, 1)[None] for part in (q, k, v))
         output = F.scaled_dot_product_attention(
-            *rows, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
+            *rows, attn_mask=seen, scale=settings["scale"], enable_gqa=True
         )
         parts.append(output[0].transpose(0, 1))
-    return torch.cat(parts)
+    return (torch.cat(parts),)
 
 
 @pytest.mark.parametrize("kind", WINDOWED)
@@ -116,7 +121,7 @@ def test_a_packed_example_longer_than_the_window_sees_the_window(kind, way):
     ids, positions = flat(lengths)
     alone = [model(input_ids=part).logits.detach() for part in ids.split(lengths, dim=1)]
     use_packed_attention(model)
-    with torch.no_grad(), packed_as(way(lengths, model.device)):
+    with torch.no_grad(), packed_as(packing_of(lengths, model.device, way)):
         together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
     assert require_isolation(model, longest=40) is None  # it raises otherwise
@@ -165,11 +170,11 @@ def test_a_model_whose_attention_is_more_than_sdpa_is_refused():
 def test_what_attends_under_autocast_is_half_precision_as_the_kernel_needs_it(kind, monkeypatch):
     """As a recipe trains: float32 weights. Rotary positions make float32 of queries and keys."""
     asked = []
-    monkeypatch.setattr(attention, "has_flash", lambda query: asked.append(query.dtype))
+    monkeypatch.setattr(attention, "has_flash", lambda query, _: asked.append(query.dtype))
     model = tiny.model_of(kind).train()
     use_packed_attention(model)
     ids, positions = flat()
-    with packed_as(Packing(LENGTHS, model.device)), torch.autocast("cpu", torch.bfloat16):
+    with packed_as(packing_of(LENGTHS, model.device)), torch.autocast("cpu", torch.bfloat16):
         model(input_ids=ids, position_ids=positions, use_cache=False)
     assert asked == (
         [] if kind == "bloom" else [torch.bfloat16] * 2
@@ -182,7 +187,7 @@ def test_all_layers_keep_one_and_the_same_mask_for_backward(kind, dtype):
     model = tiny.model_of(kind, **WINDOWED.get(kind, {})).train()
     use_packed_attention(model)
     ids, positions = flat()
-    packing = Packing(LENGTHS, model.device)
+    packing = packing_of(LENGTHS, model.device)
     kept = []
     keeping = torch.autograd.graph.saved_tensors_hooks(kept.append, lambda kept: kept)
     with packed_as(packing), keeping, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -201,7 +206,7 @@ def test_all_layers_keep_one_and_the_same_mask_for_backward(kind, dtype):
 def test_attention_under_autocast_rounds_as_sdpa_does():
     query, key, value = torch.randn(3, 1, 4, 12, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = attend(query, key, value.bfloat16(), Packing((12,), query.device), scale=None)
+        ours = attend(query, key, value.bfloat16(), packing_of((12,), query.device), scale=None)
         theirs = F.scaled_dot_product_attention(query, key, value.bfloat16(), is_causal=True)
     assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
 
@@ -229,13 +234,13 @@ def test_the_flash_kernel_and_padded_rows_give_the_same_gradients(kind, monkeypa
     monkeypatch.setattr(attention, "attend_flash", lambda *args: taken.append(args) or flash(*args))
     lengths = (40, 3, 12, 8)
     ids, positions = flat(lengths)
-    for has_flash in (attention.has_flash, lambda query: False):
+    for has_flash in (attention.has_flash, lambda *_: False):
         model = computing_in(
             tiny.model_of(kind, **WINDOWED.get(kind, {})).to("cuda"), torch.bfloat16
         )
         use_packed_attention(model)
         monkeypatch.setattr(attention, "has_flash", has_flash)
-        with packed_as(Packing(lengths, model.device)):
+        with packed_as(packing_of(lengths, model.device)):
             output = model(input_ids=ids.cuda(), position_ids=positions.cuda(), use_cache=False)
             output.logits.float().logsumexp(-1).sum().backward()
         grads.append(torch.cat([weight.grad.float().flatten() for weight in model.parameters()]))
@@ -278,7 +283,7 @@ def test_broken_isolation_is_refused(kind, dtype, monkeypatch):
     use_packed_attention(model)
     one = attention.attend
     whole = lambda query, key, value, packing, *rest, window: one(  # noqa: E731
-        query, key, value, Packing((query.shape[2],), packing.device), *rest
+        query, key, value, packing_of((query.shape[2],), query.device), *rest
     )
     monkeypatch.setattr(attention, "attend", whole)
     with pytest.raises(UserError, match="get alone"):
@@ -305,7 +310,7 @@ def test_checkpointed_layers_attend_in_isolation_when_they_run_again(kind):
         use_packed_attention(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        with packed_as(Packing(LENGTHS, model.device)):
+        with packed_as(packing_of(LENGTHS, model.device)):
             model(input_ids=ids, position_ids=positions, use_cache=False).logits.logsumexp(
                 -1
             ).sum().backward()

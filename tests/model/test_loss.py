@@ -75,6 +75,41 @@ def test_under_autocast_the_products_are_in_half_precision_and_the_loss_is_not()
     assert total.item() != pytest.approx(wanted.item(), rel=1e-6)
 
 
+def gradient_error(dtype: torch.dtype, scale: float = 1.0) -> float:
+    """Of the head's weight, in many tiles, as a share of its norm; hidden states have an outlier."""
+    hidden, weight, _, tokens = problem(torch.float32, rows=4096, width=32, vocabulary=512)
+    tokens[: len(tokens) // 10] = 7
+    half = hidden.detach().to(dtype), weight.detach().mul(0.1).to(dtype).requires_grad_()
+    total, _ = ResponseLoss.apply(half[0], half[1], None, tokens)
+    (total * (scale / len(tokens))).backward()
+    exact = half[1].detach().double().requires_grad_()
+    F.cross_entropy(half[0].double() @ exact.t(), tokens, reduction="sum").backward()
+    wanted = exact.grad * (scale / len(tokens))
+    return ((half[1].grad.double() - wanted).norm() / wanted.norm()).item()
+
+
+def test_gradients_in_bfloat16_are_added_up_in_float32(monkeypatch):
+    monkeypatch.setattr(loss, "TILE_LOGITS", 0)  # 32 tiles; bfloat16 sums are off by 1e-2
+    assert gradient_error(torch.bfloat16) < 5e-3
+
+
+def test_a_frequent_token_overflows_no_float16_sum_that_a_loss_scale_could_save():
+    hidden, weight, _, tokens = problem(torch.float32, rows=4096, width=16, vocabulary=512)
+    hidden = hidden.detach().half()
+    hidden[:, 0] = 250.0
+    tokens[:400] = 7
+    weight = weight.detach().mul(0.02).half().requires_grad_()
+    total, _ = ResponseLoss.apply(hidden, weight, None, tokens)
+    (total / len(tokens)).backward()
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("columns", [101, 50257, 1024, 250880, 64])
+def test_rows_of_a_tile_lie_at_aligned_addresses(columns):
+    assert columns <= loss.aligned(columns) <= columns + 31
+    assert loss.aligned(columns) % 16 == 0 != loss.aligned(columns) % 1024
+
+
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_a_scoring_head_gives_the_loss_and_otherwise_logits(kind):
     model = tiny.model_of(kind)

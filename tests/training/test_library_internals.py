@@ -32,6 +32,7 @@ CALLED = {
     "_save": ["output_dir", "state_dict"],
     "_prepare_inputs": ["inputs"],
     "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
+    "_get_num_items_in_batch": ["batch_samples", "device"],
     "get_train_dataloader": [],
     "get_eval_dataloader": ["eval_dataset"],
     "training_step": ["model", "inputs", "num_items_in_batch"],

@@ -214,7 +214,7 @@ import finetuning.training.start_checks as start_checks, finetuning.script as sc
 *others, check_memory = start_checks.CHECKS
 def with_little_memory(trainer, run):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 16 * 2**20, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (used + 4 * 2**20, resource.RLIM_INFINITY))
     check_memory(trainer, run)
 start_checks.CHECKS = (*others, with_little_memory)
 script.run(sft.main, "")
@@ -231,7 +231,7 @@ def with_little_memory(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_memory_that_ends_is_one_line_and_a_checkpoint_is_as_it_was(tmp_path):
-    """The real thing: the process may have 16 MiB more than it has when the rehearsal begins."""
+    """The real thing: the process may have 4 MiB more than when the check begins."""
     wide = [
         "training.per_device_train_batch_size=530",
         "training.max_steps=2",

@@ -23,7 +23,7 @@ from finetuning.launch.step_size import StepSize, step_size
 from finetuning.launch.strategy import Strategy
 from finetuning.model.flops import matmul_params_of
 from finetuning.model.loading import load_config
-from finetuning.model.precision import precision
+from finetuning.model.precision import precision, with_weight_format
 from finetuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -95,14 +95,18 @@ def make_budget(
     examples = list(prepared.train.select(numbers))
     batch = Collator(recipe.data.layout, tokenizer.pad_token_id or 0)(examples)
 
-    model = meta_model(recipe, load_config(recipe.model, tokenizer))
-    autocast = autocast_dtype(recipe, device)
+    kind = "cuda" if device.is_gpu else "cpu"
+    formats = precision(recipe, torch.device(kind), device.capability)
+    autocast = torch.bfloat16 if formats["bf16"] else torch.float16 if formats["fp16"] else None
+    base = with_weight_format(recipe, kind, formats)
+    recipe = recipe.model_copy(update={"model": base})
+    model = meta_model(recipe, load_config(base, tokenizer))
     memory = measure_step(recipe, model, batch, autocast, device.is_gpu)
     epochs = steps / steps_per_epoch
     computed = sampler.computed_tokens(is_padded) * epochs
     responses = np.count_nonzero(prepared.train.labels != IGNORE_INDEX) * epochs
-    forwards = 2 if recipe.training.activation_checkpointing else 1
-    flops = matmul_params_of(model).flops(computed, responses, forwards) / strategy.processes
+    is_checkpointed = bool(recipe.training.activation_checkpointing)
+    flops = matmul_params_of(model).flops(computed, responses, is_checkpointed)
     return Budget(
         device=device,
         strategy=strategy,
@@ -111,16 +115,10 @@ def make_budget(
         longest=(len(examples), batch["input_ids"].numel(), len(batch["targets"])),
         steps=steps,
         tokens=round(prepared.train.lengths.sum() * epochs),
-        seconds=seconds_of(flops, device),
+        seconds=seconds_of(flops / strategy.processes, device),
         disk=disk_of(recipe, model, steps, steps_per_epoch),
         free=shutil.disk_usage(existing(Path(recipe.training.output_dir).expanduser())).free,
     )
-
-
-def autocast_dtype(recipe: Recipe, device: Device) -> torch.dtype | None:
-    kind = torch.device("cuda" if device.is_gpu else "cpu")
-    formats = precision(recipe, kind, device.capability)
-    return torch.bfloat16 if formats["bf16"] else torch.float16 if formats["fp16"] else None
 
 
 def seconds_of(flops: float, device: Device) -> tuple[float, float] | None:

@@ -28,6 +28,7 @@ from finetuning.model.attention import Packing, packed_as, use_packed_attention
 from finetuning.model.loading import fuse_gelu
 from finetuning.model.lora import lora_config
 from finetuning.model.loss import ResponseHead, Targets, require_plain_head
+from finetuning.model.precision import torch_dtype
 from finetuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def meta_model(recipe: Recipe, config: "PreTrainedConfig") -> "PreTrainedModel":
 
     Raises UserError where make_trainer does.
     """
-    dtype = getattr(torch, recipe.model.dtype)
+    dtype = torch_dtype(recipe.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         prepared: PreTrainedModel = as_trained(recipe, model)
@@ -153,7 +154,7 @@ def run_step(
             weight.grad = torch.empty_like(weight)
     kind = PaddedPacking if on_gpu else Packing
     is_packed = "position_ids" in batch
-    packing = kind(tuple(batch["lengths"]), torch.device("cpu")) if is_packed else None
+    packing = kind(tuple(batch["lengths"]), batch["position_ids"]) if is_packed else None
     arguments = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     targets = Targets(batch["positions"], batch["targets"])
     is_half = autocast is not None

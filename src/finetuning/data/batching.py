@@ -9,7 +9,7 @@ processes: they divide the examples of one seeded order among them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,11 @@ WINDOW = 50  # steps whose examples are sorted together when grouping by length
 class Collator:
     """A list of examples -> the inputs of a model and of the loss.
 
-    input_ids (1, T) packed or (B, T) padded, and labels of the same shape; position_ids (1, T),
-    packed only; positions (N,) of the N hidden states, flattened, that predict a trained token;
-    targets (N,), those tokens; lengths, a number per example. No attention mask: `lengths` tell
-    packed examples apart, and causal attention never looks at padding on the right.
+    input_ids (1, T) packed or (B, T) padded, of each example the tokens that a target depends on;
+    position_ids (1, T) packed only; positions (N,) of the N hidden states, flattened, that predict
+    a trained token; targets (N,), those tokens; lengths, of each example in input_ids. No attention
+    mask: packed examples are told apart by lengths, and causal attention never looks at padding on
+    the right.
     """
 
     layout: str
@@ -40,27 +41,33 @@ class Collator:
     """fills padded rows; never attended to and never trained, so any id will do"""
 
     def __call__(self, examples: list[Example]) -> Batch:
-        lengths = [len(example["input_ids"]) for example in examples]
-        longest = max(lengths)
+        labels = [example["labels"] for example in examples]
+        trained = [np.flatnonzero(each != IGNORE_INDEX) for each in labels]
+        # Nothing depends on an example's last target, nor on what stands behind it.
+        lengths = [max(1, int(at.max(initial=1))) for at in trained]
+        ids = [
+            example["input_ids"][:length] for example, length in zip(examples, lengths, strict=True)
+        ]
         if self.layout == "packed":
-            input_ids = np.concatenate([example["input_ids"] for example in examples])[None]
-            labels = np.concatenate([example["labels"] for example in examples])[None]
+            starts = [0, *accumulate(lengths[:-1])]
+            batch: dict[str, np.ndarray] = {
+                "input_ids": np.concatenate(ids)[None],
+                "position_ids": np.concatenate([np.arange(length) for length in lengths])[None],
+            }
         else:
-            input_ids = np.full((len(examples), longest), self.pad_token_id, np.int32)
-            labels = np.full((len(examples), longest), IGNORE_INDEX, np.int32)
-            for number, example in enumerate(examples):
-                input_ids[number, : lengths[number]] = example["input_ids"]
-                labels[number, : lengths[number]] = example["labels"]
-        # An example's first token is never trained: the position before a target is in the example.
-        predicted = np.flatnonzero(labels.reshape(-1) != IGNORE_INDEX)
-        batch = {
-            "input_ids": input_ids,
-            "labels": labels,
-            "positions": predicted - 1,
-            "targets": labels.reshape(-1)[predicted],
+            longest = max(lengths)
+            starts = [longest * number for number in range(len(examples))]
+            padded = np.full((len(examples), longest), self.pad_token_id, np.int32)
+            for row, each in zip(padded, ids, strict=True):
+                row[: len(each)] = each
+            batch = {"input_ids": padded}
+        batch |= {
+            # An example's first token is never trained, so the position before is of the same one.
+            "positions": np.concatenate(
+                [start + at - 1 for start, at in zip(starts, trained, strict=True)]
+            ),
+            "targets": np.concatenate([each[at] for each, at in zip(labels, trained, strict=True)]),
         }
-        if self.layout == "packed":
-            batch["position_ids"] = np.concatenate([np.arange(length) for length in lengths])[None]
         tensors = {name: torch.as_tensor(array.astype(np.int64)) for name, array in batch.items()}
         return {**tensors, "lengths": lengths}
 

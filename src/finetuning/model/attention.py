@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers.integrations import sdpa_attention
 
 from finetuning.errors import UserError
+from finetuning.model.recompute import made_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 PACKED, PACKED_EAGER = "packed", "packed_eager"  # our names in transformers' attention registry
 # Fields of a config by which a token attends to the nearest tokens only.
 WINDOW_FIELDS = ("sliding_window", "attention_chunk_size")
+# Not torch.nn.attention.varlen.varlen_attn: it calls this, but always without dropout.
+flash_attention: Any = torch.ops.aten._flash_attention_forward
 # Logits of an example that the isolation check compares, its last ones: with a large vocabulary
 # those of all tokens would not fit.
 COMPARED = 8
@@ -35,10 +36,14 @@ COMPARED = 8
 
 @dataclass(frozen=True)
 class Packing:
-    """How examples lie in one row of tokens."""
+    """How examples lie in one row of tokens.
+
+    What depends on it is computed where the positions are: a copy of it would wait for the device.
+    """
 
     lengths: tuple[int, ...]
-    device: torch.device
+    position_ids: torch.Tensor
+    """(1, T), of every token in its example"""
 
     @property
     def longest(self) -> int:
@@ -47,33 +52,26 @@ class Packing:
     @property
     def one_by_one(self) -> bool:
         """Whether examples are attended to one after another; a GPU is faster on padded rows."""
-        return self.device.type == "cpu"
+        return self.position_ids.device.type == "cpu"
+
+    @property
+    def row_length(self) -> int:
+        """Of padded rows: a kernel copies a mask, in every layer, whose rows are not aligned."""
+        return -(-self.longest // 16) * 16
 
     @cached_property
     def boundaries(self) -> torch.Tensor:
         """(examples + 1,) int32: where each example starts, and the end (`cu_seqlens`)."""
-        starts = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
-        return starts.to(self.device, non_blocking=True)
+        is_start = self.position_ids[0] == 0
+        starts = torch.nonzero_static(is_start, size=len(self.lengths))[:, 0]
+        return F.pad(starts, (0, 1), value=len(is_start)).int()
 
     @cached_property
-    def padded(self) -> torch.Tensor:
-        """(examples, longest): the packed position that each padded one is filled from.
-
-        Behind an example's end its last token is repeated.
-        """
-        lengths = torch.tensor(self.lengths)[:, None]
-        ends = lengths.cumsum(0)
-        positions = torch.minimum(ends - lengths + torch.arange(self.longest), ends - 1)
-        return positions.to(self.device, non_blocking=True)
-
-    @cached_property
-    def unpadded(self) -> torch.Tensor:
-        """(T,): where every packed token is in the flattened padded rows."""
-        lengths = torch.tensor(self.lengths)
-        total = sum(self.lengths)
-        padding_before = torch.arange(len(lengths)) * self.longest - (lengths.cumsum(0) - lengths)
-        shifts = padding_before.repeat_interleave(lengths, output_size=total)
-        return (torch.arange(total) + shifts).to(self.device, non_blocking=True)
+    def rows(self) -> torch.Tensor:
+        """(T,): where every token is in the flattened padded rows."""
+        positions = self.position_ids[0]
+        example = (positions == 0).cumsum(0) - 1
+        return example * self.row_length + positions
 
     @cached_property
     def masks(self) -> dict[tuple[int | None, torch.dtype], torch.Tensor]:
@@ -122,7 +120,7 @@ def require_isolation(model: "PreTrainedModel", longest: int = 0, is_half: bool 
     try:
         parts = tokens.split_with_sizes(lengths, dim=1)
         alone = torch.cat([last_logits(model, part, part.shape[1:]) for part in parts], dim=1)
-        with packed_as(Packing(lengths, model.device)):
+        with packed_as(Packing(lengths, positions_of(lengths, model.device))):
             packed = last_logits(model, tokens, lengths)
     finally:
         model.train(was_training)
@@ -151,13 +149,18 @@ def last_logits(
     model: "PreTrainedModel", input_ids: torch.Tensor, lengths: Sequence[int]
 ) -> torch.Tensor:
     """(1, at most COMPARED for each of the examples in the row, V)"""
-    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(input_ids.device)
+    positions = positions_of(lengths, input_ids.device)
     kept = COMPARED * len(lengths)
     output = model(
         input_ids=input_ids, position_ids=positions, use_cache=False, logits_to_keep=kept
     )
     logits: torch.Tensor = output.logits
     return logits[:, -kept:].float()
+
+
+def positions_of(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """(1, T) position_ids of examples in one row."""
+    return torch.cat([torch.arange(length) for length in lengths])[None].to(device)
 
 
 def use_packed_attention(model: "PreTrainedModel") -> None:
@@ -201,29 +204,103 @@ def attend(
     query, key, value = map(to_autocast_dtype, (query, key, value))
     if window and window >= packing.longest:
         window = None
-    if bias is None and dropout == 0 and has_flash(query):
-        return attend_flash(query, key, value, packing, scale, window)
-    mask = mask_of(packing, query, bias, window)
-
-    def attention(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        gqa, causal = k.shape[1] != q.shape[1], mask is None
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, dropout, is_causal=causal, scale=scale, enable_gqa=gqa
-        )
-
+    if bias is None and has_flash(query, value):
+        return attend_flash(query, key, value, packing, scale, dropout, window)
     if packing.one_by_one:
-        parts = []
-        # Not slices: the backward of each would be a row of zeros as long as the whole batch.
-        splits = (x.split_with_sizes(packing.lengths, dim=2) for x in (query, key, value))
-        for q, k, v in zip(*splits, strict=True):
-            cut = None if mask is None else mask[:, :, : q.shape[2], : q.shape[2]]
-            parts.append(attention(q, k, v, cut).transpose(1, 2))
-        return torch.cat(parts, dim=1).transpose(1, 2)
-    q, k, v = (x[0].transpose(0, 1)[packing.padded].transpose(1, 2) for x in (query, key, value))
-    rows = attention(q, k, v, mask).transpose(1, 2)
-    return rows.flatten(0, 1)[packing.unpadded].transpose(0, 1)[None]
+        return attend_one_by_one(query, key, value, packing, scale, dropout, bias, window)
+    # No kernel of a GPU takes fewer heads of keys than of queries together with a mask, and before
+    # compute capability 8.0 none does at all.
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    mask = mask_of(packing, packing.row_length, query, bias, window)
+    q, k, v = (pad(x, packing) for x in (query, key, value))
+    output = F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, is_causal=mask is None, scale=scale
+    )
+    return unpad(output, packing)
+
+
+def attend_one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    scale: float | None,
+    dropout: float,
+    bias: torch.Tensor | None,
+    window: int | None,
+) -> torch.Tensor:
+    """`attend` for a CPU, whose time for padding would be lost."""
+    mask, gqa = (
+        mask_of(packing, packing.longest, query, bias, window),
+        key.shape[1] != query.shape[1],
+    )
+    parts = []
+    # Not slices: the backward of each would be a row of zeros as long as the whole batch.
+    splits = (x.split_with_sizes(packing.lengths, dim=2) for x in (query, key, value))
+    for q, k, v in zip(*splits, strict=True):
+        cut = None if mask is None else mask[:, :, : q.shape[2], : q.shape[2]]
+        part = F.scaled_dot_product_attention(
+            q, k, v, cut, dropout, is_causal=cut is None, scale=scale, enable_gqa=gqa
+        )
+        parts.append(part.transpose(1, 2))
+    return join(*parts).transpose(1, 2)
+
+
+class Scatter(torch.autograd.Function):
+    """(T, ...) -> (size, ...): each row where the index says, zeros elsewhere.
+
+    It and Gather are each other's backward: no place is taken twice. Autograd knows neither; that
+    of x[index] sorts the index, in every layer, for q, k and v.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
+        ctx.index = index
+        return rows.new_zeros(size, *rows.shape[1:]).index_copy_(0, index, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None, None]:
+        return grads[0].index_select(0, ctx.index), None, None
+
+
+class Gather(torch.autograd.Function):
+    """(size, ...) -> (T, ...): the rows that the index names."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.index, ctx.size = index, len(rows)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None]:
+        (grad,) = grads
+        whole = grad.new_zeros(ctx.size, *grad.shape[1:])
+        return whole.index_copy_(0, ctx.index, grad), None
+
+
+scatter: Callable[..., torch.Tensor] = Scatter.apply
+gather: Callable[..., torch.Tensor] = Gather.apply
+
+
+def pad(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """(1, H, T, D) -> (examples, H, row_length, D), zero behind an example's end."""
+    count, length = len(packing.lengths), packing.row_length
+    rows = scatter(packed[0].transpose(0, 1), packing.rows, count * length)
+    return rows.unflatten(0, (count, length)).transpose(1, 2)
+
+
+def unpad(rows: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """(examples, H, row_length, D) -> (1, H, T, D)"""
+    packed = gather(rows.transpose(1, 2).flatten(0, 1), packing.rows)
+    return packed.transpose(0, 1)[None]
+
+
+def join(*parts: torch.Tensor) -> torch.Tensor:
+    """(1, T of each, H, D) -> (1, T, H, D). SDPA keeps the parts, so that the whole need not be."""
+    whole = torch.cat(parts, dim=1)
+    made_by(lambda *kept: torch.cat(kept, dim=1), whole, *parts)
+    return whole
 
 
 def to_autocast_dtype(tensor: torch.Tensor) -> torch.Tensor:
@@ -244,44 +321,47 @@ def attend_flash(
     value: torch.Tensor,
     packing: Packing,
     scale: float | None,
+    dropout: float,
     window: int | None,
 ) -> torch.Tensor:
     """`attend` by FlashAttention's kernel for sequences of different lengths."""
-    from torch.nn.attention.varlen import varlen_attn
-
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    output: Any = varlen_attn(
-        q,
-        k,
-        v,
-        packing.boundaries,
-        packing.boundaries,
-        packing.longest,
-        packing.longest,
-        scale=scale,
-        window_size=(window - 1 if window else -1, 0),
-        enable_gqa=k.shape[1] != q.shape[1],
-    )
-    attended: torch.Tensor = output.transpose(0, 1)[None]
+    sequences = (packing.boundaries, packing.boundaries, packing.longest, packing.longest)
+    left = window - 1 if window else -1
+    settings = {"scale": scale, "window_size_left": left, "window_size_right": 0}
+    output = flash_attention(q, k, v, *sequences, dropout, window is None, False, **settings)
+    attended: torch.Tensor = output[0].transpose(0, 1)[None]
     return attended
 
 
-def has_flash(query: torch.Tensor) -> bool:
-    """Whether the variable-length kernel takes these: half precision, capability 8.0 and up."""
+def has_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the variable-length kernel takes these.
+
+    It wants half precision, compute capability 8.0, and heads of one size, at most 256 numbers and
+    a multiple of 8: not OpenLLaMA-3B's 100, nor DeepSeek's 192 for keys and 128 for values.
+    """
+    size = query.shape[-1]
     is_half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and is_half and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    fits = is_half and size == value.shape[-1] and size <= 256 and size % 8 == 0
+    return query.is_cuda and fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def mask_of(
-    packing: Packing, query: torch.Tensor, bias: torch.Tensor | None, window: int | None
+    packing: Packing,
+    length: int,
+    query: torch.Tensor,
+    bias: torch.Tensor | None,
+    window: int | None,
 ) -> torch.Tensor | None:
-    """(1, H or 1, longest, longest) in the query's format; None where causal is all it must be."""
+    """(1, H or 1, length, length) in the query's format; None where causal is all it must be."""
     if bias is None and window is None:
         return None
     kind = (window, query.dtype)
     if kind not in packing.masks:
-        bias = query.new_zeros(1, 1, packing.longest) if bias is None else bias.to(query.dtype)
-        packing.masks[kind] = causal_mask(bias, packing.longest, window)
+        bias = query.new_zeros(1, 1, length) if bias is None else bias.to(query.dtype)
+        # Rows may be longer than the batch that the bias was made for; what they add is hidden.
+        bias = F.pad(bias, (0, max(0, length - bias.shape[-1])))
+        packing.masks[kind] = causal_mask(bias, length, window)
     return packing.masks[kind]
 
 
@@ -310,7 +390,7 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """An attention of transformers' AttentionInterface: (1, H, T, D) -> (1, T, H, D)."""
     if Current.packing is None:
-        return sdpa_attention_forward(
+        return sdpa_attention.sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     output = attend(query, key, value, Current.packing, scaling, dropout, window=sliding_window)
@@ -318,13 +398,35 @@ def packed_attention(
 
 
 def unless_packed(mask: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
-    """A mask function of transformers' AttentionMaskInterface: none for a packed batch."""
+    """A function of transformers that makes a mask: none for a packed batch."""
     return lambda *args, **kwargs: mask(*args, **kwargs) if Current.packing is None else None
 
 
+def where_a_kernel_takes_it(use_gqa: Callable[..., bool]) -> Callable[..., bool]:
+    """Whether transformers hands SDPA fewer heads of keys than of queries.
+
+    On a GPU only FlashAttention takes them, that is half precision and compute capability 8.0.
+    Elsewhere the math kernel does, in float32 and with all scores kept: 16,242 MiB for four
+    examples of a 1B Llama on a T4, 7,937 with the keys repeated.
+    """
+
+    def use(mask: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> bool:
+        return use_gqa(mask, key, value) and (not key.is_cuda or has_flash(key, value))
+
+    return use
+
+
 AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, unless_packed(sdpa_mask))
-AttentionMaskInterface.register(PACKED_EAGER, unless_packed(eager_mask))
+AttentionMaskInterface.register(PACKED, unless_packed(masking_utils.sdpa_mask))
+AttentionMaskInterface.register(PACKED_EAGER, unless_packed(masking_utils.eager_mask))
+# It asks the device, in every step, whether positions restart: for a mask that is not made.
+masking_utils.find_packed_sequence_indices = unless_packed(
+    masking_utils.find_packed_sequence_indices
+)
+sdpa_attention.use_gqa_in_sdpa = where_a_kernel_takes_it(sdpa_attention.use_gqa_in_sdpa)
+# torch prefers cuDNN's attention on an H100: half a second for every new length, and wrong answers
+# and gradients in half precision (pytorch#193893, pytorch#196678).
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def attend_bloom(

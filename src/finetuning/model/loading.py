@@ -4,7 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.errors import UserError, did_you_mean, is_out_of_memory, one_line
 from finetuning.model.location import location
-from finetuning.model.quantization import disable_bnb_cpu_repacking, quantization_arguments
+from finetuning.model.precision import torch_dtype
+from finetuning.model.quantization import (
+    cast_inputs_to_autocast,
+    disable_bnb_cpu_repacking,
+    quantization_arguments,
+)
 from finetuning.recipe.sections import FromScratch, Model
 
 if TYPE_CHECKING:
@@ -28,6 +33,7 @@ def load_model(
         return make_model(model, tokenizer, seed)
     loaded = read_model(model, device)
     disable_bnb_cpu_repacking(loaded)
+    cast_inputs_to_autocast(loaded)
     embeddings: Any = loaded.get_input_embeddings()
     # It would keep the gradient from the EOS token where that is the pad token too.
     embeddings.padding_idx = None
@@ -52,7 +58,6 @@ def make_model(model: Model, tokenizer: "PreTrainedTokenizerFast", seed: int) ->
 
     Raises UserError for a config that no model can be made of.
     """
-    import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, set_seed
 
     config = load_config(model, tokenizer)
@@ -60,7 +65,7 @@ def make_model(model: Model, tokenizer: "PreTrainedTokenizerFast", seed: int) ->
     try:
         # Not from_config: under ZeRO-3 that fills each process's shard with other random numbers.
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        made: PreTrainedModel = kind(config).to(getattr(torch, model.dtype))
+        made: PreTrainedModel = kind(config).to(torch_dtype(model))
     except (ValueError, TypeError) as error:
         raise UserError(f"model.from_scratch.config: {one_line(error)}") from None
     for settings in (made.config, made.generation_config):
@@ -73,7 +78,6 @@ def read_model(model: Model, device: "torch.device | str") -> "PreTrainedModel":
 
     Raises UserError where it cannot be read, and where weights are missing or of another shape.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -81,7 +85,7 @@ def read_model(model: Model, device: "torch.device | str") -> "PreTrainedModel":
         result: Any = AutoModelForCausalLM.from_pretrained(
             location(model),
             revision=model.revision,
-            dtype=getattr(torch, model.dtype),
+            dtype=torch_dtype(model),
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named in the loading info

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from finetuning.errors import UserError
 from finetuning.recipe.recipe import Recipe
+from finetuning.recipe.sections import Model
 
 if TYPE_CHECKING:
     import torch
@@ -47,3 +48,27 @@ def precision(
             "use float32"
         )
     return {"bf16": bool(bf16), "fp16": bool(fp16)}
+
+
+def with_weight_format(
+    recipe: Recipe, device: "torch.device | str", formats: dict[str, bool]
+) -> Model:
+    """recipe.model, its dtype decided.
+
+    `auto` is float32, but for the frozen base of an adapter on a GPU the format that the GPU
+    computes in: a float32 one would be cast in every forward pass, and takes twice the memory.
+    """
+    if recipe.model.dtype != "auto":
+        return recipe.model
+    half = "bfloat16" if formats["bf16"] else "float16" if formats["fp16"] else "float32"
+    is_gpu = str(device).startswith("cuda")
+    dtype = half if recipe.lora and is_gpu else "float32"
+    return recipe.model.model_copy(update={"dtype": dtype})
+
+
+def torch_dtype(model: Model) -> "torch.dtype":
+    """Of the weights; `auto` outside of training is float32."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, "float32" if model.dtype == "auto" else model.dtype)
+    return dtype

@@ -7,7 +7,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from finetuning.model.precision import NATIVE_BF16
+from finetuning.model.precision import NATIVE_BF16, torch_dtype
 from finetuning.recipe.recipe import Recipe
 from finetuning.recipe.sections import Model
 
@@ -51,6 +51,26 @@ def quantization_arguments(model: Model, device: "torch.device | str") -> dict[s
     return {"quantization_config": config, "device_map": {"": str(device)}}
 
 
+def cast_inputs_to_autocast(model: "PreTrainedModel") -> None:
+    """Has 8-bit layers multiply in autocast's format.
+
+    Autocast leaves norms in float32 and does not reach bitsandbytes' product, whose backward is in
+    the format of its input: nine tenths of a step's backward, off a GPU's tensor cores.
+    """
+
+    def cast(layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        import torch
+
+        device = inputs[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return inputs
+        return (inputs[0].to(torch.get_autocast_dtype(device)), *inputs[1:])
+
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.register_forward_pre_hook(cast)
+
+
 def disable_bnb_cpu_repacking(model: "PreTrainedModel") -> None:
     """Lets gradients pass through 4-bit layers on the CPU after the model has generated.
 
@@ -72,7 +92,6 @@ def compute_dtype(model: Model, device: "torch.device | str") -> "torch.dtype":
     import torch
 
     if torch.device(device).type != "cuda":
-        dtype: torch.dtype = getattr(torch, model.dtype)
-        return dtype
+        return torch_dtype(model)
     has_bf16 = torch.cuda.get_device_capability(device) >= NATIVE_BF16
     return torch.bfloat16 if has_bf16 else torch.float16

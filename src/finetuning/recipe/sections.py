@@ -34,8 +34,9 @@ class Model(Section):
     """Hub id, local folder, or hub:owner/name/subfolder[@revision] for a model that was published from here"""
     revision: str | None = None
     """branch, tag or commit on the Hub"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """number format of the weights in memory; autocast (training.bf16, training.fp16) is on top of it"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """number format of the weights in memory; autocast (training.bf16, training.fp16) is on top of
+    it. auto: float32, but under an adapter on a GPU the half format that the GPU computes in"""
     quantization: Literal["8bit", "4bit"] | None = None
     """hold the frozen base model in int8 or in 4-bit NormalFloat, by bitsandbytes; needs a lora section"""
     from_scratch: FromScratch | None = None

@@ -12,6 +12,7 @@ from finetuning.model.attention import use_packed_attention
 from finetuning.model.loading import fuse_gelu, leave_out_router_loss, load_model
 from finetuning.model.lora import add_adapter, lora_config
 from finetuning.model.loss import require_plain_head
+from finetuning.model.precision import with_weight_format
 from finetuning.runs.folder import write_finish
 from finetuning.runs.terminal import print_answers
 from finetuning.training.callbacks import MetricsFile, Watchdog
@@ -67,7 +68,9 @@ def make_trainer(run: PreparedRun) -> ResponseTrainer:
     """A trainer ready to train. Raises UserError where model, data and machine do not go together."""
     recipe, examples = run.recipe, run.examples
     args = make_arguments(recipe, has_eval=examples.eval is not None)
-    model = load_model(recipe.model, run.tokenizer, args.seed, args.device)
+    formats = {"bf16": args.bf16, "fp16": args.fp16}
+    base = with_weight_format(recipe, args.device, formats)
+    model = load_model(base, run.tokenizer, args.seed, args.device)
     require_positions(model, examples.report["tokens"]["max"])
     require_plain_head(model, recipe.lora)
     fuse_gelu(model)

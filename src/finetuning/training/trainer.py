@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 from trl import SFTConfig
 
@@ -69,6 +70,11 @@ class ResponseTrainer(Trainer):
         self.first_non_finite = FirstNonFinite(self.args.device)
         self.norms_at_start: torch.Tensor | None = None
         self.offloading = activation_offloading(self.model, self.args)
+        if self.is_fsdp_enabled and self.args.bf16:
+            # accelerate's rounds what the model returns, here the loss, to bfloat16.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+            )
 
     @property
     def run_folder(self) -> Path:
@@ -114,9 +120,18 @@ class ResponseTrainer(Trainer):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see _run_epoch
         return super().get_batch_samples(*args, **kwargs)
 
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
+        """Trained tokens of the step on all processes.
+
+        transformers counts labels, and waits for the device to hand it the number.
+        """
+        count = sum(len(batch["targets"]) for batch in batch_samples)
+        if self.args.world_size == 1:
+            return count
+        return self.accelerator.gather(torch.full((1,), count, device=device)).sum()
+
     def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """On the device, without the labels: they are counted by now, and the loss takes its
-        targets.
+        """On the device.
 
         Without waiting: transformers copies one tensor after another to its end, pinned or not.
         """
@@ -124,13 +139,12 @@ class ResponseTrainer(Trainer):
         return {
             name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
             for name, value in inputs.items()
-            if name != "labels"
         }
 
     def packing(self, inputs: Batch) -> Packing | None:
         """How the examples lie in the batch's one row; None for padded rows."""
         is_packed = "position_ids" in inputs
-        return Packing(tuple(inputs["lengths"]), self.args.device) if is_packed else None
+        return Packing(tuple(inputs["lengths"]), inputs["position_ids"]) if is_packed else None
 
     # Loss
 
