@@ -122,7 +122,8 @@ class Trace(TorchDispatchMode):
 
     def allocate(self, storage: Any) -> None:
         if storage not in self.storages:
-            size = self.storages[storage] = int(storage.nbytes())
+            size = storage.nbytes()
+            size = self.storages[storage] = size if isinstance(size, int) else 0
             self.allocated += size
             self.peak = max(self.peak, self.allocated)
             weakref.finalize(storage, self.free, size)
@@ -193,7 +194,7 @@ def asked(trace: Trace, value: Any) -> Any:
 
 @contextmanager
 def fake_gpu(capability: tuple[int, int]) -> Iterator[Trace]:
-    """Within, tensors are fake, and those on `cuda` are on a GPU of this compute capability."""
+    """Within, tensors are fake, and those on `cuda:0` on a GPU of this compute capability."""
     trace = Trace()
     values = {"__bool__": False, "item": 1.0, "tolist": [1], "__int__": 1, "__float__": 1.0}
     with ExitStack() as stack:
@@ -222,7 +223,7 @@ def to_fake_gpu(model: torch.nn.Module) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in fakes:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda:0")
                     if isinstance(tensor, torch.nn.Parameter):
                         fake = torch.nn.Parameter(fake, tensor.requires_grad)
                     fakes[id(tensor)] = fake
@@ -251,7 +252,7 @@ def training_step(
     from finetuning.model.loss import ResponseHead, Targets
 
     inputs = {
-        name: torch.empty(value.shape, dtype=value.dtype, device="cuda")
+        name: torch.empty(value.shape, dtype=value.dtype, device="cuda:0")
         if isinstance(value, torch.Tensor)
         else value
         for name, value in batch.items()

@@ -419,10 +419,8 @@ def where_a_kernel_takes_it(use_gqa: Callable[..., bool]) -> Callable[..., bool]
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, unless_packed(masking_utils.sdpa_mask))
 AttentionMaskInterface.register(PACKED_EAGER, unless_packed(masking_utils.eager_mask))
-# It asks the device, in every step, whether positions restart: for a mask that is not made.
-masking_utils.find_packed_sequence_indices = unless_packed(
-    masking_utils.find_packed_sequence_indices
-)
+# It asks the device, in every step, whether positions restart. Current.packing says so.
+masking_utils.find_packed_sequence_indices = lambda position_ids: None
 sdpa_attention.use_gqa_in_sdpa = where_a_kernel_takes_it(sdpa_attention.use_gqa_in_sdpa)
 # torch prefers cuDNN's attention on an H100: half a second for every new length, and wrong answers
 # and gradients in half precision (pytorch#193893, pytorch#196678).
