@@ -138,9 +138,16 @@ def measure(kind: str, method: str, length: str, folder: Path) -> dict[str, floa
 
     batch = next(iter(trainer.get_train_dataloader()))
     model = meta_model(recipe, AutoConfig.from_pretrained(recipe.model.name))
-    parts = measure_step(recipe, model, batch, None, torch.cuda.is_available()).peak()
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    dtype = recipe_dtype(trainer.args, torch)
+    parts = measure_step(recipe, model, batch, dtype, capability).peak()
     sizes = {"budget": sum(parts.values()), "measured": measured, **parts}
     return {name: round(size / 2**20, 1) for name, size in sizes.items()}
+
+
+def recipe_dtype(args, torch):
+    """That of autocast."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def write_model(folder: Path, fields: dict) -> Path:

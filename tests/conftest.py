@@ -18,6 +18,8 @@ os.environ.update(
     HF_HOME=HOME, HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="offline"
 )
 os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", NO_COLOR="1", COLUMNS="200")
+if shutil.which("nvidia-smi") is None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or a config for GPUs would be refused
 for name in ("HF_TOKEN", "WANDB_API_KEY", "RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import sft
 from finetuning.errors import UserError
-from finetuning.launch import compatibility
+from finetuning.launch import compatibility, devices
 from finetuning.launch.compatibility import RULES, require_compatible, table
 from finetuning.launch.strategy import Strategy, launch_environment, requested_strategy
 from finetuning.recipe.recipe import load_recipe
@@ -97,10 +97,14 @@ CASES = [
     ("training.torch_compile", ["training.torch_compile=true"], {}),
 ]
 # (what a rule says, whether there is a GPU, environment): only torch can tell, so it is imported first.
+GPU_CONFIG = "an accelerate config for GPUs without a usable GPU"
+VISIBLE = {"CUDA_VISIBLE_DEVICES": "0"}  # tests on a machine without GPUs hide them all
 FSDP_CASES = [
     ("FSDP on a CPU", False, FSDP),
     ("FSDP on a CPU", False, {**FSDP, "FSDP_VERSION": "2"}),
     ("FSDP version 1", True, FSDP),
+    (GPU_CONFIG, False, {"WORLD_SIZE": "2", **VISIBLE}),
+    (GPU_CONFIG, False, {**ZERO, **VISIBLE}),
 ]
 
 WORKS = [
@@ -252,3 +256,46 @@ def test_what_a_rule_tells_to_use_is_there():
     assert named and all(
         list(ROOT.glob(path)) or list(ROOT.glob(f"accelerate_configs/{path}")) for path in named
     )
+
+
+@pytest.mark.parametrize(
+    ("environment", "overrides", "has_config", "is_for_gpus"),
+    [
+        ({}, [], True, True),  # single_gpu.yaml, t4.yaml
+        ({}, [], False, False),  # python src/sft.py, or accelerate launch without a config
+        ({"ACCELERATE_USE_CPU": "true"}, [], True, False),  # cpu.yaml
+        ({"WORLD_SIZE": "2"}, [], False, True),
+        ({"WORLD_SIZE": "2"}, ["training.use_cpu=true"], False, False),
+        ({"WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "-1,-1"}, [], True, False),  # cpu_ddp.yaml
+    ],
+)
+def test_who_starts_processes_for_gpus_is_known(
+    environment, overrides, has_config, is_for_gpus, launched, monkeypatch
+):
+    launched({**VISIBLE, **environment})
+    monkeypatch.setattr(compatibility, "names_config", lambda: has_config)
+    recipe = load_recipe(QUICKSTART, overrides)
+    assert compatibility.is_for_gpus(recipe, requested_strategy()) == is_for_gpus
+
+
+@pytest.mark.parametrize(
+    ("capability", "compiled", "is_there"),
+    [
+        ((7, 5), ["sm_75", "sm_80", "sm_90", "compute_120"], True),
+        ((7, 0), ["sm_75", "sm_80", "sm_90", "compute_120"], False),
+        ((8, 9), ["sm_75", "sm_86"], True),
+        ((8, 0), ["sm_75", "sm_86"], False),
+        ((12, 1), ["sm_90", "compute_120"], True),
+        ((9, 0), ["sm_90a"], True),
+    ],
+)
+def test_a_gpu_that_torch_has_no_kernels_for_is_known(capability, compiled, is_there):
+    assert devices.has_kernels(capability, compiled) == is_there
+
+
+def test_a_gpu_without_kernels_is_refused_with_the_wheel_that_has_them(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (7, 0))
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["sm_75", "sm_80"])
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "Tesla V100")
+    with pytest.raises(UserError, match=r"^Tesla V100 .* 7\.0.*sm_75, sm_80 only.*whl/cu126"):
+        devices.require_kernels()

@@ -9,7 +9,7 @@ from fake_cuda import needs_fake_cuda
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from finetuning.budget.step_memory import as_trained
+from finetuning.budget.step_memory import as_trained, measure_step, meta_model
 from finetuning.model.attention import Packing, attend
 from finetuning.model.quantization import cast_inputs_to_autocast
 from finetuning.recipe.recipe import load_recipe
@@ -28,11 +28,7 @@ LORA = {
 def traced(kind: str, gpu, layout: str = "packed", bits: int = 0, dtype=torch.float32, **more):
     """A step's trace. With `bits` the base is in bitsandbytes' own layers, under an adapter."""
     capability, autocast = gpu
-    lora = f"lora={{r: 4, target_modules: {LORA[kind]}}}" if bits or dtype != torch.float32 else ""
-    overrides = [f"data.layout={layout}", *([lora] if lora else [])]
-    recipe = load_recipe(ROOT / "recipes/dolly_gpt2.yaml", overrides)
-    end = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = AutoConfig.for_model(kind, vocab_size=500, **end, **{**tiny.CONFIGS[kind], **more})
+    recipe, config = settings_of(kind, layout, bits > 0 or dtype != torch.float32, **more)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if bits:
@@ -45,6 +41,15 @@ def traced(kind: str, gpu, layout: str = "packed", bits: int = 0, dtype=torch.fl
             fill_bitsandbytes_layers(model, bits)
         fake_cuda.training_step(trace, model, fake_cuda.batch_of(LENGTHS, layout), autocast)
     return trace
+
+
+def settings_of(kind: str, layout: str, has_lora: bool, **more):
+    """(recipe, config)"""
+    lora = [f"lora={{r: 4, target_modules: {LORA[kind]}}}"] if has_lora else []
+    recipe = load_recipe(ROOT / "recipes/dolly_gpt2.yaml", [f"data.layout={layout}", *lora])
+    end = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, vocab_size=500, **end, **{**tiny.CONFIGS[kind], **more})
+    return recipe, config
 
 
 def put_bitsandbytes_layers(model, bits: int, compute: torch.dtype) -> None:
@@ -78,6 +83,32 @@ def fill_bitsandbytes_layers(model, bits: int) -> None:
             layer.weight.CB = layer.weight.SCB = None
             layer.state.CB = weight
             layer.state.SCB = torch.empty(layer.out_features, device="cuda:0")
+        elif isinstance(layer, bnb.nn.Linear4bit):
+            count = layer.out_features * layer.in_features
+            weight = torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device="cuda:0")
+            layer._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
+            layer.weight.quant_state = layer.quant_state = quant_state_of(layer, count)
+
+
+def quant_state_of(layer, count: int):
+    """Of a layer in 4 bits with double quantization."""
+    from bitsandbytes.functional import QuantState
+
+    def new(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="cuda:0")
+
+    blocks = -(-count // 64)
+    second = QuantState(new(-(-blocks // 256)), code=new(256), blocksize=256, dtype=torch.float32)
+    return QuantState(
+        new(blocks, torch.uint8),
+        shape=torch.Size((layer.out_features, layer.in_features)),
+        dtype=layer.compute_dtype,
+        blocksize=64,
+        code=new(16),
+        quant_type="nf4",
+        offset=torch.empty((), device="cuda:0"),
+        state2=second,
+    )
 
 
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
@@ -155,3 +186,32 @@ def test_a_half_base_under_an_adapter_is_not_cast_in_every_step(kind):
     )
     assert half.marks["weights"] < 0.6 * whole.marks["weights"]
     assert half.peak < 0.85 * whole.peak
+
+
+@pytest.mark.parametrize("gpu", [T4, A100], ids=["T4", "A100"])
+@pytest.mark.parametrize(
+    ("kind", "bits", "more"),
+    [
+        ("gpt2", 0, {"n_embd": 256, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}),
+        ("llama", 0, {"hidden_size": 256, "num_attention_heads": 8}),
+        ("bloom", 0, {"hidden_size": 256}),
+        ("bloom", 8, {"hidden_size": 256}),
+        ("bloom", 4, {"hidden_size": 256}),
+        ("llama", 8, {"hidden_size": 256, "num_attention_heads": 8}),
+    ],
+)
+def test_the_budget_is_what_the_step_allocates(kind, bits, more, gpu):
+    (capability, autocast), dtype = gpu, gpu[1] if bits else torch.float32
+    trace = traced(kind, gpu, bits=bits, dtype=dtype, **more)
+    recipe, config = settings_of(kind, "packed", bits > 0, **more)
+    model = recipe.model.model_copy(
+        update={
+            "quantization": f"{bits}bit" if bits else None,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+    )
+    recipe = recipe.model_copy(update={"model": model})
+    batch = fake_cuda.batch_of(LENGTHS)
+    memory = measure_step(recipe, meta_model(recipe, config), batch, autocast, capability)
+    parts = memory.peak()
+    assert sum(parts.values()) - parts["optimizer"] == pytest.approx(trace.peak, rel=0.15)

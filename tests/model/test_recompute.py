@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.overrides import TorchFunctionMode
 
-from finetuning.budget.gpu_stand_ins import LayerNormInFloat32
 from finetuning.budget.step_memory import StorageTracker
 from finetuning.model import loss
 from finetuning.model.attention import Packing, packed_as, use_packed_attention
@@ -25,6 +25,15 @@ TARGETS = {
 # "as on a GPU": autocast computes layer norms in float32 there, and residuals stay in float32.
 FORMATS = {"float32": (None, False), "bf16": (torch.bfloat16, False), "gpu": (torch.bfloat16, True)}
 CASES = [(kind, method) for kind in tiny.CONFIGS for method in ("full", "lora")]
+
+
+class LayerNormInFloat32(TorchFunctionMode):
+    """As CUDA's autocast has it; the CPU's has not."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.layer_norm:
+            args = tuple(x.float() if torch.is_tensor(x) else x for x in args)
+        return func(*args, **(kwargs or {}))
 
 
 def model_of(kind: str, method: str = "full", **more: object):
@@ -52,7 +61,7 @@ def step(model, form: str = "float32") -> tuple[torch.Tensor, dict[str, torch.Te
     tracker = StorageTracker()
     with (
         packed_as(Packing(tuple(batch["lengths"]), batch["position_ids"])),
-        LayerNormInFloat32(is_gpu),
+        LayerNormInFloat32() if is_gpu else nullcontext(),
     ):
         autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
         with tracker, head.scoring(targets), autocast:

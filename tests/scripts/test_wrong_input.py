@@ -294,7 +294,7 @@ WRONG_VALUES = [
     ),
     case(
         "GPU that is not known",
-        "--gpu t5: unknown; allowed are t4, v100",
+        "--gpu t5: unknown; allowed are t4, l4",
         command=f"{PREVIEW} --gpu t5",
     ),
     case(

@@ -132,6 +132,26 @@ def together(request, bases, rows, tmp_path_factory) -> tuple[str, Path]:
     return request.param, folder
 
 
+@pytest.mark.parametrize("strategy", ["cpu_ddp", "zero2", "zero3", "fsdp2"])
+def test_two_processes_in_bfloat16_have_the_losses_of_float32(
+    strategy, alone, bases, rows, tmp_path
+):
+    """The default from compute capability 8.0 on: accelerate's FSDP2 would round the loss."""
+    case = CASES[0]
+    recipe_of(bases[case[0]], rows, tmp_path / "half")
+    overrides = [*overrides_of(case, 2), "training.bf16=true"]
+    cases = {"half": (str(tmp_path / "half.yaml"), overrides)}
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    around = ["tests/fsdp_on_cpu.py"] if strategy == "fsdp2" else []
+    config = f"accelerate_configs/{strategy}.yaml"
+    done = launch(config, *around, "tests/processes.py", tmp_path / "cases.json", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "half.json").read_text())
+    assert found["strategy"] == STRATEGIES[strategy][0]
+    assert found["losses"] == pytest.approx(losses_of(alone[case]), rel=1e-2)
+    assert found["losses"] != losses_of(alone[case])
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_two_processes_train_what_one_trains(together, alone, bases, case):
     strategy, folder = together

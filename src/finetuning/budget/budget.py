@@ -101,7 +101,7 @@ def make_budget(
     base = with_weight_format(recipe, kind, formats)
     recipe = recipe.model_copy(update={"model": base})
     model = meta_model(recipe, load_config(base, tokenizer))
-    memory = measure_step(recipe, model, batch, autocast, device.is_gpu)
+    memory = measure_step(recipe, model, batch, autocast, device.capability)
     epochs = steps / steps_per_epoch
     computed = sampler.computed_tokens(is_padded) * epochs
     responses = np.count_nonzero(prepared.train.labels != IGNORE_INDEX) * epochs

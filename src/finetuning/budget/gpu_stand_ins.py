@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from finetuning.model import loss
 from finetuning.model.attention import Packing
 
 if TYPE_CHECKING:
@@ -23,21 +24,50 @@ class PaddedPacking(Packing):
     one_by_one = False
 
 
-class LayerNormInFloat32(TorchFunctionMode):
-    """CUDA's autocast computes layer norms in float32; the CPU's, used here, does not."""
+class GpuKernels(TorchFunctionMode):
+    """Within, operations of the CPU take the memory that those of a GPU take.
 
-    def __init__(self, is_on: bool) -> None:
+    CUDA's autocast computes layer norms in float32; dropout keeps a mask of one byte a number, that
+    of fused attention nothing; half-precision products are added to a float32 sum by one kernel.
+    """
+
+    def __init__(self, is_half: bool) -> None:
         super().__init__()
-        self.is_on = is_on
+        self.is_half = is_half
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if self.is_on and func is F.layer_norm:
+        kwargs = dict(kwargs or {})
+        if func is F.layer_norm and self.is_half:
             args, kwargs = torch.utils._pytree.tree_map_only(
                 torch.Tensor, torch.Tensor.float, (args, kwargs)
             )
-        return func(*args, **(kwargs or {}))
+        if func is F.dropout:
+            return dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            args = (*args[:4], 0.0, *args[5:])
+        return func(*args, **kwargs)
+
+    def __enter__(self) -> Any:
+        self.add_product = loss.add_product
+        loss.add_product = add_nothing
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        loss.add_product = self.add_product
+        super().__exit__(*error)
+
+
+def dropout(
+    hidden: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    """F.dropout as CUDA has it."""
+    return torch.native_dropout(hidden, p, training)[0] if training and p else hidden
+
+
+def add_nothing(*args: Any, **kwargs: Any) -> None:
+    """loss.add_product on a GPU, which allocates nothing."""
 
 
 def quantize_linear_layers(model: "PreTrainedModel", bits: int) -> None:
@@ -67,15 +97,18 @@ class QuantizedLinearStandIn(torch.nn.Linear):
 
 
 class QuantizedMatMulStandIn(torch.autograd.Function):
-    """The memory of bitsandbytes' MatMul8bitFp and MatMul4Bit: (..., C) -> (..., out).
+    """The memory of bitsandbytes' products: (..., C) -> (..., out), in autocast's format if any.
 
-    Autocast does not reach them.
+    They keep their input in that format, and have the weight in it too while they multiply.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, out: int, bias: torch.Tensor | None
     ) -> torch.Tensor:
+        ctx.dtype = hidden.dtype
+        if torch.is_autocast_enabled("cpu"):
+            hidden = hidden.to(torch.get_autocast_dtype("cpu"))
         ctx.hidden, ctx.out = hidden, out
         weight = hidden.new_empty(out, hidden.shape[-1])
         with torch.autocast("cpu", enabled=False):
@@ -84,7 +117,8 @@ class QuantizedMatMulStandIn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor, None, None]:
         (grad,) = grad_outputs
-        return grad @ grad.new_empty(ctx.out, ctx.hidden.shape[-1]), None, None
+        weight = grad.new_empty(ctx.out, ctx.hidden.shape[-1])
+        return (grad @ weight).to(ctx.dtype), None, None
 
 
 quantized_matmul: Callable[..., torch.Tensor] = QuantizedMatMulStandIn.apply

@@ -8,7 +8,7 @@ whatever share of it a process holds.
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from finetuning.budget.gpu_stand_ins import (
-    LayerNormInFloat32,
+    GpuKernels,
     PaddedPacking,
     quantize_linear_layers,
 )
@@ -111,11 +111,11 @@ def measure_step(
     model: "PreTrainedModel",
     batch: Batch,
     autocast: torch.dtype | None,
-    on_gpu: bool,
+    capability: tuple[int, int] | None,
 ) -> StepMemory:
     """What a training step of a model by `meta_model` allocates.
 
-    `autocast` is the format of training.bf16 or fp16.
+    `autocast` is the format of training.bf16 or fp16, `capability` that of the GPU, None on a CPU.
     """
     tracker = StorageTracker()
     with FakeTensorMode() as mode:
@@ -126,7 +126,7 @@ def measure_step(
                 name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
                 for name, value in batch.items()
             }
-            run_step(recipe, model, head, tensors, autocast, on_gpu)
+            run_step(recipe, model, head, tensors, autocast, capability)
         head.tie_again()
     return tracker.step_memory()
 
@@ -137,7 +137,7 @@ def run_step(
     head: "TrackedHead",
     batch: Batch,
     autocast: torch.dtype | None,
-    on_gpu: bool,
+    capability: tuple[int, int] | None,
 ) -> None:
     """Computes a micro-batch as a later step does.
 
@@ -152,14 +152,16 @@ def run_step(
     if recipe.training.gradient_accumulation_steps > 1:
         for weight in trained:
             weight.grad = torch.empty_like(weight)
-    kind = PaddedPacking if on_gpu else Packing
-    is_packed = "position_ids" in batch
+    is_half, is_packed = autocast is not None, "position_ids" in batch
+    # Its kernel takes examples one by one, but no bias.
+    has_flash = is_half and model.config.model_type != "bloom" and (capability or (0, 0)) >= (8, 0)
+    kind = Packing if capability is None or has_flash else PaddedPacking
     packing = kind(tuple(batch["lengths"]), batch["position_ids"]) if is_packed else None
     arguments = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     targets = Targets(batch["positions"], batch["targets"])
-    is_half = autocast is not None
-    with packed_as(packing), head.scoring(targets), LayerNormInFloat32(on_gpu and is_half):
-        with torch.autocast("cpu", autocast, enabled=is_half):
+    kernels = nullcontext() if capability is None else GpuKernels(is_half)
+    with packed_as(packing), kernels:
+        with head.scoring(targets), torch.autocast("cpu", autocast, enabled=is_half):
             loss = model(**arguments, use_cache=False).logits
         loss.backward()
     for weight in trained:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.errors import UserError
+from finetuning.launch.launcher import names_config
 from finetuning.launch.strategy import Strategy, is_set
 from finetuning.recipe.recipe import Recipe
 
@@ -47,12 +48,30 @@ def gathers_on_save(strategy: Strategy) -> bool:
     return is_set("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL")
 
 
+def is_for_gpus(recipe: Recipe, strategy: Strategy) -> bool:
+    """Whether the processes were started for GPUs, and nothing says that the CPU is meant."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    hides_gpus = all(number.strip() in ("", "-1") for number in visible)
+    if recipe.training.use_cpu or is_set("ACCELERATE_USE_CPU") or hides_gpus:
+        return False
+    return strategy.name != "single" or names_config()
+
+
 RULES = (
     Rule(
         "FSDP on a CPU",
         "accelerate silently runs it as plain DDP",
-        "accelerate_configs/cpu_ddp.yaml, or zero3.yaml, which a CPU can run",
+        "accelerate_configs/cpu_ddp.yaml, or zero3.yaml with training.use_cpu: true",
         lambda recipe, strategy: strategy.name == "fsdp" and not has_gpu(),
+        depends_on_machine=True,
+    ),
+    Rule(
+        "an accelerate config for GPUs without a usable GPU",
+        "it would silently train on the CPU",
+        "training.use_cpu: true, or accelerate_configs/cpu.yaml or cpu_ddp.yaml; where there is a "
+        "GPU, `python -c 'import torch; torch.cuda.init()'` says what is wrong, such as a driver "
+        "older than torch's CUDA",
+        lambda recipe, strategy: is_for_gpus(recipe, strategy) and not has_gpu(),
         depends_on_machine=True,
     ),
     Rule(

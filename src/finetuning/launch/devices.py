@@ -28,11 +28,11 @@ class Device:
 # Memory as torch reports it, which is less than what is written on the box; FLOP/s as in NVIDIA's data sheets.
 GPUS = {
     "t4": Device("T4", int(14.7 * GIB), 65e12, (7, 5)),
-    "v100": Device("V100", int(15.7 * GIB), 125e12, (7, 0)),
     "l4": Device("L4", int(22.0 * GIB), 121e12, (8, 9)),
     "a10g": Device("A10G", int(22.0 * GIB), 125e12, (8, 6)),
     "rtx3090": Device("RTX 3090", int(23.6 * GIB), 71e12, (8, 6)),
     "rtx4090": Device("RTX 4090", int(23.6 * GIB), 165e12, (8, 9)),
+    "a100": Device("A100", int(39.4 * GIB), 312e12, (8, 0)),
     "a100-40": Device("A100", int(39.4 * GIB), 312e12, (8, 0)),
     "a100-80": Device("A100", int(79.1 * GIB), 312e12, (8, 0)),
     "h100": Device("H100", int(79.1 * GIB), 989e12, (9, 0)),
@@ -60,6 +60,40 @@ def uses_gpu(recipe: Recipe) -> bool:
     return torch.cuda.is_available() and not (
         recipe.training.use_cpu or is_set("ACCELERATE_USE_CPU")
     )
+
+
+def require_kernels() -> None:
+    """Raises UserError for a GPU that the installed torch has no kernels for.
+
+    Any operation would fail on it, in the middle of the start.
+    """
+    import torch
+
+    capability, compiled = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+    if not has_kernels(capability, compiled):
+        major, minor = capability
+        raise UserError(
+            f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, and torch "
+            f"{torch.__version__} is compiled for {', '.join(compiled)} only; install the wheel that "
+            f"has 5.0 to 9.0: pip install torch=={torch.__version__.partition('+')[0]} --index-url "
+            "https://download.pytorch.org/whl/cu126 (or say training.use_cpu=true)"
+        )
+
+
+def has_kernels(capability: tuple[int, int], compiled: list[str]) -> bool:
+    """By torch.cuda.get_arch_list(), such as sm_75 and compute_120.
+
+    Machine code runs on later minor versions, PTX (compute_...) on all later ones.
+    """
+    for name in compiled:
+        kind, _, digits = name.partition("_")
+        number = int(re.sub(r"\D", "", digits))
+        built = divmod(number, 10)
+        if kind == "compute" and built <= capability:
+            return True
+        if built[0] == capability[0] and built[1] <= capability[1]:
+            return True
+    return False
 
 
 def local_device(recipe: Recipe) -> Device:

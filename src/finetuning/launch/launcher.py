@@ -1,5 +1,6 @@
 """The process that started this one: `accelerate launch`, torchrun, or neither."""
 
+import argparse
 import ctypes
 import os
 import signal
@@ -46,21 +47,39 @@ def silence_launcher() -> None:
         launcher.send_signal(signal.SIGTERM)
 
 
-def requested_processes() -> int:
-    """How many processes were asked for: of torch's launcher, or by flag or config file of `accelerate launch`."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
+def launch_arguments() -> argparse.Namespace | None:
+    """Those of the `accelerate launch` that started this process; None where something else did."""
     launcher = find_launcher()
     words = launcher.cmdline() if launcher else []
     start = next((n for n, word in enumerate(words, start=1) if word.endswith("launch")), None)
     if start is None:
-        return 1
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+        return None
     from accelerate.commands.launch import launch_command_parser
 
+    arguments: argparse.Namespace
     arguments, _ = launch_command_parser().parse_known_args(words[start:])
+    return arguments
+
+
+def names_config() -> bool:
+    """Whether this process was started with an accelerate config of the user's choice."""
+    arguments = launch_arguments()
+    return arguments is not None and arguments.config_file is not None
+
+
+def requested_processes() -> int:
+    """How many processes were asked for: of torch's launcher, or by flag or config file of
+    `accelerate launch`.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    arguments = launch_arguments()
+    if arguments is None:
+        return 1
     if arguments.num_processes:
-        return arguments.num_processes
+        return int(arguments.num_processes)
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
     if arguments.config_file is None and (arguments.cpu or not Path(default_config_file).is_file()):
         return 1
     return load_config_from_file(arguments.config_file).num_processes or 1

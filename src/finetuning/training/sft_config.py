@@ -8,7 +8,7 @@ import torch
 from trl import SFTConfig
 
 from finetuning.errors import UserError, one_line
-from finetuning.launch.devices import uses_gpu
+from finetuning.launch.devices import require_kernels, uses_gpu
 from finetuning.launch.step_size import step_size
 from finetuning.launch.strategy import is_set
 from finetuning.model.precision import precision
@@ -22,6 +22,8 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
         # environment is active.
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     on_gpu = uses_gpu(recipe)
+    if on_gpu:
+        require_kernels()
     capability = torch.cuda.get_device_capability() if on_gpu else None
     settings = recipe.training.model_dump(
         exclude_unset=True, exclude={"global_batch_size", "auto_find_batch_size"}
