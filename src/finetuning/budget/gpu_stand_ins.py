@@ -52,11 +52,11 @@ class GpuKernels(TorchFunctionMode):
     def __enter__(self) -> Any:
         self.add_product = loss.add_product
         loss.add_product = add_nothing
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         loss.add_product = self.add_product
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
 
 def dropout(

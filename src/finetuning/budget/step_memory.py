@@ -90,10 +90,10 @@ def as_trained(recipe: Recipe, model: Any) -> Any:
         use_packed_attention(model)
     if recipe.model.quantization:
         quantize_linear_layers(model, bits=int(recipe.model.quantization[0]))
-    if recipe.lora:
+    if adapter := lora_config(recipe):
         from peft import get_peft_model
 
-        model = get_peft_model(model, lora_config(recipe))
+        model = get_peft_model(model, adapter)
     if recipe.training.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         if recipe.lora:
@@ -174,7 +174,7 @@ class StorageTracker(TorchDispatchMode):
     """Records every storage that an operation allocates, and when it is freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         # Numbers of the storages that are alive.
         self.numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.kinds: list[str] = []

@@ -35,10 +35,11 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def deepspeed_file() -> dict:
+def deepspeed_file() -> dict[str, Any]:
     """DeepSpeed's own settings, where an accelerate config names a file of them."""
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    settings: dict[str, Any] = json.loads(Path(file).read_text("utf-8")) if file else {}
+    return settings
 
 
 def gathers_on_save(strategy: Strategy) -> bool:
@@ -172,7 +173,7 @@ RULES = (
 def skips_saves(training: Any) -> bool:
     """Whether a step that is evaluated may not be saved, where both are done every so many steps."""
     by_steps = training.eval_strategy == training.save_strategy == "steps"
-    return by_steps and training.save_steps != (training.eval_steps or training.logging_steps)
+    return bool(by_steps and training.save_steps != (training.eval_steps or training.logging_steps))
 
 
 def require_compatible(recipe: Recipe, strategy: Strategy, trains_here: bool = True) -> None:

@@ -257,7 +257,8 @@ class Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
         ctx.index = index
-        return rows.new_zeros(size, *rows.shape[1:]).index_copy_(0, index, rows)
+        whole: torch.Tensor = rows.new_zeros(size, *rows.shape[1:])
+        return whole.index_copy_(0, index, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None, None]:
@@ -275,7 +276,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None]:
         (grad,) = grads
-        whole = grad.new_zeros(ctx.size, *grad.shape[1:])
+        whole: torch.Tensor = grad.new_zeros(ctx.size, *grad.shape[1:])
         return whole.index_copy_(0, ctx.index, grad), None
 
 
@@ -287,7 +288,7 @@ def pad(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
     """(1, H, T, D) -> (examples, H, row_length, D), zero behind an example's end."""
     count, length = len(packing.lengths), packing.row_length
     rows = scatter(packed[0].transpose(0, 1), packing.rows, count * length)
-    return rows.unflatten(0, (count, length)).transpose(1, 2)
+    return rows.view(count, length, *rows.shape[1:]).transpose(1, 2)
 
 
 def unpad(rows: torch.Tensor, packing: Packing) -> torch.Tensor:

@@ -68,7 +68,7 @@ def make_trainer(run: PreparedRun) -> ResponseTrainer:
     """A trainer ready to train. Raises UserError where model, data and machine do not go together."""
     recipe, examples = run.recipe, run.examples
     args = make_arguments(recipe, has_eval=examples.eval is not None)
-    formats = {"bf16": args.bf16, "fp16": args.fp16}
+    formats = {"bf16": bool(args.bf16), "fp16": args.fp16}
     base = with_weight_format(recipe, args.device, formats)
     model = load_model(base, run.tokenizer, args.seed, args.device)
     require_positions(model, examples.report["tokens"]["max"])
