@@ -3,12 +3,13 @@
 Used by step_memory.py, which runs a training step on fake tensors of the CPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from finetuning.model import loss
@@ -17,6 +18,8 @@ from finetuning.model.attention import Packing
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LAYER_NORM, ATTENTION = F.layer_norm, F.scaled_dot_product_attention
+
 
 class PaddedPacking(Packing):
     """Attention as on a GPU: not one example after another, but in padded rows."""
@@ -24,45 +27,38 @@ class PaddedPacking(Packing):
     one_by_one = False
 
 
-class GpuKernels(TorchFunctionMode):
+@contextmanager
+def gpu_kernels(is_half: bool) -> Iterator[None]:
     """Within, operations of the CPU take the memory that those of a GPU take.
 
     CUDA's autocast computes layer norms in float32; dropout keeps a mask of one byte a number, that
     of fused attention nothing; half-precision products are added to a float32 sum by one kernel.
     """
+    kernels: dict[str, Any] = {"dropout": dropout, "scaled_dot_product_attention": attention}
+    if is_half:
+        kernels["layer_norm"] = layer_norm
+    with mock.patch.multiple(F, **kernels), mock.patch.object(loss, "add_product", add_nothing):
+        yield
 
-    def __init__(self, is_half: bool) -> None:
-        super().__init__()
-        self.is_half = is_half
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is F.layer_norm and self.is_half:
-            args, kwargs = torch.utils._pytree.tree_map_only(
-                torch.Tensor, torch.Tensor.float, (args, kwargs)
-            )
-        if func is F.dropout:
-            return dropout(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            args = (*args[:4], 0.0, *args[5:])
-        return func(*args, **kwargs)
+def layer_norm(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return LAYER_NORM(hidden.float(), *args, **kwargs)
 
-    def __enter__(self) -> Any:
-        self.add_product = loss.add_product
-        loss.add_product = add_nothing
-        return super().__enter__()  # type: ignore[no-untyped-call]
 
-    def __exit__(self, *error: Any) -> None:
-        loss.add_product = self.add_product
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    **kwargs: Any,
+) -> torch.Tensor:
+    return ATTENTION(query, key, value, attn_mask, 0.0, **kwargs)
 
 
 def dropout(
     hidden: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> torch.Tensor:
-    """F.dropout as CUDA has it."""
     return torch.native_dropout(hidden, p, training)[0] if training and p else hidden
 
 

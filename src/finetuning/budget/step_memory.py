@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from finetuning.budget.gpu_stand_ins import (
-    GpuKernels,
     PaddedPacking,
+    gpu_kernels,
     quantize_linear_layers,
 )
 from finetuning.data.batching import Batch
@@ -159,7 +159,7 @@ def run_step(
     packing = kind(tuple(batch["lengths"]), batch["position_ids"]) if is_packed else None
     arguments = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     targets = Targets(batch["positions"], batch["targets"])
-    kernels = nullcontext() if capability is None else GpuKernels(is_half)
+    kernels = nullcontext() if capability is None else gpu_kernels(is_half)
     with packed_as(packing), kernels:
         with head.scoring(targets), torch.autocast("cpu", autocast, enabled=is_half):
             loss = model(**arguments, use_cache=False).logits
