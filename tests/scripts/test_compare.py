@@ -17,7 +17,7 @@ training: {{output_dir: '{folder}', learning_rate: {rate}, max_steps: 20}}
 
 
 def make_run(folder: Path, rate: str, losses: list[float], finished: bool = True) -> Path:
-    """A run folder with a held-out loss at each of steps 0, 10, ..., and twice that in training."""
+    """A run folder with an evaluation loss at each of steps 0, 10, ..., and twice that in training."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, rate=rate))
     (folder / "environment.json").write_text(
@@ -61,8 +61,8 @@ def test_the_table_has_what_differs_and_what_came_of_it(sweep, capsys):
         "run": "2",
         "training.learning_rate": "2e-05",
         "train loss": "2.0",
-        "held-out loss": "1.0",
-        "held-out accuracy": "0.5",
+        "evaluation loss": "1.0",
+        "evaluation accuracy": "0.5",
         "tokens/s": "10000.0",
         "state": "finished",
     }
@@ -86,7 +86,7 @@ def test_brackets_and_colons_are_letters_like_others(sweep, capsys):
 def test_runs_can_be_named_one_by_one(sweep):
     other = make_run(sweep / "more" / "long", "1e-5", [0.5])
     compare.main([str(sweep / "1"), str(other)])
-    assert [(row["run"], row["held-out loss"]) for row in table(sweep)] == [
+    assert [(row["run"], row["evaluation loss"]) for row in table(sweep)] == [
         ("more/long", "0.5"),
         ("1", "3.0"),
     ]
@@ -96,7 +96,7 @@ def test_a_run_that_has_just_begun_is_shown(sweep):
     (sweep / "2" / "metrics.jsonl").write_text('{"step": 10, "eval_lo')
     (sweep / "1" / "metrics.jsonl").unlink()
     compare.main([str(sweep)])
-    assert [(row["run"], row["held-out loss"]) for row in table(sweep)][1:3] == [
+    assert [(row["run"], row["evaluation loss"]) for row in table(sweep)][1:3] == [
         ("1", ""),
         ("2", ""),
     ]

@@ -207,7 +207,7 @@ def test_every_accelerate_config_trains_the_quickstart(config, tmp_path):
         processes,
     )
     assert environment["finished"]
-    assert done.stdout.count("held-out response loss") == 1
+    assert done.stdout.count("evaluation loss") == 1
 
 
 # A process that dies, and one that hangs

@@ -49,7 +49,7 @@ OWNED = {
             "the run folder: one, that every machine sees",
         ),
         **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the script that is run"),
-        "eval_on_start": "data.eval: what is held out is evaluated before the first step, to compare with",
+        "eval_on_start": "data.eval: the evaluation set is evaluated before the first step, to compare with",
     },
     "lora": {
         **dict.fromkeys(("base_model_name_or_path", "revision"), "model.name and model.revision"),

@@ -48,7 +48,7 @@ class Recipe(Section):
     def check_eval(self) -> "Recipe":
         if self.training.eval_strategy != "no" and self.data.eval is None:
             raise ValueError(
-                "training.eval_strategy is set, but data.eval is null: nothing is held out to evaluate on"
+                "training.eval_strategy is set, but data.eval is null: there is no evaluation set"
             )
         return self
 

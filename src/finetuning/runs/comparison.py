@@ -21,8 +21,8 @@ NOT_COMPARED = ("training.output_dir",)
 # Column and the figure of metrics.jsonl whose last value stands there.
 FIGURES = {
     "train loss": "loss",
-    "held-out loss": "eval_loss",
-    "held-out accuracy": "eval_mean_token_accuracy",
+    "evaluation loss": "eval_loss",
+    "evaluation accuracy": "eval_mean_token_accuracy",
     "tokens/s": "tokens_per_second",
 }
 

@@ -116,7 +116,7 @@ def loss_before_and_after(trainer: ResponseTrainer) -> str:
         history = evaluations(trainer)
     first, last = history[0], history[-1]
     return (
-        f"held-out response loss {first['eval_loss']:.3f} -> {last['eval_loss']:.3f}, "
+        f"evaluation loss {first['eval_loss']:.3f} -> {last['eval_loss']:.3f}, "
         f"perplexity {first['eval_perplexity']:.1f} -> {last['eval_perplexity']:.1f} "
         f"({len(trainer.eval_dataset):,} examples)"
     )
