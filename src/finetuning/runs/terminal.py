@@ -76,15 +76,28 @@ def print_example(console: Console, example: Example, tokenizer: "PreTrainedToke
 
 
 def coloured(example: Example, tokenizer: "PreTrainedTokenizerFast") -> Text:
-    """Runs of tokens are decoded together, so that characters of several tokens (Japanese, emoji) stay whole."""
+    text = Text()
+    for words, is_trained in trained_and_not(example, tokenizer):
+        text.append(words, style=RESPONSE if is_trained else PROMPT)
+    return text
+
+
+def trained_and_not(
+    example: Example, tokenizer: "PreTrainedTokenizerFast"
+) -> list[tuple[str, bool]]:
+    """The example's text in parts, and whether the tokens of each are trained.
+
+    Neighbouring tokens are decoded together, so that characters of several tokens (Japanese, emoji)
+    stay whole.
+    """
     is_trained = example["labels"] != IGNORE_INDEX
     borders = np.flatnonzero(np.diff(is_trained)) + 1
-    text, shown = Text(), ""
+    parts, shown = [], ""
     for end in [*borders.tolist(), len(is_trained)]:
         whole = tokenizer.decode(example["input_ids"][:end].tolist())
-        text.append(whole[len(shown) :], style=RESPONSE if is_trained[end - 1] else PROMPT)
+        parts.append((whole[len(shown) :], bool(is_trained[end - 1])))
         shown = whole
-    return text
+    return parts
 
 
 def print_answers(console: Console, samples: list[Sample]) -> None:
