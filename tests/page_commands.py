@@ -10,6 +10,7 @@ from accelerate.commands.launch import launch_command_parser
 from commands import ROOT
 from pages import listed_recipes
 
+import chat
 import compare
 import generate
 import preview
@@ -23,7 +24,8 @@ from finetuning.recipe.recipe import load_recipe
 
 RECIPES = listed_recipes()
 SCRIPTS = {
-    f"src/{one.__name__}.py": one for one in (compare, generate, preview, publish, pull, sft)
+    f"src/{one.__name__}.py": one
+    for one in (chat, compare, generate, preview, publish, pull, sft)
 }
 PULLED = "outputs/pulled/recipe.yaml"  # what a command of the pages pulls
 
@@ -97,6 +99,10 @@ def check_generate(options: Namespace) -> None:
     load_recipe(recipe_of(options.run), options.overrides)
 
 
+def check_chat(options: Namespace) -> None:
+    assert set(options.runs) <= run_folders().keys() | {"outputs/try"}
+
+
 def check_publish(options: Namespace) -> None:
     load_recipe(run_folders()[options.run], options.overrides)
 
@@ -114,6 +120,7 @@ CHECKS = {
     "src/sft.py": check_recipe,
     "src/preview.py": check_preview,
     "src/generate.py": check_generate,
+    "src/chat.py": check_chat,
     "src/publish.py": check_publish,
     "src/pull.py": check_pull,
     "src/compare.py": check_compare,
