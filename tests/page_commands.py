@@ -24,8 +24,7 @@ from finetuning.recipe.recipe import load_recipe
 
 RECIPES = listed_recipes()
 SCRIPTS = {
-    f"src/{one.__name__}.py": one
-    for one in (chat, compare, generate, preview, publish, pull, sft)
+    f"src/{one.__name__}.py": one for one in (chat, compare, generate, preview, publish, pull, sft)
 }
 PULLED = "outputs/pulled/recipe.yaml"  # what a command of the pages pulls
 
