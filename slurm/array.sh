@@ -7,7 +7,7 @@
 # Options of sbatch, --array=1-8%2 among them, come before --; then accelerate config, recipe, file, overrides of every
 # run. Line N is trained by array task N as slurm/sft.sh would, into outputs/learning_rates/N; after the last one
 # src/compare.py makes a table and a plot. Empty lines and comments (#) do not count; words are quoted as in a shell.
-# --check submits nothing and asks of each line what slurm/sft.sh --check asks.
+# --check submits nothing and asks of each line what slurm/sft.sh --check asks. Without Slurm: src/sweep.py.
 #SBATCH --job-name=array
 #SBATCH --output=logs/%x-%A-%a.out
 #SBATCH --open-mode=append
@@ -50,12 +50,14 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   exec bash slurm/sft.sh "${run[@]}"
 fi
 [ -z "${SLURM_JOB_ID:-}" ] || die "is run on the login node and submits itself"
-for number in $(seq ${#lines[@]}); do
-  run_of "$number" "$@"
-  [ -z $is_check ] || slurm/sft.sh --check "${options[@]}" -- "${run[@]}" ||
-    die "line '${lines[$number - 1]}' of $file is not right"
-done
-[ -z $is_check ] || exit 0
+for number in $(seq ${#lines[@]}); do run_of "$number" "$@"; done # each can be taken apart
+if [ $is_check ]; then
+  PATH=$PWD/.venv/bin:$PATH
+  processes=$(slurm/count_processes "${options[@]}")
+  python src/sweep.py --check --num_processes "$processes" "$config" "$recipe" "$file" "$@" || exit 2
+  sbatch --test-only "${options[@]}" slurm/array.sh "$config" "$recipe" "$file" "$@"
+  exit
+fi
 array=$(sbatch --parsable --array="1-${#lines[@]}" "${options[@]}" slurm/array.sh "$config" "$recipe" "$file" "$@")
 echo "array job ${array%%;*}: ${#lines[@]} runs in outputs/$name"
 where=() # the job of the table goes where the array goes, without its GPUs

@@ -37,13 +37,8 @@ fi
 config=$1
 shift
 if [ $is_check ]; then
-  # One process, which ends before it would load a model. Of its errors one line is enough, a launcher adds a page.
-  exec 3>&1
-  launch=(accelerate launch --config_file "$config" --num_machines 1 --num_processes 1 --quiet)
-  if ! said=$("${launch[@]}" src/sft.py --check "$@" 2>&1 >&3); then
-    grep '^error: ' <<<"$said" >&2 || echo "$said" >&2
-    exit 2
-  fi
+  processes=$(slurm/count_processes "${options[@]}")
+  python src/sft.py --check --config_file "$config" --num_processes "$processes" "$@" || exit 2
   sbatch --test-only "${options[@]}" "$0" "$config" "$@"
   exit
 fi
@@ -56,6 +51,8 @@ job=${job:-$SLURM_JOB_ID}
 # Every process leaves here how it ended: accelerate's launchers turn each exit code into 1.
 export EXIT_CODES=$PWD/logs/.$SLURM_JOB_ID
 rm -rf "$EXIT_CODES" && mkdir -p "$EXIT_CODES" || exit 1
+stopped=$EXIT_CODES.stopped # a file that says where it was stopped last
+[ "${SLURM_RESTART_COUNT:-0}" != 0 ] || rm -f "$stopped"
 
 main_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((15000 + SLURM_JOB_ID % 15000)) # the job's own, below those that Linux hands out (from 32768)
@@ -73,6 +70,10 @@ trap : TERM
 export PET_SIGNALS_TO_HANDLE=SIGINT TASKS_PER_NODE=$SLURM_NTASKS_PER_NODE
 export TQDM_MININTERVAL=${TQDM_MININTERVAL:-60} # s between two lines of a progress bar: a log is no terminal
 
+left=$(squeue --noheader --jobs "$job" --format %L)
+if [[ $left =~ ^[0-4]:[0-9]{2}$ ]]; then
+  say "only $left until the time limit; training is told to stop 120 s before it, or as --signal says"
+fi
 say "job $job, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
 read -ra srun_options <<<"${SRUN_OPTIONS:-}"
 # Node number, GPUs and CPUs differ from node to node, so they expand there. srun does not inherit the job's CPUs.
@@ -80,6 +81,11 @@ read -ra srun_options <<<"${SRUN_OPTIONS:-}"
 srun "${srun_options[@]}" --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
   --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 bash -c '
     trap "" USR1 TERM
+    # gloo would ask the name of the node, which may stand for 127.0.1.1; a route to another node knows better.
+    peer=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$SLURMD_NODENAME" | head -n 1)
+    address=$([ -z "$peer" ] || getent ahostsv4 "$peer" | head -n 1 | cut -d " " -f 1)
+    interface=$([ -z "$address" ] || ip -o route get "$address" 2>/dev/null | sed -n "s/.* dev \([^ ]*\).*/\1/p")
+    [ -z "$interface" ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
     processes=${SLURM_GPUS_ON_NODE:-$TASKS_PER_NODE}
     threads=$((SLURM_CPUS_PER_TASK / processes))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads ? threads : 1))}
@@ -90,12 +96,14 @@ while kill -0 $step 2>/dev/null; do wait $step; done # a signal ends `wait` earl
 wait $step
 code=$?
 
-# Lines of "code time reason". 75: it was asked to stop, and can go on. A process that was killed had left a 1 at first.
+# Lines of "code time reason", one of each process. 75: it was asked to stop, and can resume. A process that was killed
+# had left a 1 at first. Any end but 0 and 75 wins; where all are 0, a signal that came after them changes nothing.
 ends=$(cat "$EXIT_CODES"/* 2>/dev/null)
 rm -rf "$EXIT_CODES"
 read -r failed _ reason < <(grep -Ev '^(0|75) ' <<<"$ends" | sort -g -k 2)
 is_stopped=$(grep '^75 ' <<<"$ends")
-if [ $code = 0 ] && [ -z "$is_stopped" ]; then
+if [ -z "$is_stopped$failed" ] && { [ $code = 0 ] || [ -n "$ends" ]; }; then
+  rm -f "$stopped"
   say "finished"
   exit 0
 fi
@@ -114,7 +122,14 @@ if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:=100}" ]; then
   say "stopped, and is not queued again after $MAX_RESTARTS restarts (MAX_RESTARTS); the same command resumes"
   exit 75
 fi
-say "stopped; it is queued again and will go on"
+# Stopped twice at the same step, it would be stopped there for ever.
+place=$(grep -oE 'after step [0-9]+|before the first step' <<<"$is_stopped" | sort | tail -n 1)
+if [ -n "$place" ] && [ "$place" = "$(cat "$stopped" 2>/dev/null)" ]; then
+  say "stopped again $place, and is not queued again: it needs a longer --time, or a later --signal"
+  exit 75
+fi
+echo "$place" >"$stopped"
+say "stopped; it is queued again and will resume"
 for pause in 0 30 60; do # here too the controller may be busy
   sleep $pause
   scontrol requeue "$job" && break

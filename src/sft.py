@@ -10,8 +10,9 @@ python src/sft.py --check recipes/dolly_gpt2.yaml
 Arguments after the recipe are overrides, section.key=value. The run folder (training.output_dir)
 then holds weights or adapter, tokenizer, recipe.yaml, environment.json, metrics.jsonl and
 samples.md. The same command resumes a run that was stopped from its last checkpoint; Ctrl-C,
-SIGTERM and SIGUSR1 have it write one first. --check ends before torch is imported, when recipe,
-data and run folder are known to be right. --verbose shows what the libraries log and warn of.
+SIGTERM and SIGUSR1 have it write one first. --check ends before a model is loaded, when recipe,
+data and run folder are known to be right and the libraries take every setting; --config_file and
+--num_processes say how it would be launched. --verbose shows what the libraries log and warn of.
 """
 
 import os
@@ -24,12 +25,14 @@ from finetuning.script import run
 
 
 def main(arguments: list[str]) -> None:
+    from finetuning.launch.launcher import leave_precision_to_recipe
     from finetuning.launch.software import versions
     from finetuning.launch.step_size import step_size
-    from finetuning.launch.strategy import requested_strategy
+    from finetuning.launch.strategy import launch_environment, requested_strategy
     from finetuning.model.quantization import hide_bitsandbytes
     from finetuning.publishing.provenance import unlike_published
     from finetuning.recipe.recipe import load_recipe
+    from finetuning.recipe.without_effect import settings_without_effect
     from finetuning.runs.folder import (
         is_finished,
         lock,
@@ -51,13 +54,17 @@ def main(arguments: list[str]) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     require_local_output(Path(options.recipe), recipe, options.overrides)
     require_free_or_ours(output_folder(recipe))
+    console = make_console(quiet=os.environ.get("RANK", "0") != "0")
+    if line := leave_precision_to_recipe():
+        console.print(line)
+    if is_check:
+        os.environ |= launch_environment(options.config_file, options.num_processes)
     strategy = requested_strategy()
     step_size(recipe, strategy.processes)
     require_loggers(recipe, output_folder(recipe))
     run = prepare_run(recipe, strategy, trains_here=not is_check)
     recipe, examples = run.recipe, run.examples
     folder = open_run_folder(recipe, examples.fingerprint, None if is_check else strategy)
-    console = make_console(quiet=os.environ.get("RANK", "0") != "0")
     if finished := is_finished(folder):
         if not (is_check or console.quiet):
             take_publish(folder, recipe)
@@ -69,10 +76,17 @@ def main(arguments: list[str]) -> None:
         print_funnel(console, examples.report)
         for difference in unlike_published(Path(options.recipe), examples.fingerprint, versions()):
             console.print(f"not as published: {difference}")
-        if is_check:
-            console.print(f"recipe, data and {folder} are right; nothing was trained")
-            return
+        for line in settings_without_effect(recipe):
+            console.print(line)
         hide_bitsandbytes(recipe)
+        if is_check:
+            from finetuning.training.check import check
+
+            unseen = check(run, folder)
+            console.print(f"recipe, data and {folder} are right; nothing was trained")
+            for line in unseen:
+                console.print(f"not looked at: {line}")
+            return
         # On a CPU that others use too, threads that spin while they wait for each other cost eight
         # times the seconds.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -88,6 +102,8 @@ def read_arguments(arguments: list[str]) -> Namespace:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[])
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--config_file")
+    parser.add_argument("--num_processes")
     return parser.read(arguments)
 
 

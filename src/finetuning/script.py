@@ -8,6 +8,7 @@ import math
 import os
 import select
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -51,6 +52,7 @@ def run_main(main: Callable[[list[str]], None], manual: str, when_interrupted: s
     write_exit_note(1, "a process was killed", at=math.inf)  # what stands there if it is
     try:
         main(arguments)
+        ignore_stop_signals()
         write_exit_note(0)
         ignore_signals()
         return 0
@@ -120,6 +122,12 @@ def ignore_signals() -> None:
     """What has ended stays as it was noted: Python would die of a signal while it takes itself
     apart, and launchers that die of the same Ctrl-C have the kernel send SIGTERM.
     """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def ignore_stop_signals() -> None:
+    """What is finished stays so: Python restores default handlers while it ends, but not ignored ones."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
@@ -207,7 +215,8 @@ def write_exit_note(code: int, reason: str = "", at: float | None = None) -> boo
         return False
     try:
         line = f"{code} {at or time.time()} {reason}\n"
-        Path(folder, os.environ.get("RANK", "0")).write_text(line, encoding="utf-8")
+        # By node and process: two nodes whose processes were started alone are both number 0.
+        Path(folder, f"{socket.gethostname()}-{os.getpid()}").write_text(line, encoding="utf-8")
     except OSError:  # a full disk must not hide what happened
         return False
     return True

@@ -179,7 +179,11 @@ def test_what_only_the_machine_can_tell_is_refused_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("what", "config", "overrides"),
     [
-        ("training.torch_compile", {"distributed_type": "NO"}, ["training.torch_compile=true"]),
+        (
+            "training.torch_compile",
+            {"distributed_type": "MULTI_GPU"},
+            ["training.torch_compile=true"],
+        ),
         (
             "training.auto_find_batch_size with ZeRO or FSDP",
             {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero3_save_16bit_model": True}},

@@ -13,7 +13,11 @@ from accelerate.commands.config import config_args
 from conftest import ROOT
 
 from finetuning.launch import launcher
-from finetuning.launch.launcher import find_launcher, requested_processes
+from finetuning.launch.launcher import (
+    find_launcher,
+    leave_precision_to_recipe,
+    requested_processes,
+)
 
 SAYS = """
 import json, os, sys
@@ -141,3 +145,21 @@ def test_a_script_hears_of_the_end_of_its_launcher(script, name):
         except BaseException:
             os.kill(child, signal.SIGKILL)
             raise
+
+
+def test_mixed_precision_of_accelerate_s_own_config_is_not_used_and_its_file_is_named(
+    started_by, tmp_path, monkeypatch
+):
+    """Whoever has run `accelerate config` has it there, and gave no file."""
+    config = tmp_path / "default_config.yaml"
+    config.write_text("mixed_precision: fp16\n")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    started_by("python /bin/accelerate launch src/sft.py recipe.yaml", str(config))
+    said = leave_precision_to_recipe()
+    assert said.startswith(f"{config}: mixed_precision: fp16 is not used; training.bf16 ")
+    assert "ACCELERATE_MIXED_PRECISION" not in os.environ
+
+
+def test_a_precision_that_nobody_asked_for_is_not_mentioned(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert leave_precision_to_recipe() is None

@@ -239,3 +239,19 @@ def test_the_precision_of_the_recipe_is_taken_and_written_down(mixed, recipe, sa
     launch = launch_of(trainer, Strategy("ddp", 2))
     assert (launch["strategy"], launch["processes"], launch["precision"]) == ("ddp", 2, said)
     assert launch["process"] == os.getpid()
+
+
+@pytest.mark.parametrize("kind", ["NO", "MULTI_CPU"])
+def test_a_config_that_starts_one_process_is_refused_where_two_are_asked_for(tmp_path, kind):
+    file = tmp_path / "one.yaml"
+    file.write_text(f"distributed_type: {kind}\nnum_processes: 1\n")
+    assert launch_environment(str(file), None)["WORLD_SIZE"] == "1"
+    with pytest.raises(UserError, match=f"one.yaml: distributed_type: {kind} starts one process"):
+        launch_environment(str(file), "2")
+
+
+def test_a_process_that_was_started_alone_of_two_is_told_before_anything_is_read(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("finetuning.launch.strategy.requested_processes", lambda: 2)
+    with pytest.raises(UserError, match="accelerate started one process where 2 were asked for"):
+        requested_strategy()

@@ -8,6 +8,7 @@ from typing import get_args
 
 import jsonschema
 import pytest
+from annotated_types import Ge, Gt, Le, Lt
 from commands import ROOT
 from pages import listed_recipes
 from pydantic import ValidationError
@@ -377,13 +378,13 @@ def test_every_setting_of_our_own_says_what_it_is():
 
 def test_every_number_of_a_recipe_has_bounds():
     found = {
-        f"{section.__name__}.{name}": bool(limits(field))
+        f"{section.__name__}.{name}": is_bounded(field)
         for section in all_sections()
         for name, field in section.model_fields.items()
         if {int, float} & set(members_of(field.annotation))
     }
     assert len(found) > 70
-    assert [name for name, is_bounded in found.items() if not is_bounded] == []
+    assert [name for name, is_right in found.items() if not is_right] == []
 
 
 def all_sections():
@@ -393,13 +394,15 @@ def all_sections():
     return found
 
 
-def limits(field):
-    """What bounds a field, or the numbers in the union that it is."""
+def is_bounded(field):
+    """Whether a field, or the numbers in the union that it is, have bounds on both sides."""
     inner = [entry for member in get_args(field.annotation) for entry in get_args(member)[1:]]
-    return [
+    limits = [
         *field.metadata,
         *(limit for entry in inner for limit in getattr(entry, "metadata", [])),
     ]
+    found = {type(limit) for limit in limits} & {Ge, Gt, Le, Lt}
+    return found in ({Ge, Le}, {Gt, Le}, {Ge, Lt}, {Gt, Lt})
 
 
 @pytest.mark.parametrize("number", [".nan", ".inf", "-.inf"])

@@ -742,7 +742,7 @@ LATE = [
     ),
     case(
         "model without config",
-        "model.name: TOKENIZER cannot be loaded",
+        "model.name: TOKENIZER has no config",
         command=f"{TRAIN} model.from_scratch=null model.name=TOKENIZER",
     ),
 ]

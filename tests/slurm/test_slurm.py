@@ -205,7 +205,7 @@ def test_a_check_of_a_sweep_names_the_line(site):
     arguments = ["accelerate_configs/cpu.yaml", "recipe.yaml", "typo.txt"]
     done = site.cluster.run("slurm/array.sh", "--check", *arguments, check=False, cwd=site.folder)
     assert done.returncode == 2
-    assert "line 'training.learning_rat=1e-3' of typo.txt" in done.stderr.splitlines()[-1]
+    assert "line 2 of typo.txt: override 'training.learning_rat=1e-3'" in done.stderr
 
 
 @pytest.mark.parametrize(

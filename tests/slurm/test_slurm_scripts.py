@@ -194,3 +194,20 @@ def test_a_task_of_an_array_without_a_line_is_refused(tmp_path):
     environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "--array goes from 1 to 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "processes"),
+    [
+        ("", 1),
+        ("--nodes=2 --gres=gpu:8", 16),
+        ("-N2 --gres gpu:h100:4", 8),
+        ("-N 3 --ntasks-per-node 2 --mem=0", 6),
+        ("--gpus-per-node=h100:2 --nodes 2-4", 4),
+        ("--gres=gpu --nodes=2", 2),
+    ],
+)
+def test_processes_of_a_job_are_counted_from_its_options(options, processes):
+    command = [ROOT / "slurm" / "count_processes", *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"{processes}\n", "")

@@ -19,7 +19,7 @@ else:  # a recipe with another name is refused with the allowed ones
 class Eval(Section):
     """Which examples are the evaluation set: one of `every`, `fraction`, `split`."""
 
-    every: int | None = Field(default=None, ge=2)
+    every: int | None = Field(default=None, ge=2, le=10**9)
     """examples: of those kept, number 0, every, 2 * every, ... are evaluated on, not trained on"""
     fraction: float | None = Field(default=None, gt=0, lt=1)
     """share of the examples, 0..1, drawn at random"""
@@ -53,7 +53,7 @@ class RowSettings(Section):
     """name of the split"""
     reader: ReaderName | None = None
     """how a row is read into messages"""
-    sessions: int | None = Field(default=None, ge=1)
+    sessions: int | None = Field(default=None, ge=1, le=10**9)
     """reader harry_potter: only the first sessions of the file"""
     where: dict[str, Any] = Field(default_factory=dict)
     """keep only rows whose columns equal these values"""
@@ -85,7 +85,7 @@ class Data(RowSettings):
     """how messages are written as text"""
     newline: str | None = None
     """written instead of every line feed, such as <NL>; undone in answers"""
-    max_length: int = Field(default=512, ge=2)
+    max_length: int = Field(default=512, ge=2, le=10**9)
     """tokens of an example at most, end mark included"""
     overflow: Literal["drop", "cut", "error"] = "drop"
     """a longer example: drop and count it, cut it (and its end mark), or refuse the run"""
@@ -95,7 +95,7 @@ class Data(RowSettings):
     """layout of a batch in memory: one example after another, or padded; memory and speed only"""
     order: Literal["random", "by_length", "sequential"] = "random"
     """of the examples in an epoch, drawn from training.seed; by_length: similar lengths together"""
-    batch_tokens: int | None = Field(default=None, ge=1)
+    batch_tokens: int | None = Field(default=None, ge=1, le=10**9)
     """tokens of a micro-batch at most, instead of training.per_device_train_batch_size examples"""
     eval: Eval | None = None
     """which examples are the evaluation set"""

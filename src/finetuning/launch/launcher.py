@@ -78,8 +78,33 @@ def requested_processes() -> int:
         return 1
     if arguments.num_processes:
         return int(arguments.num_processes)
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-
-    if arguments.config_file is None and (arguments.cpu or not Path(default_config_file).is_file()):
+    file = config_file(arguments)
+    if file is None or (arguments.config_file is None and arguments.cpu):
         return 1
+    from accelerate.commands.config.config_args import load_config_from_file
+
     return load_config_from_file(arguments.config_file).num_processes or 1
+
+
+def config_file(arguments: argparse.Namespace) -> str | None:
+    """The file that `accelerate launch` read: the one named, else its own default, if there is one."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    default = default_config_file if Path(default_config_file).is_file() else None
+    return arguments.config_file or default
+
+
+def leave_precision_to_recipe() -> str | None:
+    """Forgets the mixed_precision of `accelerate launch`; returns the line that says so if it was asked for.
+
+    `accelerate config` writes one into accelerate's own default file, which every later launch reads unseen.
+    """
+    asked = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")
+    if asked == "no":
+        return None
+    arguments = launch_arguments()
+    file = config_file(arguments) if arguments else None
+    return (
+        f"{file or 'accelerate'}: mixed_precision: {asked} is not used; training.bf16 and "
+        "training.fp16 of the recipe decide"
+    )

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
+# Distributed types of accelerate that start one process, however many are asked for.
+ALONE = ("NO", "MULTI_CPU")
+
+
 @dataclass(frozen=True)
 class Strategy:
     name: str
@@ -40,6 +44,12 @@ class Strategy:
 def requested_strategy() -> Strategy:
     """What accelerate launch or torchrun was asked for, from the environment that they give to a process."""
     processes = requested_processes()
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"accelerate started one process where {processes} were asked for: the config's "
+            "distributed_type starts no more; use accelerate_configs/ddp.yaml, or cpu_ddp.yaml "
+            "without GPUs"
+        )
     if is_set("ACCELERATE_USE_DEEPSPEED"):
         zero = zero_settings()
         return Strategy(f"zero{zero.get('stage', 0)}", processes, offloads(zero))
@@ -71,7 +81,13 @@ def launch_environment(file: str | None, processes: str | None) -> dict[str, str
         raise UserError(
             f"{file}: does not say how many processes; add --num_processes, such as --num_processes 2"
         )
-    kind, said = config.distributed_type.value, {"WORLD_SIZE": count}
+    kind = config.distributed_type.value
+    if count > 1 and kind in ALONE:
+        raise UserError(
+            f"{file}: distributed_type: {kind} starts one process, where {count} were asked for; "
+            "use accelerate_configs/ddp.yaml, or cpu_ddp.yaml without GPUs"
+        )
+    said = {"WORLD_SIZE": count}
     if config.gpu_ids not in (None, "all"):
         said |= {"CUDA_VISIBLE_DEVICES": config.gpu_ids}
     if kind == "DEEPSPEED":

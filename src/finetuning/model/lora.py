@@ -60,7 +60,7 @@ def require_modules(model: "PreTrainedModel", lora: dict[str, Any]) -> None:
         return
     modules = dict(model.named_modules())
     own = {path.rpartition(".")[2] for path, module in modules.items() if hasattr(module, "weight")}
-    for field in ("target_modules", "exclude_modules"):
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
         names = lora.get(field)
         for name in names if isinstance(names, list) else ():
             if any(f".{path}".endswith(f".{name}") for path in modules):

@@ -7,7 +7,7 @@ fraction of a second.
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from finetuning.hub.address import MAX_NAME_LENGTH, PREFIX, REPO, SUBFOLDER, parse_address
 from finetuning.recipe.library_sections import (
@@ -23,7 +23,7 @@ class FromScratch(Section):
 
     config: dict[str, Any]
     """fields of the transformers config, `model_type` among them"""
-    vocab_size: int = Field(ge=257)
+    vocab_size: int = Field(ge=257, le=2**20)
     """tokens in the vocabulary, at most; 256 bytes and the end mark are always there"""
 
 
@@ -83,7 +83,7 @@ class Publish(Section):
 class Training(SFTConfigFields):
     """Any field of trl.SFTConfig that no other section owns."""
 
-    output_dir: str = Field(min_length=1)
+    output_dir: str = Field(min_length=1, pattern=r"\S")
     """the run folder"""
     per_device_train_batch_size: int = Field(default=8, ge=1, le=10**6)
     """examples of a micro-batch on each device"""
@@ -105,6 +105,13 @@ class Training(SFTConfigFields):
     """at its highest"""
     dataloader_num_workers: int = Field(default=0, ge=0, le=1000)
     """processes that collate batches"""
+
+    @field_validator("max_steps")
+    @classmethod
+    def check_max_steps(cls, steps: int) -> int:
+        if steps == 0:
+            raise ValueError("0 steps train nothing; -1 is as many as num_train_epochs has")
+        return steps
 
 
 class Lora(LoraConfigFields):

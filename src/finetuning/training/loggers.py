@@ -11,6 +11,9 @@ from finetuning.errors import UserError
 from finetuning.recipe.recipe import Recipe
 from finetuning.runs.folder import Sample, quoted
 
+# Loggers whose package has another name.
+PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}
+
 
 def loggers_of(recipe: Recipe) -> list[str]:
     names = recipe.training.report_to
@@ -23,8 +26,9 @@ def require_loggers(recipe: Recipe, folder: Path) -> None:
     the run folder.
     """
     for name in loggers_of(recipe):
-        if name in ("tensorboard", "wandb") and importlib.util.find_spec(name) is None:
-            raise UserError(f"training.report_to: {name} is not installed: pip install {name}")
+        package = PACKAGES.get(name, name)
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"training.report_to: {name} is not installed: pip install {package}")
     if "wandb" in loggers_of(recipe):
         os.environ.setdefault("WANDB_DIR", str(folder))
         if (

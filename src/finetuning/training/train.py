@@ -1,7 +1,6 @@
 """One run, from the base model to a finished run folder."""
 
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
@@ -16,6 +15,7 @@ from finetuning.model.precision import with_weight_format
 from finetuning.runs.folder import write_finish
 from finetuning.runs.terminal import print_answers
 from finetuning.training.callbacks import MetricsFile, Watchdog
+from finetuning.training.library_checks import require_library_settings
 from finetuning.training.loggers import log_samples
 from finetuning.training.prepared_run import PreparedRun
 from finetuning.training.progress import ProgressLines
@@ -26,9 +26,6 @@ from finetuning.training.signals import Stop
 from finetuning.training.start_checks import StartChecks
 from finetuning.training.stopping import SynchronizedStop
 from finetuning.training.trainer import ResponseTrainer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def train(run: PreparedRun, stop: Stop, console: Console) -> None:
@@ -67,11 +64,11 @@ def train(run: PreparedRun, stop: Stop, console: Console) -> None:
 def make_trainer(run: PreparedRun) -> ResponseTrainer:
     """A trainer ready to train. Raises UserError where model, data and machine do not go together."""
     recipe, examples = run.recipe, run.examples
+    require_library_settings(run)
     args = make_arguments(recipe, has_eval=examples.eval is not None)
     formats = {"bf16": bool(args.bf16), "fp16": args.fp16}
     base = with_weight_format(recipe, args.device, formats)
     model = load_model(base, run.tokenizer, args.seed, args.device)
-    require_positions(model, examples.report["tokens"]["max"])
     require_plain_head(model, recipe.lora)
     fuse_gelu(model)
     leave_out_router_loss(model)
@@ -91,15 +88,6 @@ def make_trainer(run: PreparedRun) -> ResponseTrainer:
     except ValueError as error:  # what transformers and peft find wrong with the settings
         section = "lora" if recipe.lora else "training"
         raise UserError(f"{section}: {one_line(error)}") from error
-
-
-def require_positions(model: "PreTrainedModel", longest: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and longest > positions:
-        raise UserError(
-            f"data.max_length: the longest example has {longest} tokens, the model reads at most "
-            f"{positions}; use data.max_length={positions}"
-        )
 
 
 def loss_before_and_after(trainer: ResponseTrainer) -> str:

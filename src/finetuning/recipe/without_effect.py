@@ -1,0 +1,89 @@
+"""Settings that a recipe gives and that change nothing beside its others: said, not refused."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from finetuning.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Condition:
+    settings: tuple[str, ...]
+    """of one section"""
+    needs: str
+    """what else has to be there for them to have an effect"""
+    is_met: Callable[[Recipe], bool]
+
+
+CONDITIONS = {
+    "training": (
+        Condition(
+            ("eval_steps",),
+            "training.eval_strategy: steps",
+            lambda recipe: recipe.training.eval_strategy == "steps",
+        ),
+        Condition(
+            ("save_steps",),
+            "training.save_strategy: steps",
+            lambda recipe: recipe.training.save_strategy == "steps",
+        ),
+        Condition(
+            ("logging_steps",),
+            "training.logging_strategy: steps",
+            lambda recipe: recipe.training.logging_strategy == "steps",
+        ),
+        Condition(
+            ("metric_for_best_model", "greater_is_better"),
+            "training.load_best_model_at_end: true, or training.save_strategy: best",
+            lambda recipe: (
+                recipe.training.load_best_model_at_end
+                or recipe.training.save_strategy == "best"
+                or recipe.training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+            ),
+        ),
+        Condition(
+            ("num_train_epochs",),
+            "training.max_steps left out, which ends the run first",
+            lambda recipe: recipe.training.max_steps == -1,
+        ),
+        Condition(
+            ("optim_target_modules",),
+            "training.optim: one of galore_* and apollo_*",
+            lambda recipe: recipe.training.optim.startswith(("galore", "apollo")),
+        ),
+        Condition(
+            ("torch_compile_backend", "torch_compile_mode"),
+            "training.torch_compile: true",
+            lambda recipe: recipe.training.torch_compile,
+        ),
+    ),
+    "generation": (
+        Condition(
+            ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "seed"),
+            "generation.do_sample: true",
+            lambda recipe: bool(recipe.generation.do_sample),
+        ),
+        Condition(
+            ("early_stopping", "length_penalty"),
+            "generation.num_beams above 1",
+            lambda recipe: (recipe.generation.num_beams or 1) > 1,
+        ),
+        Condition(
+            ("max_cache_len", "cache_config"),
+            "generation.cache_implementation",
+            lambda recipe: recipe.generation.cache_implementation is not None,
+        ),
+    ),
+}
+
+
+def settings_without_effect(recipe: Recipe) -> list[str]:
+    """A line for each setting that is given and does nothing, with what it would need."""
+    given = {name: getattr(recipe, name).model_fields_set for name in CONDITIONS}
+    return [
+        f"{section}.{name} has no effect without {condition.needs}"
+        for section, conditions in CONDITIONS.items()
+        for condition in conditions
+        for name in condition.settings
+        if name in given[section] and not condition.is_met(recipe)
+    ]
