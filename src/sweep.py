@@ -1,14 +1,14 @@
 """One recipe many times: each line of a text file has the overrides of one run.
 
-python src/sweep.py accelerate_configs/single_gpu.yaml recipes/dolly_gpt2.yaml seeds.txt
-python src/sweep.py --check accelerate_configs/cpu.yaml recipes/quickstart.yaml seeds.txt
-python src/sweep.py --at-once 4 accelerate_configs/single_gpu.yaml recipes/dolly_gpt2.yaml seeds.txt
+python src/sweep.py accelerate_configs/single_gpu.yaml recipes/dolly_gpt2.yaml seeds.txt python
+src/sweep.py --check accelerate_configs/cpu.yaml recipes/quickstart.yaml seeds.txt python
+src/sweep.py --at-once 4 accelerate_configs/single_gpu.yaml recipes/dolly_gpt2.yaml seeds.txt
 
 Line N is trained into outputs/<name of the file>/N, one line after another or --at-once several,
-each then with a GPU of its own. Arguments after the file are overrides of every run. Empty lines and
-comments (#) do not count; words are quoted as in a shell. The same command resumes: what is finished
-is left as it is. After the last run src/compare.py prints the table. --check asks of each line what
-src/sft.py --check asks, and trains nothing. On a Slurm cluster: slurm/array.sh.
+each then with a GPU of its own. Arguments after the file are overrides of every run. Empty lines
+and comments (#) do not count; words are quoted as in a shell. The same command resumes: what is
+finished is left as it is. After the last run src/compare.py prints the table. --check asks of each
+line what src/sft.py --check asks, and trains nothing. On a Slurm cluster: slurm/array.sh.
 """
 
 import os

@@ -127,7 +127,8 @@ def ignore_signals() -> None:
 
 
 def ignore_stop_signals() -> None:
-    """What is finished stays so: Python restores default handlers while it ends, but not ignored ones."""
+    """What is finished stays so: Python restores default handlers while it ends, but not ignored
+    ones."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 

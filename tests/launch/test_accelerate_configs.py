@@ -1,6 +1,8 @@
-"""Every file in accelerate_configs/ says what accelerate understands, and nothing that the recipe owns.
+"""Every file in accelerate_configs/ says what accelerate understands, and nothing that the recipe
+owns.
 
-accelerate takes a misspelt key inside deepspeed_config or fsdp_config without a word; here its own parser is asked.
+accelerate takes a misspelt key inside deepspeed_config or fsdp_config silently; here its own
+parser is asked.
 """
 
 import os
@@ -22,7 +24,8 @@ from finetuning.launch.strategy import Strategy, launch_environment, requested_s
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 ONE_PROCESS = {"cpu", "single_gpu", "t4"}
-# The recipe's: how much is in a step, how long its gradient may be, in which number format it is computed.
+# The recipe's: how much is in a step, how long its gradient may be, in which number format it is
+# computed.
 OWNED = {
     "gradient_accumulation_steps",
     "gradient_clipping",
@@ -41,7 +44,8 @@ def settings_of(config: Path) -> dict:
 
 
 def known_names(section: str) -> set[str]:
-    """What `accelerate launch` takes as flags for a section; of fsdp_config also without the prefix."""
+    """What `accelerate launch` takes as flags for a section; of fsdp_config also without the
+    prefix."""
     (group,) = [
         group for group in launch_command_parser()._action_groups if group.title == NESTED[section]
     ]

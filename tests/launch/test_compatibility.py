@@ -1,4 +1,5 @@
-"""What does not go together is refused before torch is imported, and `python -m` prints the rules."""
+"""What does not go together is refused before torch is imported, and `python -m` prints the
+rules."""
 
 import json
 import re
@@ -96,7 +97,8 @@ CASES = [
     ),
     ("training.torch_compile", ["training.torch_compile=true"], {}),
 ]
-# (what a rule says, whether there is a GPU, environment): only torch can tell, so it is imported first.
+# (what a rule says, whether there is a GPU, environment): only torch can tell, so it is imported
+# first.
 GPU_CONFIG = "an accelerate config for GPUs without a usable GPU"
 VISIBLE = {"CUDA_VISIBLE_DEVICES": "0"}  # tests on a machine without GPUs hide them all
 FSDP_CASES = [

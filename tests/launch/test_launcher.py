@@ -24,7 +24,8 @@ import json, os, sys
 sys.path.insert(0, "src")
 from finetuning.launch.launcher import requested_processes, find_launcher
 found = find_launcher()
-print(json.dumps({"asked": requested_processes(), "launcher": found and found.pid, "parent": os.getppid()}))
+said = {"asked": requested_processes(), "launcher": found and found.pid, "parent": os.getppid()}
+print(json.dumps(said))
 """
 
 # A launcher is known by its name; this one starts a script, says its number and waits.
@@ -61,7 +62,8 @@ def script(tmp_path):
 
 @pytest.fixture
 def started_by(monkeypatch):
-    """A function that has the launcher be one of this command line, with this default config file of accelerate."""
+    """A function that has the launcher be one of this command line, with this default config file
+    of accelerate."""
     monkeypatch.chdir(ROOT)
 
     def start(command: str, default_config: str = "/nowhere/default_config.yaml") -> None:
@@ -90,15 +92,18 @@ def test_torch_s_launcher_says_how_many_there_are(monkeypatch):
         ("python /bin/accelerate launch --cpu --num-processes=3 src/sft.py recipe.yaml", 3),
         ("python /bin/accelerate launch --cpu src/sft.py --num_processes 9", 1),
         (
-            "python /bin/accelerate launch --config_file accelerate_configs/cpu.yaml src/sft.py recipe.yaml",
+            "python /bin/accelerate launch --config_file accelerate_configs/cpu.yaml src/sft.py "
+            "recipe.yaml",
             1,
         ),
         (
-            "python /bin/accelerate launch --config_file accelerate_configs/cpu_ddp.yaml src/sft.py recipe.yaml",
+            "python /bin/accelerate launch --config_file accelerate_configs/cpu_ddp.yaml "
+            "src/sft.py recipe.yaml",
             2,
         ),
         (
-            "python /bin/accelerate launch --config_file accelerate_configs/cpu.yaml --num_processes 4 src/sft.py r",
+            "python /bin/accelerate launch --config_file accelerate_configs/cpu.yaml "
+            "--num_processes 4 src/sft.py r",
             4,
         ),
         ("python /bin/accelerate-launch --cpu --num_processes 2 src/sft.py recipe.yaml", 2),

@@ -1,4 +1,5 @@
-"""The examples of a step, shared out to processes: the numbers multiply to what was asked for, or are refused."""
+"""The examples of a step, shared out to processes: the numbers multiply to what was asked for, or
+are refused."""
 
 import re
 
@@ -87,7 +88,8 @@ def test_the_number_that_a_refusal_names_can_be_used(processes, total):
         (
             3,
             {"global_batch_size": 32},
-            "training.global_batch_size: 32 examples cannot be shared out evenly to 3 processes; use 33, or a number "
+            "training.global_batch_size: 32 examples cannot be shared out evenly to 3 processes; "
+            "use 33, or a number "
             "of processes that divides 32",
         ),
         (
@@ -98,7 +100,8 @@ def test_the_number_that_a_refusal_names_can_be_used(processes, total):
         (
             2,
             {"global_batch_size": 32, "per_device_train_batch_size": 5},
-            "training.per_device_train_batch_size: 5 does not divide the 16 examples of a step that each of 2 "
+            "training.per_device_train_batch_size: 5 does not divide the 16 examples of a step "
+            "that each of 2 "
             "processes has (training.global_batch_size 32); leave it out, or use a divisor",
         ),
         (

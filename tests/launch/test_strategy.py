@@ -1,4 +1,5 @@
-"""What the launcher was asked for is read from its environment, and a run that got something else is refused."""
+"""What the launcher was asked for is read from its environment, and a run that got something else
+is refused."""
 
 import json
 import os

@@ -350,7 +350,8 @@ LIBRARY_SECTIONS = {
 
 
 def own_settings():
-    """(section, name, description) of every setting that is ours and not a library's word for word."""
+    """(section, name, description) of every setting that is ours and not a library's word for
+    word."""
     sections = [Section]
     for section in sections:
         sections += section.__subclasses__()

@@ -1,6 +1,7 @@
 """Combinations that fail, or silently train something else: refused before a model is loaded.
 
-`python -m finetuning.launch.compatibility` prints them as a table; docs/limits.md has it in both languages.
+`python -m finetuning.launch.compatibility` prints them as a table; docs/limits.md has it in both
+languages.
 """
 
 import json
@@ -77,7 +78,8 @@ RULES = (
     ),
     Rule(
         "FSDP version 1",
-        "its flat parameters cannot be told apart: neither the output layer's weight nor frozen ones",
+        "its flat parameters cannot be told apart: neither the output layer's weight nor frozen "
+        "ones",
         "accelerate_configs/fsdp2.yaml",
         lambda recipe, strategy: (
             strategy.name == "fsdp" and os.environ.get("FSDP_VERSION", "1") != "2"
@@ -103,7 +105,8 @@ RULES = (
     ),
     Rule(
         "ZeRO with an optimizer or scheduler in DeepSpeed's file",
-        "training.optim and training.lr_scheduler_type own them, and the logged rate would be that of the next step",
+        "training.optim and training.lr_scheduler_type own them, and the logged rate would be that "
+        "of the next step",
         "leave both out of the file",
         lambda recipe, strategy: (
             strategy.name.startswith("zero")
@@ -171,13 +174,15 @@ RULES = (
 
 
 def skips_saves(training: Any) -> bool:
-    """Whether a step that is evaluated may not be saved, where both are done every so many steps."""
+    """Whether a step that is evaluated may not be saved, where both are done every so many
+    steps."""
     by_steps = training.eval_strategy == training.save_strategy == "steps"
     return bool(by_steps and training.save_steps != (training.eval_steps or training.logging_steps))
 
 
 def require_compatible(recipe: Recipe, strategy: Strategy, trains_here: bool = True) -> None:
-    """Raises UserError for the first rule that recipe and strategy meet, on this machine or wherever it will train."""
+    """Raises UserError for the first rule that recipe and strategy meet, on this machine or
+    wherever it will train."""
     for rule in RULES:
         if (trains_here or not rule.depends_on_machine) and rule.is_met(recipe, strategy):
             raise UserError(f"{rule.what} does not work: {rule.why}; instead: {rule.instead}")

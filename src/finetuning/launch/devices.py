@@ -16,7 +16,8 @@ class Device:
     memory: int
     """bytes that a program can have"""
     flops: float
-    """peak of dense half-precision products with sums in float32, FLOP/s; on a CPU of float32, as measured"""
+    """peak of dense half-precision products with sums in float32, FLOP/s; on a CPU of float32, as
+    measured"""
     capability: tuple[int, int] | None
     """CUDA compute capability; None for a CPU"""
 
@@ -25,7 +26,8 @@ class Device:
         return self.capability is not None
 
 
-# Memory as torch reports it, which is less than what is written on the box; FLOP/s as in NVIDIA's data sheets.
+# Memory as torch reports it, which is less than what is written on the box; FLOP/s as in NVIDIA's
+# data sheets.
 GPUS = {
     "t4": Device("T4", int(14.7 * GIB), 65e12, (7, 5)),
     "l4": Device("L4", int(22.0 * GIB), 121e12, (8, 9)),
@@ -47,14 +49,16 @@ def gpu_by_name(name: str) -> Device:
 
 
 def peak_of(name: str) -> float | None:
-    """FLOP/s of a GPU by the name that torch has for it, such as `Tesla T4`; None where it is not known."""
+    """FLOP/s of a GPU by the name that torch has for it, such as `Tesla T4`; None where it is not
+    known."""
     return next(
         (device.flops for device in GPUS.values() if re.search(rf"\b{device.name}\b", name)), None
     )
 
 
 def uses_gpu(recipe: Recipe) -> bool:
-    """Whether training here is on a GPU: there is one, and neither recipe nor `accelerate launch` keep to the CPU."""
+    """Whether training here is on a GPU: there is one, and neither recipe nor `accelerate launch`
+    keep to the CPU."""
     import torch
 
     return torch.cuda.is_available() and not (
@@ -111,7 +115,8 @@ def local_device(recipe: Recipe) -> Device:
 
 
 def measured_flops() -> float:
-    """FLOP/s of a matrix product on the CPU: the best of a few, some hundredths of a second each."""
+    """FLOP/s of a matrix product on the CPU: the best of a few, some hundredths of a second
+    each."""
     import time
 
     import torch

@@ -10,7 +10,10 @@ from finetuning.recipe.recipe import Recipe
 
 
 def needs_of(recipe: Recipe) -> list[Need]:
-    """What the recipe takes from the Hub. Raises UserError where a local model folder is not there."""
+    """What the recipe takes from the Hub.
+
+    Raises UserError where a local model folder is not there.
+    """
     needs = []
     name = recipe.model.name
     if name and not name.startswith(PREFIX) and not Path(name).expanduser().exists():
@@ -23,6 +26,7 @@ def needs_of(recipe: Recipe) -> list[Need]:
 
 
 def base_needs(recipe: Recipe, folder: Path) -> list[Need]:
-    """What asking a trained model takes from the Hub: an adapter its base model, full weights nothing."""
+    """What asking a trained model takes from the Hub: an adapter its base model, full weights
+    nothing."""
     is_adapter = (folder / "adapter_config.json").exists()
     return [need for need in needs_of(recipe) if need.kind == "model"] if is_adapter else []

@@ -31,7 +31,8 @@ def find_launcher() -> psutil.Process | None:
 def end_with_launcher() -> None:
     """Has the kernel send SIGTERM when the launcher dies, lest its processes train on unseen.
 
-    One-process `accelerate launch` passes no signal on, and SIGUSR1 kills torch's launcher, not its processes.
+    One-process `accelerate launch` passes no signal on, and SIGUSR1 kills torch's launcher, not its
+    processes.
     """
     if find_launcher():
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
@@ -40,8 +41,9 @@ def end_with_launcher() -> None:
 def silence_launcher() -> None:
     """Ends a one-process `accelerate launch` that waits for us.
 
-    It answers every exit code but 0 with a traceback of its own (accelerate/commands/launch.py, simple_launcher), in
-    which our one line would drown. Launchers of several processes are left alone: they end the other ranks.
+    It answers every exit code but 0 with a traceback of its own (accelerate/commands/launch.py,
+    simple_launcher), in which our one line would drown. Launchers of several processes are left
+    alone: they end the other ranks.
     """
     if "WORLD_SIZE" not in os.environ and (launcher := find_launcher()):
         launcher.send_signal(signal.SIGTERM)
@@ -87,7 +89,8 @@ def requested_processes() -> int:
 
 
 def config_file(arguments: argparse.Namespace) -> str | None:
-    """The file that `accelerate launch` read: the one named, else its own default, if there is one."""
+    """The file that `accelerate launch` read: the one named, else its own default, if there is
+    one."""
     from accelerate.commands.config.config_args import default_config_file
 
     default = default_config_file if Path(default_config_file).is_file() else None
@@ -95,9 +98,11 @@ def config_file(arguments: argparse.Namespace) -> str | None:
 
 
 def leave_precision_to_recipe() -> str | None:
-    """Forgets the mixed_precision of `accelerate launch`; returns the line that says so if it was asked for.
+    """Forgets the mixed_precision of `accelerate launch`; returns the line that says so if it was
+    asked for.
 
-    `accelerate config` writes one into accelerate's own default file, which every later launch reads unseen.
+    `accelerate config` writes one into accelerate's own default file, which every later launch
+    reads unseen.
     """
     asked = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")
     if asked == "no":

@@ -9,7 +9,8 @@ from finetuning.errors import UserError
 
 
 def software() -> dict[str, str | None]:
-    """Versions of what decides a result on this node: Python, the libraries, and our own code as a git revision."""
+    """Versions of what decides a result on this node: Python, the libraries, and our own code as a
+    git revision."""
     return {"python": platform.python_version(), **versions(), "this code": git_revision()}
 
 
@@ -24,7 +25,8 @@ def require_same_software(nodes: list[tuple[str, dict[str, str | None]]]) -> Non
                 f"{version or 'none'} on {shown(names)}" for version, names in hosts.items()
             )
             raise UserError(
-                f"the nodes do not have the same software: {name} is {parts}; install the same everywhere"
+                f"the nodes do not have the same software: {name} is {parts}; install the same "
+                "everywhere"
             )
 
 
@@ -60,7 +62,8 @@ def installed(package: str) -> str | None:
 
 
 def git_revision() -> str | None:
-    """The commit of this code, with `-dirty` where files differ from it; None outside a git checkout."""
+    """The commit of this code, with `-dirty` where files differ from it; None outside a git
+    checkout."""
     command = [
         "git",
         "-C",

@@ -1,4 +1,4 @@
-"""How many examples a step takes, and how they are shared out: micro-batch x accumulation x processes."""
+"""How many examples a step takes: micro-batch x accumulation x processes."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,8 @@ class StepSize:
 
 
 def step_size(recipe: Recipe, processes: int) -> StepSize:
-    """As the recipe says it; with training.global_batch_size the same examples whatever the number of processes.
+    """As the recipe says it; with training.global_batch_size the same examples whatever the number
+    of processes.
 
     Raises UserError where that number does not divide.
     """
@@ -41,7 +42,8 @@ def step_size(recipe: Recipe, processes: int) -> StepSize:
     if rest:
         near = max(1, round(total / processes)) * processes
         raise UserError(
-            f"training.global_batch_size: {total} examples cannot be shared out evenly to {processes} processes; use "
+            f"training.global_batch_size: {total} examples cannot be shared out evenly to "
+            f"{processes} processes; use "
             f"{near}, or a number of processes that divides {total}"
         )
     if "per_device_train_batch_size" not in training.model_fields_set:
@@ -50,14 +52,17 @@ def step_size(recipe: Recipe, processes: int) -> StepSize:
         )
     if share % micro_batch:
         raise UserError(
-            f"training.per_device_train_batch_size: {micro_batch} does not divide the {share} examples of a step that "
-            f"each of {processes} processes has (training.global_batch_size {total}); leave it out, or use a divisor"
+            f"training.per_device_train_batch_size: {micro_batch} does not divide the {share} "
+            "examples of a step that "
+            f"each of {processes} processes has (training.global_batch_size {total}); leave it "
+            "out, or use a divisor"
         )
     return StepSize(micro_batch, share // micro_batch, processes)
 
 
 def smaller(micro_batch: int, accumulation: int) -> tuple[int, int]:
-    """(micro-batch, accumulation) of the same step with micro-batches of half the size; an odd one is divided by more.
+    """(micro-batch, accumulation) of the same step with micro-batches of half the size; an odd one
+    is divided by more.
 
     The micro-batch has more than one example.
     """

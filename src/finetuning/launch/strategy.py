@@ -1,8 +1,8 @@
 """How the processes of a run share the work: what the launcher was asked for, and what runs.
 
-The two differ without a word in several set-ups of accelerate: FSDP on a CPU runs as DDP, and so does ZeRO where
-ACCELERATE_USE_CPU is set; MULTI_CPU, or --cpu with --num_processes 2, starts one process. A run says what it got, and
-refuses to be something else than what was asked for.
+The two silently differ in several set-ups of accelerate: FSDP on a CPU runs as DDP, and so
+does ZeRO where ACCELERATE_USE_CPU is set; MULTI_CPU, or --cpu with --num_processes 2, starts one
+process. A run says what it got, and refuses to be something else than what was asked for.
 """
 
 import json
@@ -42,7 +42,8 @@ class Strategy:
 
 
 def requested_strategy() -> Strategy:
-    """What accelerate launch or torchrun was asked for, from the environment that they give to a process."""
+    """What accelerate launch or torchrun was asked for, from the environment that they give to a
+    process."""
     processes = requested_processes()
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         raise UserError(
@@ -59,7 +60,8 @@ def requested_strategy() -> Strategy:
 
 
 def launch_environment(file: str | None, processes: str | None) -> dict[str, str]:
-    """What `accelerate launch --config_file ... --num_processes ...` would say to its processes, as far as it matters.
+    """What `accelerate launch --config_file ... --num_processes ...` would say to its processes, as
+    far as it matters.
 
     Raises UserError if it could not start them.
     """
@@ -79,7 +81,8 @@ def launch_environment(file: str | None, processes: str | None) -> dict[str, str
     count = int(processes or config.num_processes or 0)
     if count < 1:
         raise UserError(
-            f"{file}: does not say how many processes; add --num_processes, such as --num_processes 2"
+            f"{file}: does not say how many processes; add --num_processes, such as "
+            "--num_processes 2"
         )
     kind = config.distributed_type.value
     if count > 1 and kind in ALONE:
@@ -112,7 +115,8 @@ def is_set(name: str) -> bool:
 
 
 def zero_settings() -> dict[str, Any]:
-    """The part zero_optimization of DeepSpeed's own file, or what an accelerate config says in its place."""
+    """The part zero_optimization of DeepSpeed's own file, or what an accelerate config says in its
+    place."""
     zero = {"stage": os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")}
     for what in ("optimizer", "param"):
         zero[f"offload_{what}"] = {
@@ -156,14 +160,16 @@ def require_strategy(trainer: "Trainer", wanted: Strategy) -> None:
     found = actual_strategy(trainer)
     if found != wanted:
         raise UserError(
-            f"accelerate: asked for {wanted}, but what runs is {found}; take one of accelerate_configs/, and leave "
+            f"accelerate: asked for {wanted}, but what runs is {found}; take one of "
+            "accelerate_configs/, and leave "
             "ACCELERATE_USE_CPU and --cpu out (training.use_cpu: true says it)"
         )
     mixed = trainer.accelerator.state.mixed_precision
     said = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "no"
     if mixed != said:
         raise UserError(
-            f"accelerate: mixed_precision is {mixed}, the recipe's {said}; leave it out of the accelerate config, "
+            f"accelerate: mixed_precision is {mixed}, the recipe's {said}; leave it out of the "
+            "accelerate config, "
             "training.bf16 and training.fp16 own it"
         )
 

@@ -29,8 +29,9 @@ def add_adapter(
 ) -> "PreTrainedModel | PeftModel":
     """The model under a new adapter, or as it is without a config.
 
-    The adapter's weights are float32, whatever the base model's are: fp16's gradient scaler fails on others, and a
-    checkpoint gives bfloat16 ones back as float32, so that a resumed run would not be exact (1.4e-3 in the weights).
+    The adapter's weights are float32, whatever the base model's are: fp16's gradient scaler fails
+    on others, and a checkpoint gives bfloat16 ones back as float32, so that a resumed run would not
+    be exact (1.4e-3 in the weights).
     """
     if config is None:
         return model
@@ -67,7 +68,8 @@ def require_modules(model: "PreTrainedModel", lora: dict[str, Any]) -> None:
                 continue
             hint = did_you_mean(name, own) or f"; it has {', '.join(sorted(own))}"
             raise UserError(
-                f"lora.{field}: no module of the {model.config.model_type} model is called {name}{hint}"
+                f"lora.{field}: no module of the {model.config.model_type} model is called "
+                f"{name}{hint}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Whether a local model folder holds weights, and all of them: told from names and sizes of its files."""
+"""Whether a local model folder holds all its weights, told from its files."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,10 @@ SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def require_weight_files(model: Model) -> bool:
-    """Whether there was a local folder to look at. Raises UserError where its weights are missing or cut off."""
+    """Whether there was a local folder to look at.
+
+    Raises UserError where its weights are missing or cut off.
+    """
     if model.name is None or not Path(location(model)).is_dir():
         return False
     folder = Path(location(model))

@@ -57,7 +57,7 @@ def portable_model(model: Model, base_model: str | None, base_commit: str | None
 
 def portable_sources(data: Data) -> str | list[Source]:
     if isinstance(data.path, str):
-        return portable_path(data)
+        return portable_path(data.sources[0])
     # An entry may leave the reader, say, to the data section; whether it is local depends on both.
     entries = zip(data.path, data.sources, strict=True)
     return [entry.model_copy(update={"path": portable_path(source)}) for entry, source in entries]

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in one line: where, what was found, what is allowed, the nearest valid name."""
+"""What is wrong with a recipe, in one line: where, what was found, what is allowed."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -23,11 +23,15 @@ def explain(
     places: dict[KeyPath, str],
     path: str,
 ) -> str:
-    """The first problem in one line, and how many more there are. `root` are the fields of the whole recipe."""
+    """The first problem in one line, and how many more there are.
+
+    `root` are the fields of the whole recipe.
+    """
     problems: dict[KeyPath, list[ErrorDetails]] = {}
     for problem in error.errors():
         problems.setdefault(key_path(problem, settings), []).append(problem)
-    # A value that may be text or a list is refused as text too, and that says less than what is wrong in the list.
+    # A value that may be text or a list is refused as text too, and that says less than what is
+    # wrong in the list.
     problems = {
         key: found
         for key, found in problems.items()
@@ -49,7 +53,8 @@ def is_inside(key: KeyPath, outer: KeyPath) -> bool:
 
 
 def key_path(problem: ErrorDetails, settings: Any) -> KeyPath:
-    """Where in the recipe the problem is: pydantic's location less the names of the union members it tried."""
+    """Where in the recipe the problem is: pydantic's location less the names of the union members
+    it tried."""
     key: KeyPath = ()
     for part in problem["loc"]:
         is_index = isinstance(settings, list) and isinstance(part, int) and part < len(settings)
@@ -136,7 +141,8 @@ def section_at(root: Fields, key: KeyPath) -> Fields:
 
 
 def members_of(annotation: Any) -> Iterator[Any]:
-    """The annotation and what it is made of: `list[Source] | None`, `list[Source]`, `Source`, `None`."""
+    """The annotation and what it is made of: `list[Source] | None`, `list[Source]`, `Source`,
+    `None`."""
     yield annotation
     for inner in get_args(annotation) if get_origin(annotation) is not Literal else ():
         yield from members_of(inner)

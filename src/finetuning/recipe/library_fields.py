@@ -1,7 +1,8 @@
-"""The settings of trl, peft and transformers that a recipe may use, asked of the installed libraries.
+"""The settings of trl, peft and transformers, asked of the installed libraries.
 
-Importing them takes ten seconds, and a misspelt key should be refused at once: so `make schema` writes their fields as
-library_sections.py, with names, types, defaults and the first sentence of their manuals. Run it after an upgrade.
+Importing them takes ten seconds, and a misspelt key should be refused at once: so `make schema`
+writes their fields as library_sections.py, with names, types, defaults and the first sentence of
+their manuals. Run it after an upgrade.
 """
 
 import re
@@ -68,7 +69,8 @@ class LibraryField:
 
 
 def read_library_fields() -> dict[str, dict[str, LibraryField]]:
-    """{"training" | "lora" | "generation": {name: field}} of the installed libraries, less those of other owners."""
+    """{"training" | "lora" | "generation": {name: field}} of the installed libraries, less those of
+    other owners."""
     from peft import LoraConfig
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from trl import SFTConfig
@@ -111,7 +113,8 @@ def read_dataclass(cls: type) -> dict[str, LibraryField]:
 
 
 def read_generation_config() -> dict[str, LibraryField]:
-    """GenerationConfig is no dataclass: its names are those of its dict, its types stand in its docstring."""
+    """GenerationConfig is no dataclass: its names are those of its dict, its types stand in its
+    docstring."""
     from transformers import GenerationConfig
 
     manual = GenerationConfig.__doc__ or ""
@@ -145,7 +148,8 @@ def members(hint: Any) -> tuple[set[type], list[Any]]:
         parts = [members(argument) for argument in arguments]
         return set().union(*(part[0] for part in parts)), [c for part in parts for c in part[1]]
     if origin is Literal:
-        # A choice such as 'pissa_niter_[number of iters]' stands for many texts: then any is allowed.
+        # A choice such as 'pissa_niter_[number of iters]' stands for many texts: then any is
+        # allowed.
         is_open = any("[" in str(choice) for choice in arguments)
         return ({str}, []) if is_open else (set(), list(arguments))
     if isinstance(hint, type) and issubclass(hint, enum.Enum):

@@ -1,4 +1,4 @@
-"""Keys of the libraries that a recipe does not take: another section owns them, or they have a new name."""
+"""Keys of the libraries that a recipe does not take, with their owner or new name."""
 
 # Fields of the libraries that another section owns (or that nobody may set), with the owner.
 OWNED = {
@@ -32,7 +32,8 @@ OWNED = {
             ("label_smoothing_factor", "loss_type", "router_aux_loss_coef"),
             "the loss: plain cross-entropy",
         ),
-        "average_tokens_across_devices": "the loss: every trained token of a step weighs the same, on all processes",
+        "average_tokens_across_devices": "the loss: every trained token of a step weighs the same, "
+        "on all processes",
         **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "the loss: fused without it"),
         "dataloader_drop_last": "data.order: an epoch has every example once",
         **dict.fromkeys(
@@ -49,7 +50,8 @@ OWNED = {
             "the run folder: one, that every machine sees",
         ),
         **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the script that is run"),
-        "eval_on_start": "data.eval: the evaluation set is evaluated before the first step, to compare with",
+        "eval_on_start": "data.eval: the evaluation set is evaluated before the first step, to "
+        "compare with",
     },
     "lora": {
         **dict.fromkeys(("base_model_name_or_path", "revision"), "model.name and model.revision"),
@@ -81,7 +83,8 @@ OWNED = {
 }
 
 
-# Keys that the libraries renamed or dropped, or that live here under another name, with what to write instead.
+# Keys that the libraries renamed or dropped, or that live here under another name, with what to
+# write instead.
 RENAMED = {
     "torch_dtype": "model.dtype",
     "model_name_or_path": "model.name",
@@ -100,7 +103,8 @@ RENAMED = {
     "no_cuda": "training.use_cpu",
     "per_gpu_train_batch_size": "training.per_device_train_batch_size",
     "per_gpu_eval_batch_size": "training.per_device_eval_batch_size",
-    "overwrite_output_dir": "another training.output_dir (the key is gone: a run folder is never overwritten)",
+    "overwrite_output_dir": "another training.output_dir (the key is gone: a run folder is never "
+    "overwritten)",
     "save_safetensors": "nothing (the key is gone: weights are always safetensors)",
     "logging_dir": "nothing (the key is gone: logs go to <training.output_dir>/runs)",
     "push_to_hub_model_id": "publish.repo",

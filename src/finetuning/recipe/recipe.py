@@ -40,7 +40,8 @@ class Recipe(Section):
     def check_template(self) -> "Recipe":
         if self.model.from_scratch and self.data.template == "chat":
             raise ValueError(
-                "data.template: chat needs a base model's tokenizer, model.from_scratch has no chat template"
+                "data.template: chat needs a base model's tokenizer, model.from_scratch has no "
+                "chat template"
             )
         return self
 
@@ -58,11 +59,13 @@ class Recipe(Section):
             return self
         if "gradient_accumulation_steps" in self.training.model_fields_set:
             raise ValueError(
-                "training.gradient_accumulation_steps follows from training.global_batch_size; leave one of them out"
+                "training.gradient_accumulation_steps follows from training.global_batch_size; "
+                "leave one of them out"
             )
         if self.data.batch_tokens:
             raise ValueError(
-                "training.global_batch_size counts examples, data.batch_tokens tokens; leave one out"
+                "training.global_batch_size counts examples, data.batch_tokens tokens; leave one "
+                "out"
             )
         return self
 
@@ -70,7 +73,8 @@ class Recipe(Section):
     def check_publish(self) -> "Recipe":
         if self.publish and self.publish.merged and self.lora is None:
             raise ValueError(
-                "publish.merged is for a recipe with a lora section; this one trains full weights anyway"
+                "publish.merged is for a recipe with a lora section; this one trains full weights "
+                "anyway"
             )
         return self
 
@@ -78,7 +82,8 @@ class Recipe(Section):
     def check_micro_batch(self) -> "Recipe":
         if self.training.auto_find_batch_size and self.data.batch_tokens:
             raise ValueError(
-                "training.auto_find_batch_size makes micro-batches of fewer examples, data.batch_tokens counts tokens; "
+                "training.auto_find_batch_size makes micro-batches of fewer examples, "
+                "data.batch_tokens counts tokens; "
                 "leave one of them out"
             )
         return self
@@ -87,13 +92,15 @@ class Recipe(Section):
     def check_quantization(self) -> "Recipe":
         if self.model.quantization and self.lora is None:
             raise ValueError(
-                f"model.quantization: {self.model.quantization} weights cannot be trained, only an adapter on them: "
+                f"model.quantization: {self.model.quantization} weights cannot be trained, only an "
+                "adapter on them: "
                 "add a lora section, or leave quantization out"
             )
         return self
 
     def resolved(self) -> dict[str, Any]:
-        """All settings as plain values: our own with their defaults, the libraries' as far as they were given."""
+        """All settings as plain values: our own with their defaults, the libraries' as far as they
+        were given."""
         own = self.model_dump(include={"model", "data", "publish"})
         given = self.model_dump(include={"lora", "training", "generation"}, exclude_unset=True)
         if isinstance(self.data.path, list):
@@ -111,7 +118,8 @@ class Recipe(Section):
         writer = YAML(typ="safe", pure=True)
         writer.default_flow_style = False
         writer.allow_unicode = True
-        writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment] # typed by its default, None
+        # Annotated only by its default, None.
+        writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
         # ruamel breaks a text with tabs at a space, and reads it back with one more.
         writer.width = 2**31
         writer.dump(self.resolved(), stream)
@@ -139,7 +147,10 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    """The file's settings, and for each of them `file:line`. YAML 1.2: `2e-5` is a number, `no` is text."""
+    """The file's settings, and for each of them `file:line`.
+
+    YAML 1.2: `2e-5` is a number, `no` is text.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -169,7 +180,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
         ) from None
     if not isinstance(settings, dict):
         raise UserError(
-            f"{path}: a recipe is a mapping of {', '.join(Recipe.model_fields)}, found {shown(settings)}"
+            f"{path}: a recipe is a mapping of {', '.join(Recipe.model_fields)}, found "
+            f"{shown(settings)}"
         )
     return settings, {key: f"{path}:{line}" for key, line in lines.items()}
 
@@ -216,7 +228,8 @@ def apply_override(settings: dict[str, Any], places: dict[KeyPath, str], overrid
         inner = inner[key]
         if not isinstance(inner, dict):
             raise UserError(
-                f"override {override!r}: {'.'.join(keys[: depth + 1])} is {shown(inner)}, it has no keys"
+                f"override {override!r}: {'.'.join(keys[: depth + 1])} is {shown(inner)}, it has "
+                "no keys"
             )
     inner[keys[-1]] = value
     for replaced in [key for key in places if is_inside(key, tuple(keys))]:

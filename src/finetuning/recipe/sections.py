@@ -1,8 +1,8 @@
 """The sections of a recipe: what may be said, in which unit, and which section owns what.
 
-`training`, `lora` and `generation` take the fields of trl.SFTConfig, peft.LoraConfig and transformers.GenerationConfig
-under their own names, so the libraries' manuals are ours. Nothing here imports torch: a misspelt key is refused in a
-fraction of a second.
+`training`, `lora` and `generation` take the fields of trl.SFTConfig, peft.LoraConfig and
+transformers.GenerationConfig under their own names, so the libraries' manuals are ours. Nothing
+here imports torch: a misspelt key is refused in a fraction of a second.
 """
 
 from typing import Any, Literal
@@ -31,14 +31,16 @@ class Model(Section):
     """The base model."""
 
     name: str | None = Field(default=None, min_length=1)
-    """Hub id, local folder, or hub:owner/name/subfolder[@revision] for a model that was published from here"""
+    """Hub id, local folder, or hub:owner/name/subfolder[@revision] for a model that was published
+    from here"""
     revision: str | None = None
     """branch, tag or commit on the Hub"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """number format of the weights in memory; autocast (training.bf16, training.fp16) is on top of
     it. auto: float32, but under an adapter on a GPU the half format that the GPU computes in"""
     quantization: Literal["8bit", "4bit"] | None = None
-    """hold the frozen base model in int8 or in 4-bit NormalFloat, by bitsandbytes; needs a lora section"""
+    """hold the frozen base model in int8 or in 4-bit NormalFloat, by bitsandbytes; needs a lora
+    section"""
     from_scratch: FromScratch | None = None
     """instead of `name`"""
 
@@ -61,7 +63,8 @@ class Publish(Section):
     repo: str = Field(pattern=REPO, max_length=MAX_NAME_LENGTH)
     """Hub repository, owner/name"""
     subfolder: str = Field(pattern=SUBFOLDER, max_length=MAX_NAME_LENGTH)
-    """folder in the repository, such as chapter05/sft_model: lower-case letters, digits, _ and -, single slashes"""
+    """folder in the repository, such as chapter05/sft_model: lower-case letters, digits, _ and -,
+    single slashes"""
     merged: bool = False
     """of a LoRA run: full weights with the adapter merged in, instead of the adapter"""
     adapter: bool = False
@@ -69,7 +72,8 @@ class Publish(Section):
     base_model: str | None = Field(default=None, pattern=REPO[:-1] + r"(@[\w./-]+)?$")
     """Hub id of the base model, owner/name[@revision], where model.name is a local copy of it"""
     license: str | None = Field(default=None, min_length=1)
-    """under which the weights are published, by the Hub's identifiers, such as apache-2.0 or cc-by-sa-3.0"""
+    """under which the weights are published, by the Hub's identifiers, such as apache-2.0 or
+    cc-by-sa-3.0"""
 
     @model_validator(mode="after")
     def check(self) -> "Publish":

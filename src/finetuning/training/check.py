@@ -1,4 +1,4 @@
-"""What --check looks at after recipe, data and run folder: all that can be told without training."""
+"""What --check looks at after recipe, data and run folder, without training."""
 
 import shutil
 from pathlib import Path
@@ -43,6 +43,7 @@ def require_disk(recipe: Recipe, model: "PreTrainedModel", folder: Path) -> None
     free = shutil.disk_usage(existing(folder)).free
     if needed > free:
         raise UserError(
-            f"training.output_dir: {existing(folder)} has {free / GIB:.1f} GiB free; the weights and one "
+            f"training.output_dir: {existing(folder)} has {free / GIB:.1f} GiB free; the weights "
+            "and one "
             f"checkpoint need {needed / GIB:.1f}"
         )

@@ -1,4 +1,4 @@
-"""What the libraries say to a recipe's settings: their own classes are asked before a model is loaded."""
+"""What the libraries say to a recipe's settings, asked before a model is loaded."""
 
 import inspect
 import warnings
@@ -53,7 +53,8 @@ METRICS = ("loss", "perplexity", "mean_token_accuracy")  # of an evaluation, see
 
 
 def require_library_settings(run: PreparedRun) -> "PreTrainedModel":
-    """The base model without its weights, on the meta device, after every setting was tried on it or on its class.
+    """The base model without its weights, on the meta device, after every setting was tried on it
+    or on its class.
 
     Raises UserError for a setting that a library refuses, or that would silently have no effect.
     """
@@ -98,8 +99,9 @@ def model_without_weights(
     if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
         raise UserError(f"{place}: a model has at least one layer")
     with asking(place), torch.device("meta"):
-        made: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    return made
+        made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model: PreTrainedModel = made(config)
+    return model
 
 
 def require_positions(model: "PreTrainedModel", longest: int) -> None:
@@ -129,7 +131,8 @@ def require_optimizer(args: SFTConfig, model: "PreTrainedModel") -> None:
             plain = replace_argument(args, "optim_args", None)
             if Trainer.get_optimizer_cls_and_kwargs(plain, model)[1] == settings:
                 raise UserError(
-                    f"training.optim_args: {args.optim_args} changes nothing about {name}; leave it out"
+                    f"training.optim_args: {args.optim_args} changes nothing about {name}; leave "
+                    "it out"
                 )
         if not kind.__module__.startswith("bitsandbytes"):  # theirs may need a GPU to be made
             groups = settings.pop("params", None)
@@ -150,7 +153,8 @@ def replace_argument(args: SFTConfig, name: str, value: Any) -> SFTConfig:
 
 def require_schedule(args: SFTConfig) -> None:
     kind = SchedulerType(args.lr_scheduler_type)
-    known = set(inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters)
+    schedule_of: Any = TYPE_TO_SCHEDULER_FUNCTION[kind]
+    known = set(inspect.signature(schedule_of).parameters)
     given: Any = args.lr_scheduler_kwargs or {}
     if kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
         known &= {"optimizer", "num_warmup_steps"}  # it is given no others
@@ -212,7 +216,7 @@ def require_generation(generation: Generation, tokenizer: "PreTrainedTokenizerFa
             raise UserError(
                 f"generation.{name} is {value}; expected numbers of tokens, below {vocabulary}"
             )
-    size = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16}
+    size: Any = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16}
     plain = {"pad_token_id": 0, "eos_token_id": vocabulary - 1}
     with asking("generation"), torch.random.fork_rng(devices=[]), torch.no_grad():
         model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **size)).eval()
@@ -241,7 +245,8 @@ def require_adapter(recipe: Recipe, model: "PreTrainedModel") -> None:
     wanted = chosen if isinstance(chosen, list) else [] if chosen is None else [chosen]
     if layers and (beyond := [number for number in wanted if not is_below(number, layers)]):
         raise UserError(
-            f"lora.layers_to_transform: there is no layer {beyond[0]}; the model has {layers}, from 0"
+            f"lora.layers_to_transform: there is no layer {beyond[0]}; the model has {layers}, "
+            "from 0"
         )
     with asking("lora"), torch.device("meta"):
         if str(config.init_lora_weights).startswith(FROM_WEIGHTS):  # there are none here
