@@ -245,10 +245,16 @@ def test_the_precision_of_the_recipe_is_taken_and_written_down(mixed, recipe, sa
 @pytest.mark.parametrize("kind", ["NO", "MULTI_CPU"])
 def test_a_config_that_starts_one_process_is_refused_where_two_are_asked_for(tmp_path, kind):
     file = tmp_path / "one.yaml"
-    file.write_text(f"distributed_type: {kind}\nnum_processes: 1\n")
+    file.write_text(f"distributed_type: '{kind}'\nnum_processes: 1\n")
     assert launch_environment(str(file), None)["WORLD_SIZE"] == "1"
     with pytest.raises(UserError, match=f"one.yaml: distributed_type: {kind} starts one process"):
         launch_environment(str(file), "2")
+
+
+def test_a_bare_no_which_yaml_reads_as_false_is_refused_in_one_line(tmp_path):
+    (tmp_path / "one.yaml").write_text("distributed_type: NO\nnum_processes: 1\n")
+    with pytest.raises(UserError, match="write 'NO' in quotes"):
+        launch_environment(str(tmp_path / "one.yaml"), None)
 
 
 def test_a_process_that_was_started_alone_of_two_is_told_before_anything_is_read(monkeypatch):

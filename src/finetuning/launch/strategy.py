@@ -84,6 +84,8 @@ def launch_environment(file: str | None, processes: str | None) -> dict[str, str
             f"{file}: does not say how many processes; add --num_processes, such as "
             "--num_processes 2"
         )
+    if not hasattr(config.distributed_type, "value"):  # YAML 1.1 reads a bare NO as false
+        raise UserError(f"{file}: distributed_type has to be text; write 'NO' in quotes")
     kind = config.distributed_type.value
     if count > 1 and kind in ALONE:
         raise UserError(
