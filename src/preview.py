@@ -26,12 +26,12 @@ SHOWN = 3  # examples printed
 
 
 def main(arguments: list[str]) -> None:
-    from finetuning.budget.savings import remedies
+    from finetuning.budget.savings import enough
     from finetuning.files import write_text
     from finetuning.launch import devices
     from finetuning.launch.strategy import launch_environment, requested_strategy
     from finetuning.model.quantization import hide_bitsandbytes
-    from finetuning.recipe.recipe import load_recipe
+    from finetuning.recipe.recipe import Recipe, load_recipe
     from finetuning.runs.folder import (
         make_folder,
         output_folder,
@@ -83,17 +83,21 @@ def main(arguments: list[str]) -> None:
     # Torch and the model's class take seconds to import: only now, when the rows are on the screen.
     from finetuning.budget.budget import make_budget
 
+    device = gpu or devices.local_device(recipe)
+
+    def fits(changed: Recipe) -> bool:
+        return make_budget(changed, prepared, tokenizer, strategy, device).verdict == "fits"
+
     try:
-        budget = make_budget(
-            recipe, prepared, tokenizer, strategy, gpu or devices.local_device(recipe)
-        )
+        budget = make_budget(recipe, prepared, tokenizer, strategy, device)
     except UserError as error:  # a tokenizer's folder is enough to look at the rows
         if options.gpu or options.config_file or options.num_processes:
             raise
         return console.print(f"no budget: {error}")
-    print_budget(
-        console, budget, remedies(recipe, budget.step.micro_batch, budget.step.accumulation)
-    )
+    step, advice = budget.step, []
+    if budget.verdict != "fits":
+        advice = enough(recipe, step.micro_batch, step.accumulation, fits)
+    print_budget(console, budget, advice)
 
 
 def read_arguments(arguments: list[str]) -> Namespace:

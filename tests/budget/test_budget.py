@@ -16,8 +16,10 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import preview
+from finetuning.budget import budget as budget_module
 from finetuning.budget import step_memory
 from finetuning.budget.budget import make_budget
+from finetuning.budget.savings import enough
 from finetuning.budget.step_memory import (
     StorageTracker,
     TrackedHead,
@@ -265,7 +267,13 @@ def seconds_of(model: Path, lengths: list[int], responses: list[int], *overrides
     return found.seconds[0]
 
 
-def test_padding_takes_its_time(small):
+@pytest.fixture
+def by_flops_alone(monkeypatch):
+    """As if launching a kernel took no time."""
+    monkeypatch.setattr(budget_module, "LAUNCH", (0.0, 0.0))
+
+
+def test_padding_takes_its_time(small, by_flops_alone):
     lengths, few = [200, *[20] * 7] * 4, [1] * 32
     packed, padded = (
         seconds_of(small, lengths, few, f"data.layout={layout}", "data.order=sequential")
@@ -274,7 +282,9 @@ def test_padding_takes_its_time(small):
     assert padded / packed == pytest.approx(8 * 200 / (200 + 7 * 20), rel=0.03)
 
 
-def test_the_head_s_time_is_that_of_all_responses_and_not_of_the_longest_example(small):
+def test_the_head_s_time_is_that_of_all_responses_and_not_of_the_longest_example(
+    small, by_flops_alone
+):
     short, long, none = (
         seconds_of(small, [200, *[20] * 31], responses)
         for responses in ([1] * 32, [199, *[1] * 31], [0] * 32)
@@ -290,6 +300,30 @@ def test_a_number_format_that_the_gpu_lacks_is_refused(small):
 def test_an_adapter_that_training_would_refuse_has_no_budget(small):
     with pytest.raises(UserError, match=r"^lora\.target_modules: .* did you mean c_proj\?"):
         budget_of(small, "lora={r: 4, target_modules: [c_attn, c_porj]}")
+
+
+def test_small_steps_on_a_fast_gpu_take_the_time_of_their_kernels(small):
+    budget = budget_of(small, "training.per_device_train_batch_size=1", gpu="h100", length=16)
+    assert budget.steps == 120
+    assert budget.seconds[0] / budget.steps > 1e-3  # 0.03 ms by FLOPs alone
+    assert budget.seconds[1] == pytest.approx(2 * budget.seconds[0])
+
+
+def test_only_settings_that_are_enough_are_advised(small):
+    recipe = load_recipe(
+        ROOT / "recipes/dolly_gpt2.yaml",
+        [f"model.name={small}", "lora={r: 4, target_modules: [c_attn]}"],
+    )
+
+    def fits(changed) -> bool:
+        return changed.training.per_device_train_batch_size <= 2
+
+    found = enough(recipe, 8, 1, fits)
+    assert found[0] == (
+        "training.per_device_train_batch_size=2 training.gradient_accumulation_steps=4"
+    )
+    assert found[1:] == [f"a data.max_length below {recipe.data.max_length}"]
+    assert "training.activation_checkpointing=true" in enough(recipe, 8, 1, lambda _: True)
 
 
 # Devices and strategies

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 # unpack 8 bits, to a good one.
 UTILISATION = (0.15, 0.5)
 CPU_UTILISATION = (0.4, 0.95)  # of the product that was timed
+# Seconds that a host takes to launch an operation of eager PyTorch, of a slow and of a fast one: a
+# GPU waits for it where a micro-batch is small.
+LAUNCH = (12e-6, 6e-6)
 # Shares of a device's memory; CUDA's own context and gaps between tensors take the rest.
 FULL, TIGHT = 0.95, 0.85
 REDUCE_BUCKET = 500_000_000  # numbers; DeepSpeed's default of zero_optimization.reduce_bucket_size
@@ -115,18 +118,22 @@ def make_budget(
         longest=(len(examples), batch["input_ids"].numel(), len(batch["targets"])),
         steps=steps,
         tokens=round(prepared.train.lengths.sum() * epochs),
-        seconds=seconds_of(flops / strategy.processes, device),
+        seconds=seconds_of(
+            flops / strategy.processes, memory.operations * steps * step.accumulation, device
+        ),
         disk=disk_of(recipe, model, steps, steps_per_epoch),
         free=shutil.disk_usage(existing(Path(recipe.training.output_dir).expanduser())).free,
     )
 
 
-def seconds_of(flops: float, device: Device) -> tuple[float, float] | None:
+def seconds_of(flops: float, operations: int, device: Device) -> tuple[float, float] | None:
     """At least and at most, of one process; None where the device's peak is unknown."""
-    slow, fast = UTILISATION if device.is_gpu else CPU_UTILISATION
     if not device.flops:
         return None
-    return flops / device.flops / fast, flops / device.flops / slow
+    slow, fast = UTILISATION if device.is_gpu else CPU_UTILISATION
+    slow_launch, fast_launch = LAUNCH if device.is_gpu else (0.0, 0.0)
+    least = max(flops / device.flops / fast, operations * fast_launch)
+    return least, max(flops / device.flops / slow, operations * slow_launch)
 
 
 def sampler_of(recipe: Recipe, prepared: Prepared, step: StepSize) -> BatchSampler:

@@ -1,23 +1,71 @@
-"""Which settings need less memory."""
+"""Which settings need less memory, and which of them are enough."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from finetuning.launch.step_size import smaller
 from finetuning.recipe.recipe import Recipe
 
 
-def remedies(recipe: Recipe, micro_batch: int, accumulation: int) -> list[str]:
-    """Settings that need less memory, those that change the least of the training first."""
+class Saving(NamedTuple):
+    """A setting that needs less memory."""
+
+    setting: str
+    """as it is written on the command line, or in words"""
+    recipe: Recipe | None
+    """the recipe with it; None where it takes a number that only its author can choose"""
+
+
+def savings(recipe: Recipe, micro_batch: int, accumulation: int) -> list[Saving]:
+    """Those that change the least of the training first; half the micro-batch, a quarter, ..."""
     found = []
     if recipe.data.batch_tokens:
-        found.append(f"a data.batch_tokens below {recipe.data.batch_tokens}")
-    elif micro_batch > 1:
+        found.append(Saving(f"a data.batch_tokens below {recipe.data.batch_tokens}", None))
+    while not recipe.data.batch_tokens and micro_batch > 1:
         micro_batch, accumulation = smaller(micro_batch, accumulation)
-        setting = f"training.per_device_train_batch_size={micro_batch}"
-        if not recipe.training.global_batch_size:  # accumulation follows from it
-            setting += f" training.gradient_accumulation_steps={accumulation}"
-        found.append(setting)
+        found.append(with_micro_batch(recipe, micro_batch, accumulation))
     if not recipe.training.activation_checkpointing:
-        found.append("training.activation_checkpointing=true")
+        training = recipe.training.model_copy(update={"activation_checkpointing": True})
+        changed = recipe.model_copy(update={"training": training})
+        found.append(Saving("training.activation_checkpointing=true", changed))
     if recipe.lora and recipe.model.quantization != "4bit" and not recipe.model.from_scratch:
-        found.append(f"model.quantization={'4bit' if recipe.model.quantization else '8bit'}")
-    found.append(f"a data.max_length below {recipe.data.max_length}")
-    return found if recipe.lora else [*found, "a lora section"]
+        bits = "4bit" if recipe.model.quantization else "8bit"
+        model = recipe.model.model_copy(update={"quantization": bits})
+        changed = recipe.model_copy(update={"model": model})
+        found.append(Saving(f"model.quantization={bits}", changed))
+    found.append(Saving(f"a data.max_length below {recipe.data.max_length}", None))
+    return found if recipe.lora else [*found, Saving("a lora section", None)]
+
+
+def with_micro_batch(recipe: Recipe, micro_batch: int, accumulation: int) -> Saving:
+    setting = f"training.per_device_train_batch_size={micro_batch}"
+    update = {"per_device_train_batch_size": micro_batch}
+    if not recipe.training.global_batch_size:  # accumulation follows from it
+        setting += f" training.gradient_accumulation_steps={accumulation}"
+        update["gradient_accumulation_steps"] = accumulation
+    training = recipe.training.model_copy(update=update)
+    return Saving(setting, recipe.model_copy(update={"training": training}))
+
+
+def remedies(recipe: Recipe, micro_batch: int, accumulation: int) -> list[str]:
+    """What to try where memory ended: of the micro-batches only the next smaller one."""
+    found = savings(recipe, micro_batch, accumulation)
+    batches = [saving for saving in found if "per_device_train_batch_size" in saving.setting]
+    return [saving.setting for saving in found if saving not in batches[1:]]
+
+
+def enough(
+    recipe: Recipe, micro_batch: int, accumulation: int, fits: Callable[[Recipe], bool]
+) -> list[str]:
+    """The settings of which each is enough by itself, as `fits` estimates, if any is.
+
+    Of the micro-batches the largest that fits.
+    """
+    found: list[str] = []
+    for setting, changed in savings(recipe, micro_batch, accumulation):
+        is_batch = "per_device_train_batch_size" in setting
+        if is_batch and any("per_device_train_batch_size" in other for other in found):
+            continue
+        if changed is None or fits(changed):
+            found.append(setting)
+    return found

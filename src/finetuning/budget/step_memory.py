@@ -55,6 +55,8 @@ class StepMemory:
     """(storages,) bytes"""
     events: np.ndarray
     """(events,) n where storage number n is allocated, ~n (negative) where it is freed"""
+    operations: int
+    """that compute something, about as many as a GPU launches kernels"""
 
     def peak(self, shares: dict[str, float] | None = None) -> dict[str, int]:
         """{kind: bytes} at the moment when their sum is largest.
@@ -182,11 +184,13 @@ class StorageTracker(TorchDispatchMode):
         self.events: list[int] = []
         self.kind = "activations"
         """of what is allocated now"""
+        self.operations = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
+        self.operations += not func.is_view
         for tensor in output if isinstance(output, (tuple, list)) else [output]:
             if isinstance(tensor, torch.Tensor):
                 self.number_of(tensor)
@@ -217,7 +221,8 @@ class StorageTracker(TorchDispatchMode):
 
     def step_memory(self) -> StepMemory:
         kinds = np.array([KINDS.index(kind) for kind in self.kinds])
-        return StepMemory(kinds, np.array(self.sizes, np.int64), np.array(self.events, np.int64))
+        sizes, events = np.array(self.sizes, np.int64), np.array(self.events, np.int64)
+        return StepMemory(kinds, sizes, events, self.operations)
 
 
 def make_weights_fake(model: "PreTrainedModel", tracker: StorageTracker) -> None:

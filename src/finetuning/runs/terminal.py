@@ -167,7 +167,7 @@ def print_budget(console: Console, budget: "Budget", advice: list[str]) -> None:
         console.print(f"{name:<8} {text}")
     console.print(f"verdict  {budget.verdict}", style=VERDICTS[budget.verdict])
     if budget.verdict != "fits":
-        console.print(f"         smaller with {', or '.join(advice)}")
+        console.print(f"         by this estimate enough: {', or '.join(advice)}")
     if budget.disk > budget.free:
         console.print(
             "         too little room on the disk: lower training.save_total_limit, or make room",
