@@ -74,8 +74,9 @@ def main(arguments: list[str]) -> None:
     )
     with (folder / "examples.jsonl").open("w", encoding="utf-8") as stream:
         for split, row, example in examples:
-            tokens = {name: values.tolist() for name, values in example.items()}
-            stream.write(json.dumps({"split": split, "row": row, **tokens}) + "\n")
+            input_ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
+            line = {"split": split, "row": row, "input_ids": input_ids, "labels": labels}
+            stream.write(json.dumps(line) + "\n")
     console.print(f"written to {folder}: report.json, token_lengths.png, examples.jsonl")
 
     console.rule("budget")

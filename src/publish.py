@@ -2,18 +2,21 @@
 
 python src/publish.py outputs/dolly_gpt2 --dry-run
 python src/publish.py outputs/dolly_gpt2
-python src/publish.py outputs/dolly_gpt2 publish.repo=you/models publish.subfolder=chapter05/sft_model
+python src/publish.py outputs/dolly_gpt2 publish.repo=you/models publish.subfolder=gpt2/dolly
 
-Weights or adapter, tokenizer, recipe, metrics, answers, a model card and a manifest become one commit, with a tag of
-its own, and the table in the repository's README.md is kept. The commit is then pulled anew and asked the recipe's
-questions; published.json in the run folder keeps the result. publish.merged=true publishes a LoRA run as full weights.
+Weights or adapter, tokenizer, recipe, metrics, answers, a model card and a manifest become one
+commit, with a tag of its own, and the table in the repository's README.md is kept. The commit is
+then pulled anew and asked the recipe's questions; published.json in the run folder keeps the
+result. publish.merged=true publishes a LoRA run as full weights.
 
 --dry-run      shows what would change, and changes nothing
 --replace      overwrites what was published from another recipe
 --unfinished   publishes a run that is not finished
 --unasked      does not load the published model to ask it
+--verbose      shows what the libraries log and warn of
 
-A token with write access is needed: `hf auth login`, or HF_TOKEN. Publishing again changes only what is different.
+A token with write access is needed: `hf auth login`, or HF_TOKEN. Publishing again changes only
+what is different.
 """
 
 from argparse import Namespace
@@ -46,9 +49,8 @@ def main(arguments: list[str]) -> None:
             todo = with_retries(lambda: plan_changes(publication, options.replace), address.repo)
             return print_changes(console, todo.changes, unpublished_files(folder))
         published = publish(publication, options.replace)
-    console.print(
-        f"{'published' if published.is_new else 'unchanged'}: {published.address}, tag {published.tag}"
-    )
+    state = "published" if published.is_new else "unchanged"
+    console.print(f"{state}: {published.address}, tag {published.tag}")
 
     from finetuning.publishing.verification import compare_answers, require_agreement, write_record
 

@@ -4,9 +4,10 @@ python src/pull.py elith/llm-book-models chapter05/sft_model
 python src/pull.py elith/llm-book-models chapter05/sft_model@chapter05.sft_model.v1
 python src/pull.py elith/llm-book-models chapter05/sft_model outputs/pulled
 
-Takes the newest commit, or the branch, tag or commit behind the @. The files go to the cache that the Hugging Face
-libraries share; with a third argument to a folder of their own as well. Either is a run folder: src/generate.py asks
-it, src/sft.py trains its recipe.yaml again. HF_HUB_OFFLINE=1 takes what an earlier pull left in the cache.
+Takes the newest commit, or the branch, tag or commit behind the @. The files go to the cache that
+the Hugging Face libraries share; with a third argument to a folder of their own as well. Either is
+a run folder: src/generate.py asks it, src/sft.py trains its recipe.yaml again. HF_HUB_OFFLINE=1
+takes what an earlier pull left in the cache.
 """
 
 import re

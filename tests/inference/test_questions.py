@@ -1,4 +1,4 @@
-"""Many questions: read without the marks of editors, answered in order, resumed where they ended."""
+"""Many questions: read without marks of editors, answered in order, resumed where they ended."""
 
 import json
 from pathlib import Path

@@ -67,7 +67,7 @@ def spoil_samples(run: Path) -> None:
         ),
         (spoil_samples, "samples.md, line 3: holds a token of the Hub"),
         (lambda run: (run / "model.safetensors").unlink(), "has no trained model"),
-        (lambda run: (run / "recipe.yaml").unlink(), "is no run folder"),
+        (lambda run: (run / "recipe.yaml").unlink(), "is not a run folder"),
     ],
 )
 def test_a_folder_that_others_could_not_use_is_refused(spoil, words, hub, runs, call, tmp_path):

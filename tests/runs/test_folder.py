@@ -1,4 +1,4 @@
-"""A run folder belongs to one run, is written to by one process, and goes on only with steps of the same size."""
+"""A run folder belongs to one run, is written by one process, and resumes with steps as before."""
 
 import subprocess
 import sys
@@ -172,9 +172,10 @@ def test_a_run_goes_on_with_other_processes_where_a_step_stays_the_same(
             Strategy("single", 1),
             [],
             Strategy("ddp", 2),
-            "cannot go on: a step had 8 examples (processes x accumulation x examples: 1 x 1 x 8 = 8); now it has 16 "
-            "(2 x 1 x 8 = 16); change training.gradient_accumulation_steps, or begin anew in another "
-            "training.output_dir with training.global_batch_size",
+            "cannot be resumed: a step had 8 examples (processes x accumulation x examples: "
+            "1 x 1 x 8 = 8); now it has 16 (2 x 1 x 8 = 16); change "
+            "training.gradient_accumulation_steps, or begin anew in another training.output_dir "
+            "with training.global_batch_size",
         ),
         (
             [],
@@ -195,8 +196,9 @@ def test_a_run_goes_on_with_other_processes_where_a_step_stays_the_same(
             Strategy("zero2", 2),
             ["training.global_batch_size=16"],
             Strategy("zero2", 4),
-            "it was trained as zero2 by 2 processes, which each hold a part of the optimizer; now it is zero2, "
-            "4 processes. Only single and ddp can change into each other; start it as it was",
+            "it was trained as zero2 by 2 processes, which each hold a part of the optimizer; now "
+            "it is zero2, 4 processes. Only single and ddp can change into each other; start it "
+            "as it was",
         ),
         ([], Strategy("zero2", 2), [], Strategy("zero3", 2), "now it is zero3, 2 processes."),
         ([], Strategy("ddp", 2), [], Strategy("zero2", 2), "it was trained as ddp by 2 processes"),
@@ -209,7 +211,9 @@ def test_a_run_that_would_take_other_steps_or_cannot_read_its_optimizer_is_refus
     folder = begun(recipe_of(*before), strategy)
     with pytest.raises(UserError) as refused:
         open_run_folder(recipe_of(*overrides), "rows", now)
-    assert str(refused.value).startswith(f"{folder} cannot go on: ") and said in str(refused.value)
+    assert str(refused.value).startswith(f"{folder} cannot be resumed: ") and said in str(
+        refused.value
+    )
 
 
 def test_the_last_launch_counts_not_the_first(recipe_of):

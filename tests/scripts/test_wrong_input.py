@@ -678,7 +678,7 @@ FOLDERS = [
     ),
     case(
         "asking a folder of no run",
-        "FOLDER/a is no run folder",
+        "FOLDER/a is not a run folder",
         command="generate.py FOLDER/a Hi",
         files={"a/b": "c"},
     ),

@@ -22,7 +22,7 @@ class Chat:
         self.messages = [message("system", system)] if system else []
 
     def say(self, words: str) -> None:
-        """Prints the answer. Where there is none (the turn is too long, Ctrl-C), nothing was said."""
+        """Prints the answer. Without one (the turn is too long, Ctrl-C) nothing was said."""
         asked = [*self.messages, message("user", words)]
         try:
             answer = self.asker.stream(asked, show)

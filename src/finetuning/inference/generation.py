@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -66,7 +66,8 @@ class Asker:
 
     def positions(self) -> int:
         """How many tokens the model reads, prompt and response together."""
-        return getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+        positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        return positions or sys.maxsize
 
     def answer_prompts(self, prompts: Sequence[list[int]]) -> list[str]:
         """The answers in order; computed in batches of prompts of similar length."""
@@ -121,9 +122,10 @@ class Asker:
         padding = [longest - len(prompt) for prompt in prompts]
         input_ids = [[fill] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
         is_prompt = [[0] * n + [1] * (longest - n) for n in padding]
-        device = self.model.device
+        model: Any = self.model
+        device = model.device
         try:
-            output = self.model.generate(
+            output = model.generate(
                 input_ids=torch.tensor(input_ids, device=device),
                 attention_mask=torch.tensor(is_prompt, device=device),
                 generation_config=GenerationConfig(**{**tokens, "use_cache": True, **settings}),
@@ -136,16 +138,18 @@ class Asker:
 
     def ends(self) -> list[int]:
         """The tokens that end a response."""
-        return [self.tokenizer.convert_tokens_to_ids(mark) for mark in self.template.end_marks]
+        ends: Any = self.tokenizer.convert_tokens_to_ids(self.template.end_marks)
+        return list(ends)
 
     def text(self, response: list[int]) -> str:
         """The assistant's words in a generated response."""
         words = cut_at_end(response, self.ends())
-        return self.template.strip_markers(self.tokenizer.decode(words, skip_special_tokens=True))
+        text = str(self.tokenizer.decode(words, skip_special_tokens=True))
+        return self.template.strip_markers(text)
 
 
 class WordStreamer:
-    """What transformers calls with each new token: shows what is new of the text, in whole words."""
+    """What transformers calls with each new token: shows what is new, in whole words."""
 
     def __init__(self, read: Callable[[list[int]], str], show: Callable[[str], None]) -> None:
         self.read, self.show = read, show
@@ -187,9 +191,10 @@ def load_asker(folder: Path, recipe: Recipe) -> Asker:
     """The model of a run folder, to be asked. Uses a GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = read_tokenizer(str(folder))
-    model = load_trained(folder, recipe, tokenizer, device)
-    model.to(device)
-    return Asker(model, tokenizer, load_template(recipe.data, tokenizer), recipe.generation)
+    model: Any = load_trained(folder, recipe, tokenizer, device)
+    return Asker(
+        model.to(device), tokenizer, load_template(recipe.data, tokenizer), recipe.generation
+    )
 
 
 def load_trained(
@@ -205,7 +210,8 @@ def load_trained(
 
     # A base from scratch is the same only with the seed of training.
     base = load_model(pin_base_model(recipe).model, tokenizer, recipe.training.seed, device)
-    return PeftModel.from_pretrained(base, str(folder))
+    adapted: Any = PeftModel.from_pretrained(base, str(folder))
+    return cast("PreTrainedModel", adapted)
 
 
 def cut_at_end(ids: list[int], ends: list[int]) -> list[int]:

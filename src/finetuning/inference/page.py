@@ -3,8 +3,8 @@
 GET  .        the page; it loads nothing from anywhere else
 GET  models   [{"name": ..., "settings": {...}}]: the columns, and how they answer by default
 POST answer   {"model": number, "messages": [...], "settings": {...}} -> a JSON object a line:
-              {"piece": ...} as the words come, then {"answer": ..., "prompt": [[text, is_trained]]},
-              or {"error": ...}
+              {"piece": ...} as the words come, then
+              {"answer": ..., "prompt": [[text, is_trained], ...]}, or {"error": ...}
 """
 
 import json

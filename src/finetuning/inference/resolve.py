@@ -9,6 +9,7 @@ from finetuning.hub.address import PREFIX, Address, parse_address
 from finetuning.hub.allowed_files import ADAPTER_WEIGHTS
 from finetuning.hub.download import pull
 from finetuning.recipe.recipe import Recipe, load_recipe
+from finetuning.recipe.sections import Publish
 from finetuning.runs.checkpoints import checkpoints_of, damage_of, verify_newest_first
 from finetuning.runs.folder import find_run_folder, has_model, means_folder, output_folder
 from finetuning.untrusted_text import printable
@@ -30,17 +31,17 @@ def find_trained_model(name: str, step: str | None = None) -> tuple[Path, Path]:
         folder = pull(read_address(name)).folder
         if not (folder / "recipe.yaml").is_file():
             raise UserError(
-                f"{name} has no recipe.yaml that says how to ask it; give a recipe that publishes there"
+                f"{name} has no recipe.yaml that says how to ask it; "
+                "give a recipe that publishes there"
             )
         return folder, folder / "recipe.yaml"
     is_recipe = not means_folder(name)
     if is_recipe:
         recipe = load_recipe(name)
         if recipe.publish and not has_model(output_folder(recipe)):
-            folder = pull_published(recipe, name)
-            return folder, folder / "recipe.yaml" if (folder / "recipe.yaml").is_file() else Path(
-                name
-            )
+            folder = pull_published(recipe.publish, output_folder(recipe), name)
+            published = folder / "recipe.yaml"
+            return folder, published if published.is_file() else Path(name)
     folder = find_run_folder(name)
     if is_recipe:
         print(printable(f"taken from the run folder: {folder}"), file=sys.stderr)
@@ -48,7 +49,10 @@ def find_trained_model(name: str, step: str | None = None) -> tuple[Path, Path]:
 
 
 def whole_checkpoint(folder: Path, step: str) -> Path:
-    """The run folder's checkpoint of that step, or its last. Raises UserError without a whole one."""
+    """The run folder's checkpoint of that step, or its last.
+
+    Raises UserError where there is no whole one.
+    """
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is not a run folder: it has no recipe.yaml")
     checkpoint = folder / f"checkpoint-{step}"
@@ -70,14 +74,14 @@ def whole_checkpoint(folder: Path, step: str) -> Path:
     return checkpoint
 
 
-def pull_published(recipe: Recipe, name: str) -> Path:
-    """The recipe's published model, where there is no run folder."""
-    local = output_folder(recipe)
+def pull_published(publish: Publish, local: Path, name: str) -> Path:
+    """The published model of the recipe of that name, whose run folder, `local`, has none."""
     try:
-        snapshot = pull(Address(recipe.publish.repo, recipe.publish.subfolder))
+        snapshot = pull(Address(publish.repo, publish.subfolder))
     except UserError as error:
         raise type(error)(
-            f"{local} has no trained model, and {error}; train it: accelerate launch src/sft.py {name}"
+            f"{local} has no trained model, and {error}; "
+            f"train it: accelerate launch src/sft.py {name}"
         ) from None
     said = f"{local} has no trained model; taken from the Hub: {snapshot.address}"
     print(printable(said), file=sys.stderr)
@@ -97,9 +101,10 @@ def pin_base_model(recipe: Recipe) -> Recipe:
     Without a revision: the newest commit, or for a run that is resumed the one it began with, since
     every publication to the repository makes a new one.
     """
-    if not (recipe.model.name or "").startswith(PREFIX):
+    name = recipe.model.name or ""
+    if not name.startswith(PREFIX):
         return recipe
-    requested, begun = parse_address(recipe.model.name), output_folder(recipe) / "recipe.yaml"
+    requested, begun = parse_address(name), output_folder(recipe) / "recipe.yaml"
     if requested.revision is None and begun.is_file():
         name = load_recipe(begun).model.name or ""
         if name.startswith(f"{requested}@"):

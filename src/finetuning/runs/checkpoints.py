@@ -70,7 +70,7 @@ def seal_and_rotate(
 
 
 def remove(checkpoint: Path) -> None:
-    """Renamed first: a kill in the middle of removing leaves nothing that looks like a checkpoint."""
+    """Renamed first: a kill while removing leaves nothing that looks like a checkpoint."""
     if checkpoint.exists():
         removed = checkpoint.with_name(f"{UNFINISHED}-{checkpoint.name}")
         shutil.rmtree(removed, ignore_errors=True)
@@ -137,7 +137,7 @@ def verify_newest_first(folder: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def digest(file: Path) -> str:
-    """SHA-256 of a file whose bytes are on the disk by then, not only in the memory of the machine."""
+    """SHA-256 of a file whose bytes are on the disk by then, not only in memory."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
     return sha256_of(file)

@@ -92,7 +92,7 @@ def differing(runs: list[Run]) -> list[str]:
 
 
 def table_of(runs: list[Run]) -> tuple[list[str], list[list[Any]]]:
-    """(columns, rows): the settings in which the runs differ, then their figures; the best first."""
+    """(columns, rows): the settings in which runs differ, then their figures; the best first."""
     names = differing(runs)
     columns = ["run", *names, *FIGURES, "state"]
     rows = []

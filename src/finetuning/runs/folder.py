@@ -1,8 +1,11 @@
 """The run folder: what one run leaves behind, enough to ask, publish or resume it.
 
-recipe.yaml        every setting, as resolved              metrics.jsonl             one JSON object per logged step
-environment.json   versions, git revision, data, launches  samples.md, samples.json  answers before and after
-model.safetensors or adapter_model.safetensors, tokenizer.json, ...   checkpoint-N/   to continue from
+recipe.yaml       every setting, as resolved
+environment.json  versions, git revision, data, launches
+metrics.jsonl     one JSON object per logged step
+samples.md        answers before and after, samples.json too
+checkpoint-N/     to resume from
+model.safetensors or adapter_model.safetensors, tokenizer.json, ...
 """
 
 import json
@@ -40,8 +43,8 @@ LOCK = ".lock"
 BEGUN = {LOCK, "preview", "runs", "wandb", "samples.json", "samples.md", "recipe.yaml"}
 
 
-# What may change from one launch to the next: how a step is shared out, as long as the step stays the same, and what
-# comes after training.
+# What may change from one launch to the next: how a step is shared out, as long as the step stays
+# the same, and what comes after training.
 MAY_CHANGE = (
     "training.per_device_train_batch_size",
     "training.gradient_accumulation_steps",
@@ -99,9 +102,10 @@ class RunFolder:
 
 
 def open_run_folder(recipe: Recipe, fingerprint: str, strategy: Strategy | None) -> Path:
-    """Creates the folder, or finds it of the same recipe and data, ready to go on (strategy: None if not yet known).
+    """The run folder, new, or of the same recipe and data and ready to be resumed.
 
-    Raises UserError where it belongs to another run, cannot go on with these processes, or cannot be written.
+    The strategy is None if it is not yet known. Raises UserError where the folder belongs to
+    another run, cannot be resumed by these processes, or cannot be written.
     """
     require_free_or_ours(output_folder(recipe))
     folder = make_folder(output_folder(recipe))
@@ -112,7 +116,8 @@ def open_run_folder(recipe: Recipe, fingerprint: str, strategy: Strategy | None)
     for name, value_before, value in differences(before.resolved(), recipe.resolved()):
         if not name.startswith(MAY_CHANGE):
             raise UserError(
-                f"{folder} belongs to another run: {name} was {value_before!r}, is {value!r}{remedy}"
+                f"{folder} belongs to another run: "
+                f"{name} was {value_before!r}, is {value!r}{remedy}"
             )
     if environment.get("data") not in (None, fingerprint):
         raise UserError(f"{folder} belongs to another run: its data was not the same{remedy}")
@@ -131,8 +136,8 @@ def require_free_or_ours(folder: Path) -> None:
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     if links := [path.name for path in found if path.is_symlink()]:
         raise UserError(
-            f"training.output_dir: {folder} holds a link, {links[0]}, through which files elsewhere "
-            "would be written; delete it, or choose another folder"
+            f"training.output_dir: {folder} holds a link, {links[0]}, through which files "
+            "elsewhere would be written; delete it, or choose another folder"
         )
     names = {path.name for path in found}
     if names >= {"recipe.yaml", "environment.json"}:
@@ -140,8 +145,8 @@ def require_free_or_ours(folder: Path) -> None:
     if foreign := sorted(name for name in names - BEGUN if not name.endswith(".tmp")):
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(
-            f"training.output_dir: {folder} is not a run folder: it holds {foreign[0]}{more}, which "
-            "could be overwritten; choose a folder that is empty or new"
+            f"training.output_dir: {folder} is not a run folder: it holds {foreign[0]}{more}, "
+            "which could be overwritten; choose a folder that is empty or new"
         )
 
 
@@ -158,15 +163,15 @@ def require_local_output(file: Path, recipe: Recipe, overrides: Sequence[str]) -
     path = Path(recipe.training.output_dir)
     if path.is_absolute() or any(part.startswith(("~", ".")) for part in path.parts):
         raise UserError(
-            f"training.output_dir: {path} is chosen by a recipe that was pulled, and is not a folder "
-            "below the current one; say where to write: training.output_dir=outputs/again"
+            f"training.output_dir: {path} is chosen by a recipe that was pulled, and is not a "
+            "folder below the current one; say where to write: training.output_dir=outputs/again"
         )
 
 
 def require_same_steps(
     folder: Path, before: Recipe, recipe: Recipe, launch: dict[str, Any], strategy: Strategy
 ) -> None:
-    """Raises UserError where a run that goes on would take other steps, or cannot read its optimizer."""
+    """Raises UserError where a resumed run would take other steps, or cannot read its optimizer."""
     processes, name = launch["processes"], launch["strategy"]
     had, has = step_size(before, processes), step_size(recipe, strategy.processes)
     unit = "micro-batches" if recipe.data.batch_tokens else "examples"
@@ -174,21 +179,23 @@ def require_same_steps(
         had, has = replace(had, micro_batch=1), replace(has, micro_batch=1)
     if had.total != has.total:
         raise UserError(
-            f"{folder} cannot go on: a step had {had.total} {unit} (processes x accumulation x examples: {had}); "
-            f"now it has {has.total} ({has}); change training.gradient_accumulation_steps, or begin anew in another "
+            f"{folder} cannot be resumed: a step had {had.total} {unit} "
+            f"(processes x accumulation x examples: {had}); now it has {has.total} ({has}); "
+            "change training.gradient_accumulation_steps, or begin anew in another "
             "training.output_dir with training.global_batch_size"
         )
     replicated = ("single", "ddp")
     is_same = (name, processes) == (strategy.name, strategy.processes)
     if not (is_same or (name in replicated and strategy.name in replicated)):
         raise UserError(
-            f"{folder} cannot go on: it was trained as {name} by {processes} processes, which each hold a part of the "
-            f"optimizer; now it is {strategy}. Only single and ddp can change into each other; start it as it was"
+            f"{folder} cannot be resumed: it was trained as {name} by {processes} processes, which "
+            f"each hold a part of the optimizer; now it is {strategy}. Only single and ddp can "
+            "change into each other; start it as it was"
         )
 
 
 def take_publish(folder: Path, recipe: Recipe) -> None:
-    """Where a finished run is published may change; the rest of its recipe stays what was trained."""
+    """Where a finished run is published may change; the rest of its recipe stays as trained."""
     trained = load_recipe(folder / "recipe.yaml")
     if trained.publish != recipe.publish:
         write_text(
@@ -216,8 +223,8 @@ def lock(folder: Path) -> AbstractContextManager[Any]:
             else ""
         )
         raise UserError(
-            f"{folder} is in use: another run writes to it{who}; wait for its end, or choose another folder with "
-            "training.output_dir=..."
+            f"{folder} is in use: another run writes to it{who}; wait for its end, or choose "
+            "another folder with training.output_dir=..."
         ) from None
 
 
@@ -249,9 +256,9 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, An
 def write_start(folder: Path, recipe: Recipe, fingerprint: str, launch: dict[str, Any]) -> None:
     """recipe.yaml and environment.json, before the first step: a run that dies explains itself too.
 
-    A run that goes on keeps what was written first and adds its own launch.
+    A resumed run keeps what was written first and adds its own launch.
     """
-    first = {
+    first: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions(),
@@ -351,19 +358,19 @@ def quoted(text: str) -> str:
 
 
 def find_run_folder(name: str) -> Path:
-    """The run folder that was named, itself or by its recipe. Raises UserError where no trained model is in it."""
+    """The run folder that was named, itself or by its recipe.
+
+    Raises UserError where no trained model is in it.
+    """
     path = Path(name).expanduser()
-    if means_folder(name):
-        if not (path / "recipe.yaml").exists():
-            raise UserError(f"{path} is no run folder: it has no recipe.yaml")
-        folder, remedy = path, f"train it: accelerate launch src/sft.py {path / 'recipe.yaml'}"
-    else:
-        folder, remedy = (
-            output_folder(load_recipe(path)),
-            f"train it: accelerate launch src/sft.py {path}",
-        )
+    recipe = path / "recipe.yaml" if means_folder(name) else path
+    if recipe != path and not recipe.exists():
+        raise UserError(f"{path} is not a run folder: it has no recipe.yaml")
+    folder = path if recipe != path else output_folder(load_recipe(path))
     if not has_model(folder):
-        raise UserError(f"{folder} has no trained model; {remedy}")
+        raise UserError(
+            f"{folder} has no trained model; train it: accelerate launch src/sft.py {recipe}"
+        )
     return folder
 
 

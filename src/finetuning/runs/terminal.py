@@ -1,6 +1,6 @@
-"""What a person sees: the funnel of rows, coloured masks, answers before and after, the histogram of lengths."""
+"""What a person sees: the funnel of rows, coloured masks, answers before and after, the budget."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,8 +51,8 @@ def print_funnel(console: Console, report: dict[str, Any]) -> None:
     """How many rows were loaded, kept and lost, and why."""
     rows, tokens = report["rows"], report["tokens"]
     console.print(
-        f"rows     {rows['loaded']:,} loaded -> {rows['where']:,} selected -> {rows['kept']:,} kept "
-        f"-> {rows['train']:,} train, {rows['eval']:,} eval",
+        f"rows     {rows['loaded']:,} loaded -> {rows['where']:,} selected -> "
+        f"{rows['kept']:,} kept -> {rows['train']:,} train, {rows['eval']:,} eval",
     )
     lost = {**report["dropped"], **({"cut": report["cut"]} if report["cut"] else {})}
     if lost:
@@ -63,8 +63,8 @@ def print_funnel(console: Console, report: dict[str, Any]) -> None:
             console.print(f"         {place}", style=PROMPT)
     share = tokens["response"] / max(1, tokens["total"])
     console.print(
-        f"tokens   {tokens['total']:,}: {tokens['prompt']:,} prompt, {tokens['response']:,} response ({share:.1%}); "
-        f"longest example {tokens['max']:,}",
+        f"tokens   {tokens['total']:,}: {tokens['prompt']:,} prompt, "
+        f"{tokens['response']:,} response ({share:.1%}); longest example {tokens['max']:,}",
     )
     console.print(f"end mark trained in {report['end_mark_share']:.1%} of the kept rows")
 
@@ -94,7 +94,7 @@ def trained_and_not(
     borders = np.flatnonzero(np.diff(is_trained)) + 1
     parts, shown = [], ""
     for end in [*borders.tolist(), len(is_trained)]:
-        whole = tokenizer.decode(example["input_ids"][:end].tolist())
+        whole = str(tokenizer.decode(example["input_ids"][:end].tolist()))
         parts.append((whole[len(shown) :], bool(is_trained[end - 1])))
         shown = whole
     return parts
@@ -111,9 +111,9 @@ def print_answers(console: Console, samples: list[Sample]) -> None:
 
 
 def print_changes(
-    console: Console, changes: list[tuple[str, str, int]], unpublished: list[str]
+    console: Console, changes: Sequence[tuple[str, str, int]], unpublished: list[str]
 ) -> None:
-    """What a publication would change, (path, what, bytes), and what of the run folder stays where it is."""
+    """What a publication would change, (path, what, bytes), and what stays in the run folder."""
     table = Table("", "path", "size")
     table.columns[2].justify = "right"
     for path, what, size in changes:
@@ -158,8 +158,10 @@ def print_budget(console: Console, budget: "Budget", advice: list[str]) -> None:
     console.print(budget_table(budget), soft_wrap=False)
     examples, slots, responses = budget.longest
     lines = {
-        "longest": f"{examples} examples, {slots:,} tokens computed, {responses:,} of them response",
-        "steps": f"{budget.steps:,} of {budget.step} examples ({budget.strategy}), {budget.tokens:,} tokens in all",
+        "longest": f"{examples} examples, {slots:,} tokens computed, "
+        f"{responses:,} of them response",
+        "steps": f"{budget.steps:,} of {budget.step} examples ({budget.strategy}), "
+        f"{budget.tokens:,} tokens in all",
         "time": computing(budget),
         "disk": f"{mib(budget.disk)} MiB for checkpoints and weights, {mib(budget.free)} are free",
     }
