@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
+# The build too: pip gives constraints to it only so. Its own name for that came with pip 25.3.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+
 .PHONY: help quickstart test test-cluster bench lint format schema tables docs clean
 .DEFAULT_GOAL := help
 

@@ -55,7 +55,8 @@ stopped=$EXIT_CODES.stopped # a file that says where it was stopped last
 [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || rm -f "$stopped"
 
 main_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((15000 + SLURM_JOB_ID % 15000)) # the job's own, below those that Linux hands out (from 32768)
+# Below those that Linux hands out (from 32768), and not one that follows from the job's number.
+port=$((15000 + $(od -An -N2 -tu2 /dev/urandom) % 15000))
 while (: <"/dev/tcp/localhost/$port") 2>/dev/null; do port=$((port + 1)); done
 launch=(--config_file "$config" --num_machines "$SLURM_JOB_NUM_NODES" --quiet
   --main_process_ip "$main_node" --main_process_port "$port")

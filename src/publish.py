@@ -27,8 +27,13 @@ from finetuning.script import run
 
 def main(arguments: list[str]) -> None:
     from finetuning.hub.allowed_files import unpublished_files
-    from finetuning.hub.client import require_access, with_retries
-    from finetuning.publishing.bundle import address_of, gather_publication, require_publishable
+    from finetuning.hub.client import is_private, require_access, with_retries
+    from finetuning.publishing.bundle import (
+        address_of,
+        announcement,
+        gather_publication,
+        require_publishable,
+    )
     from finetuning.publishing.commit import plan_changes, publish
     from finetuning.publishing.merging import merged_if_wanted
     from finetuning.recipe.recipe import load_recipe
@@ -45,6 +50,8 @@ def main(arguments: list[str]) -> None:
     require_access(address.repo, write=not options.dry_run)
     with lock(folder), merged_if_wanted(run_folder, recipe) as weights:
         publication = gather_publication(run_folder, recipe, weights)
+        hidden = with_retries(lambda: is_private(address.repo), address.repo)
+        console.print(announcement(publication, hidden))
         if options.dry_run:
             todo = with_retries(lambda: plan_changes(publication, options.replace), address.repo)
             return print_changes(console, todo.changes, unpublished_files(folder))

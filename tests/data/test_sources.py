@@ -9,7 +9,7 @@ import pytest
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from finetuning.data.section import Source
-from finetuning.data.sources import fingerprint, load_rows, looks_local
+from finetuning.data.sources import fingerprint, load_rows, looks_local, read_bytes
 from finetuning.errors import UserError
 
 ROWS = [
@@ -311,3 +311,11 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "rows.jsonl", LINES)
     assert load_rows(Source(path="~/rows.jsonl")).rows == ROWS
+
+
+def test_rows_that_unpack_to_far_more_than_their_size_are_refused(tmp_path):
+    """1 MB of zeros packed 1000 times is no data set."""
+    file = tmp_path / "rows.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"a": "' + b" " * 2**24 + b'"}'))
+    with pytest.raises(UserError, match="unpacks to more than 100 times its size"):
+        read_bytes(file)

@@ -65,7 +65,7 @@ def test_a_file_is_not_read_further_than_the_hub_listed_it(hub, call):
 def test_pages_without_end_come_to_an_end(hub, call, monkeypatch):
     monkeypatch.setattr("finetuning.hub.client.MAX_ANSWER", 20 * protocol.MIN_COST)
     link = f"<{hub.url}/api/models/{REPO}/tree/main?page>; rel=next"
-    hub.fault("/tree/", times=10**9, says=[], lies={"Link": link})
+    hub.fault("/tree/", times=10_000, says=[], lies={"Link": link})
     assert "more than the 1,310,720 bytes" in error_of(call(pull, REPO, "m"))
     assert len(hub.sent("/tree/")) <= 20
 

@@ -36,6 +36,7 @@ def test_folders_of_this_machine_become_names(travelled, runs):
         ("recipes/data", "./data"),  # a folder that could be taken for a Hub id
         ("~/mine/rows.jsonl", "./rows.jsonl"),
         ("../mine/rows.jsonl", "./rows.jsonl"),
+        ("data/../../../home/ada/client/rows.jsonl", "./rows.jsonl"),
     ],
 )
 def test_data_keeps_its_name_on_the_hub_or_in_the_project(path, expected, travelled):

@@ -65,7 +65,7 @@ def spoil_samples(run: Path) -> None:
             spoil_finish,
             "is not finished; the command that began it resumes it, --unfinished publishes it",
         ),
-        (spoil_samples, "samples.md, line 3: holds a token of the Hub"),
+        (spoil_samples, "samples.md, line 3: holds a secret (Hugging Face token)"),
         (lambda run: (run / "model.safetensors").unlink(), "has no trained model"),
         (lambda run: (run / "recipe.yaml").unlink(), "is not a run folder"),
     ],

@@ -450,3 +450,16 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_same_command_goes_on(
     assert done.returncode == 0, done.stderr
     assert f"resuming from {folder / 'checkpoint-2'}" in done.stderr
     assert steps_of(folder) == [4] and (folder / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make files of another user")
+def test_deepspeeds_pickles_of_another_user_are_not_run(tmp_path):
+    """It reads them with weights_only=False; the seal is written by whoever gives the folder."""
+    state = tmp_path / "checkpoint-3" / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"pickle")
+    seal(tmp_path / "checkpoint-3")
+    assert [damage for _, damage in verify_newest_first(tmp_path)] == [None]
+    os.chown(state, 65534, -1)
+    [(_, damage)] = verify_newest_first(tmp_path)
+    assert f"{state.name} belongs to another user" in damage

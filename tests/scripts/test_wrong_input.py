@@ -420,7 +420,7 @@ WRONG_FILES = [
         "alias inside itself",
         "{model_type: gpt2,",
         "&a {a: *a,",
-        "recipe.yaml: is nested too deeply, or an alias",
+        "is an alias; write out what it stands for",
     ),
     case("not UTF-8", "FOLDER/recipe.yaml: is not UTF-8", recipe=RECIPE.encode() + b"# caf\xe9\n"),
     case("control character", "FOLDER/recipe.yaml: is not YAML", recipe=RECIPE + "# \x07\n"),

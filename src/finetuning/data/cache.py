@@ -1,5 +1,6 @@
 """Prepared examples on disk: the same recipe, rows, tokenizer and code are tokenized once."""
 
+import errno
 import hashlib
 import io
 import json
@@ -17,8 +18,10 @@ from finetuning.data.sources import fingerprint
 from finetuning.data.tokenization import Examples
 
 if TYPE_CHECKING:
+    from filelock import BaseFileLock
     from transformers import PreTrainedTokenizerFast
 
+SILENT, MAX_WAIT = 5, 7200  # seconds until the wait for a lock is reported, and ends
 DIGEST_BYTES = hashlib.sha256().digest_size
 NOT_THE_EXAMPLES = {"layout", "order", "batch_tokens"}  # settings that only arrange examples
 # Modules of this package that no example depends on; an edit of any other makes the cache stale.
@@ -38,15 +41,15 @@ def prepare(
     """
     if cache is None:
         return build(data, tokenizer)
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     key = cache_key(data, tokenizer)
-    file, lock = cache / f"{key}.npz", FileLock(cache / f"{key}.lock")
+    file, lock = cache / f"{key}.npz", FileLock(cache / f"{key}.lock", mode=0o600)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:  # a read-only home, say
-        tqdm.write(f"not cached: {cache}: {error.strerror}")
+        make_private(cache)
+        wait_for(lock)
+    except (OSError, Timeout) as error:  # a read-only home, say
+        tqdm.write(f"not cached: {cache}: {getattr(error, 'strerror', 'the lock is still held')}")
         return build(data, tokenizer)
     try:
         if (prepared := read_cache(file)) is None:
@@ -55,6 +58,25 @@ def prepare(
     finally:
         lock.release()
     return prepared
+
+
+def make_private(folder: Path) -> None:
+    """The folder, for this user alone: rows are in it, and whoever writes to it chooses them."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(errno.EACCES, "the folder belongs to somebody else", str(folder))
+    folder.chmod(0o700)
+
+
+def wait_for(lock: "BaseFileLock") -> None:
+    """Holds the lock; says what is waited for. Raises Timeout after hours."""
+    from filelock import Timeout
+
+    try:
+        lock.acquire(timeout=SILENT)
+    except Timeout:
+        tqdm.write(f"waiting for another process that prepares the same rows: {lock.lock_file}")
+        lock.acquire(timeout=MAX_WAIT)
 
 
 def cache_folder() -> Path:
@@ -84,6 +106,8 @@ def cache_key(data: Data, tokenizer: "PreTrainedTokenizerFast") -> str:
 def read_cache(file: Path) -> Prepared | None:
     """What write_cache wrote; None if there is no file or any byte of it has changed."""
     try:
+        if file.stat().st_uid != os.getuid():
+            return None
         whole = file.read_bytes()
     except OSError:
         return None
@@ -120,7 +144,8 @@ def write_cache(file: Path, prepared: Prepared) -> None:
     content = stream.getvalue()
     unfinished = file.with_suffix(f".{os.getpid()}.tmp")
     try:
-        unfinished.write_bytes(content + hashlib.sha256(content).digest())
+        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+            out.write(content + hashlib.sha256(content).digest())
         unfinished.replace(file)
     except OSError as error:  # a full disk, say
         unfinished.unlink(missing_ok=True)

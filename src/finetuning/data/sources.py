@@ -30,6 +30,8 @@ SPLIT_NAME = re.compile(
 # Files that `datasets` writes beside the data.
 METADATA_FILES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 
+MAX_RATIO = 100  # of a .gz; texts compress by 3 to 20
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -134,10 +136,19 @@ def suffix_of(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
+def read_gzip(path: Path) -> bytes:
+    """What the file unpacks to. Raises UserError where that is more than rows compress by."""
+    most = MAX_RATIO * path.stat().st_size + 2**20
+    with gzip.open(path) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise UserError(f"{path}: unpacks to more than {MAX_RATIO} times its size; unpack it first")
+    return content
+
+
 def read_bytes(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix == ".gz" else content
+        return read_gzip(path) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 

@@ -6,14 +6,12 @@ pickles, which run code when they are read, and training_args.bin may hold a tok
 
 import fnmatch
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_token
-
 from finetuning.errors import UserError
+from finetuning.secrets import find_secrets
 
 INDEX = "model.safetensors.index.json"
 MODEL = (
@@ -56,7 +54,6 @@ ALLOWED = (
 )
 
 TEXTS = (".json", ".jsonl", ".jinja", ".md", ".txt", ".yaml")
-TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")  # how the Hub's tokens look
 
 
 def is_publishable(name: str) -> bool:
@@ -112,15 +109,22 @@ def weight_files(folder: Path, patterns: tuple[str, ...]) -> list[str]:
         return [ADAPTER_WEIGHTS]
     if not (folder / INDEX).is_file():
         return ["model.safetensors"]
-    return sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    shards = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise UserError(f"{folder / INDEX} is damaged: it names no files")
+    if not shards:
+        raise UserError(f"{folder / INDEX} is damaged: it names no files")
+    return sorted(set(shards.values()))
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError where there is none."""
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is damaged: it holds no JSON object")
     return found
 
 
@@ -133,13 +137,16 @@ def require_no_remote_code(folder: Path) -> None:
             )
 
 
-def require_no_token(name: str, source: Path | bytes) -> None:
-    """Raises UserError where a text holds a token of the Hub: ours, or what looks like one."""
+def require_no_secret(name: str, source: Path | bytes) -> None:
+    """Raises UserError where a text holds a secret, or the path of the person's home."""
     if not name.endswith(TEXTS):
         return
-    token, content = get_token(), source if isinstance(source, bytes) else source.read_bytes()
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if TOKEN.search(line) or (token and token.encode() in line):
-            raise UserError(
-                f"{name}, line {number}: holds a token of the Hub; take it out, and revoke it"
-            )
+    content = source if isinstance(source, bytes) else source.read_bytes()
+    text = content.decode(errors="replace")
+    for start, _, kind in find_secrets(text):
+        line = text.count("\n", 0, start) + 1
+        raise UserError(f"{name}, line {line}: holds a secret ({kind}); take it out, and revoke it")
+    home = f"{Path.home()}/"
+    if len(home) > len("/a/") and home in text and not matches(name, TOKENIZER):
+        line = text.count("\n", 0, text.index(home)) + 1
+        raise UserError(f"{name}, line {line}: holds a path of your home folder; take it out")

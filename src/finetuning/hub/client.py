@@ -44,6 +44,7 @@ from finetuning.untrusted_text import printable
 
 TIMEOUT = 10  # seconds until an answer begins
 WAITS = (1, 2, 4, 8)  # seconds between one attempt and the next
+ATTEMPTS = 6  # of the client itself, which begins a file again where the line is cut
 MAX_WAIT = 300  # seconds: the Hub counts requests over five minutes
 
 # Somebody else was faster (409, 412), too many requests, or the server's own trouble.
@@ -118,6 +119,11 @@ def head_commit(repo: str, revision: str = "main") -> str:
     return commit
 
 
+def is_private(repo: str) -> bool:
+    """Whether only its owner, and whom the owner lets, can read the repository."""
+    return HfApi().repo_info(repo, timeout=TIMEOUT).private is True
+
+
 def list_files(repo: str, commit: str) -> dict[str, RepoFile]:
     """{path: size and checksum, as the Hub lists them} of every file of a commit."""
     with understood(repo):
@@ -152,7 +158,7 @@ def download_file(
     if force:
         require_inside(entry.path, repo, commit, cache)
     try:
-        with understood(repo), at_most(entry.size + 16 * MIN_COST):
+        with understood(repo), at_most(ATTEMPTS * entry.size + 16 * MIN_COST):
             return Path(
                 hf_hub_download(
                     repo, entry.path, revision=commit, cache_dir=cache, force_download=force

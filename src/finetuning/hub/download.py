@@ -4,6 +4,7 @@ The commit is resolved first and by the Hub: the libraries silently answer from 
 Hub is down or the token was revoked. HF_HUB_OFFLINE=1 is the way to say that the cache is wanted.
 """
 
+import re
 import shutil
 import sys
 import tempfile
@@ -31,9 +32,12 @@ from finetuning.hub.client import (
     with_retries,
 )
 from finetuning.hub.manifest import NAME, Manifest, parse_manifest
-from finetuning.untrusted_text import printable
+from finetuning.untrusted_text import printable, short_line
 
 UNVERIFIED = {NAME, "README.md"}  # the manifest itself; a card may be edited on the Hub
+MAX_LAYERS = 1000
+# Modules of an adapter by a regular expression: groups are only alternatives, few repetitions.
+MODEST_PATTERN = r"(?=.{1,200}$)(?!(?:.*[*+{]){5})(?!.*\)[*+{])[\w.\-|()\\^$*+?\[\]]*"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -153,10 +157,32 @@ def verify(
     if manifest:
         verify_checksums(address, folder, names, manifest, known)
     allowed_files.require_no_remote_code(folder)
-    is_adapter = (folder / allowed_files.ADAPTER_WEIGHTS).is_file()
+    is_adapter = (folder / "adapter_config.json").is_file()
     kind = allowed_files.ADAPTER if is_adapter else allowed_files.MODEL
     allowed_files.require_weights(folder, kind)
+    # Without these, transformers and peft go to another repository, or take all memory.
+    config = "adapter_config.json" if is_adapter else "config.json"
+    if not (folder / config).is_file():
+        raise UserError(f"{address} has no {config}")
+    require_modest(folder / config)
     return manifest
+
+
+def require_modest(file: Path) -> None:
+    """Raises UserError for a config of a stranger that no machine could follow."""
+    settings = allowed_files.read_json(file)
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        if isinstance(settings.get(name), int) and settings[name] > MAX_LAYERS:
+            raise UserError(f"{file}: {name} is {settings[name]:,}; at most {MAX_LAYERS:,}")
+    if settings.get("layer_replication"):
+        raise UserError(f"{file}: layer_replication is refused")
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        pattern = settings.get(name)
+        if isinstance(pattern, str) and not re.fullmatch(MODEST_PATTERN, pattern):
+            raise UserError(
+                f"{file}: {name} is {short_line(pattern)}, which could take for ever to match; "
+                "a list of names is taken, and patterns without nested repetition"
+            )
 
 
 def verify_checksums(

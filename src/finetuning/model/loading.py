@@ -86,7 +86,8 @@ def read_model(model: Model, device: "torch.device | str") -> "PreTrainedModel":
             location(model),
             revision=model.revision,
             dtype=torch_dtype(model),
-            trust_remote_code=False,
+            trust_remote_code=False,  # without it a question at the terminal runs a stranger's code
+            use_safetensors=True,  # no pickles
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named in the loading info
             **quantization_arguments(model, device),
@@ -114,7 +115,9 @@ def load_config(model: Model, tokenizer: "PreTrainedTokenizerFast") -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(location(model), revision=model.revision)
+        return AutoConfig.from_pretrained(
+            location(model), revision=model.revision, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.name: {model.name} has no config: {one_line(error)}") from None
 

@@ -52,7 +52,9 @@ def convert_tokenizer(name: str, revision: str | None) -> "PreTrainedTokenizerFa
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(
             f"model.name: {name} has no tokenizer that can be read: {one_line(error)}"

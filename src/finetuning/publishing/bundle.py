@@ -76,18 +76,20 @@ def require_public_base(run: RunFolder, recipe: Recipe) -> None:
 def gather_publication(run: RunFolder, recipe: Recipe, merged: Path | None) -> Publication:
     """What a run folder publishes; `merged` holds its merged weights, if these are wanted.
 
-    `recipe` is the run's, with where it is published. Raises UserError where a text holds a token.
+    `recipe` is the run's, with where it is published. Raises UserError where a text holds a secret.
     """
     address = address_of(recipe)
     portable = portable_recipe(recipe, run.environment.get("base_commit"))
     kind: Kind = "merged" if merged else "adapter" if recipe.lora else "full"
     manifest = describe_run(run, portable, kind)
     files = collect_files(run.path, portable, manifest.base, merged)
-    for name, source in files.items():
-        allowed_files.require_no_token(name, source)
     if plot := plot_losses(run.metrics):
         files["loss.png"] = plot
     files["README.md"] = model_card(address, manifest, portable, run, "loss.png" in files).encode()
+
+    for name, source in files.items():
+        allowed_files.require_no_secret(name, source)
+    allowed_files.require_no_secret(NAME, manifest.as_text().encode())
 
     above = f"{address.subfolder}/"
     added = checksummed({f"{above}{name}": source for name, source in sorted(files.items())})
@@ -125,6 +127,19 @@ def adapter_config(file: Path, base: BaseModelSource) -> bytes:
     settings = allowed_files.read_json(file)
     settings |= {"base_model_name_or_path": name, "revision": base.revision}
     return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
+
+
+def announcement(publication: Publication, is_private: bool) -> str:
+    """What is about to be published, to whom, and which names of local files can be read in it."""
+    manifest, address = publication.manifest, publication.address
+    size = sum(operation.upload_info.size for operation in publication.files.values())
+    audience = "private" if is_private else "public: everyone can read it"
+    local = [path for path in manifest.data.path if path not in manifest.data.datasets]
+    names = ", ".join([*local, str(manifest.recipe["training"]["output_dir"])])
+    return (
+        f"{address.repo} is {audience}; {len(publication.files)} files, {size:,} bytes; "
+        f"of this machine's paths they name {names}"
+    )
 
 
 def checksummed(files: Files) -> dict[str, CommitOperationAdd]:

@@ -47,5 +47,8 @@ def stored_dtype(model: Model) -> str:
         return model.dtype
     from transformers import AutoConfig
 
-    stored = AutoConfig.from_pretrained(location(model), revision=model.revision).dtype
+    config = AutoConfig.from_pretrained(
+        location(model), revision=model.revision, trust_remote_code=False
+    )
+    stored = config.dtype
     return model.dtype if stored is None else str(stored).removeprefix("torch.")

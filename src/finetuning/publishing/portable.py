@@ -1,5 +1,6 @@
 """The recipe as others can run it: nothing in it is a path of this machine."""
 
+import os
 from pathlib import Path
 
 from finetuning.data.section import Data, Source
@@ -65,8 +66,8 @@ def portable_sources(data: Data) -> str | list[Source]:
 
 def portable_path(source: Source) -> str:
     """A data set's Hub id or a file below the project's folder as it is, else `./` and its name."""
-    path = Path(source.path)
-    is_inside = not path.is_absolute() and path.parts[:1] not in (("~",), ("..",))
+    path = Path(os.path.normpath(source.path))  # a/../../b leaves the folder too
+    is_inside = not path.is_absolute() and not str(path).startswith(("~", ".."))
     if not is_local(source) or (is_inside and looks_local(source.path)):
-        return source.path
+        return source.path if not is_local(source) else f"{path}"
     return f"./{path.name}"

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ from pydantic import ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent
 
 from finetuning.data.section import Data
-from finetuning.errors import UserError, did_you_mean
+from finetuning.errors import UserError, did_you_mean, one_line
 from finetuning.recipe.error_messages import KeyPath, explain, is_inside, owner_of, shown
 from finetuning.recipe.sections import Generation, Lora, Model, Publish, Training
 from finetuning.section import Section
 
+MAX_CHARACTERS, MAX_DEPTH = 200_000, 100  # of a recipe
 SCHEMA = Path(__file__).parents[3] / "recipes" / "recipe.schema.json"
 
 
@@ -141,7 +144,12 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         apply_override(settings, places, override)
     try:
+        json.dumps(settings, ensure_ascii=False, default=str).encode()
         return Recipe.model_validate(settings)
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path}: a text in it has half a character, \\ud800 to \\udfff; write the whole one"
+        ) from None
     except ValidationError as error:
         raise UserError(explain(error, Recipe.model_fields, settings, places, str(path))) from None
 
@@ -162,12 +170,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     try:
+        require_plain(text, str(path))
         settings = YAML(typ="safe", pure=True).load(text)
         lines = dict(node_lines(YAML(typ="safe", pure=True).compose(text)))
     except RecursionError:
-        raise UserError(
-            f"{path}: is nested too deeply, or an alias stands inside what it names"
-        ) from None
+        raise UserError(f"{path}: is nested too deeply") from None
     except DuplicateKeyError as error:
         raise UserError(
             f"{path}:{error.problem_mark.line + 1}: {error.problem.split(' with')[0]}"
@@ -178,12 +185,29 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
         raise UserError(
             f"{path}{line}: is not YAML: {getattr(error, 'problem', None) or error}"
         ) from None
+    except ValueError as error:  # a date or a number that Python does not read
+        raise UserError(f"{path}: is not a recipe: {one_line(error)}") from None
     if not isinstance(settings, dict):
         raise UserError(
             f"{path}: a recipe is a mapping of {', '.join(Recipe.model_fields)}, found "
             f"{shown(settings)}"
         )
     return settings, {key: f"{path}:{line}" for key, line in lines.items()}
+
+
+def require_plain(text: str, place: str) -> None:
+    """Raises UserError for what makes a short recipe a large one: aliases of aliases; or size."""
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{place}: has {len(text):,} characters; at most {MAX_CHARACTERS:,}")
+    brackets = ({"[": 1, "{": 1, "]": -1, "}": -1}.get(character, 0) for character in text)
+    if max(accumulate(brackets), default=0) > MAX_DEPTH:  # ruamel's time grows with its square
+        raise UserError(f"{place}: is nested too deeply")
+    for event in YAML(typ="safe", pure=True).parse(text):
+        if isinstance(event, AliasEvent):
+            line = event.start_mark.line + 1
+            raise UserError(
+                f"{place}:{line}: *{event.anchor} is an alias; write out what it stands for"
+            )
 
 
 def similar_recipe(path: Path) -> str:
@@ -215,6 +239,7 @@ def apply_override(settings: dict[str, Any], places: dict[KeyPath, str], overrid
             f"override {override!r}: expected section.key=value{with_section(name, text)}"
         )
     try:
+        require_plain(text, f"override {name}")
         value = YAML(typ="safe", pure=True).load(text) if text.strip() else None
     except YAMLError as error:
         raise UserError(

@@ -130,10 +130,21 @@ def damage_of(checkpoint: Path) -> str | None:
 def verify_newest_first(folder: Path) -> Iterator[tuple[Path, str | None]]:
     """(checkpoint, what is wrong with it) from the newest on, until one is whole."""
     for checkpoint in checkpoints_of(folder):
-        damage = damage_of(checkpoint)
+        damage = damage_of(checkpoint) or owner_of_code(checkpoint)
         yield checkpoint, damage
         if damage is None:
             return
+
+
+def owner_of_code(checkpoint: Path) -> str | None:
+    """What keeps a checkpoint of DeepSpeed from being read: it is of pickles, which are code.
+
+    DeepSpeed loads them with weights_only=False; sealed.json is written by whoever gives them.
+    """
+    for file in checkpoint.glob("global_step*/**/*"):
+        if file.is_symlink() or file.stat().st_uid != os.getuid():
+            return f"{file.name} belongs to another user, and would be run as code"
+    return None
 
 
 def digest(file: Path) -> str:

@@ -133,7 +133,10 @@ def require_free_or_ours(folder: Path) -> None:
     repository as training.output_dir would lose theirs. What a run has written is told by its
     recipe.yaml and environment.json, or by there being nothing else yet.
     """
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    try:
+        found = sorted(folder.iterdir()) if folder.is_dir() else []
+    except (OSError, ValueError) as error:  # no file system has such a name, or it is hidden
+        raise UserError(f"training.output_dir: {folder} cannot be used: {error}") from None
     if links := [path.name for path in found if path.is_symlink()]:
         raise UserError(
             f"training.output_dir: {folder} holds a link, {links[0]}, through which files "
@@ -213,8 +216,11 @@ def lock(folder: Path) -> AbstractContextManager[Any]:
 
     Raises UserError where another process holds it.
     """
+    with suppress(PermissionError):  # a lock that others may open is one that they may hold
+        (folder / LOCK).touch(mode=0o600)
+        (folder / LOCK).chmod(0o600)
     try:
-        return FileLock(folder / LOCK).acquire(blocking=False)
+        return FileLock(folder / LOCK, mode=0o600).acquire(blocking=False)
     except Timeout:
         launches = read_environment(folder).get("launches") or [{}]
         who = (
@@ -229,7 +235,11 @@ def lock(folder: Path) -> AbstractContextManager[Any]:
 
 
 def output_folder(recipe: Recipe) -> Path:
-    return Path(recipe.training.output_dir).expanduser()
+    """Where the recipe's run is, or will be. Raises UserError for the home of nobody, `~x`."""
+    try:
+        return Path(recipe.training.output_dir).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"training.output_dir: {recipe.training.output_dir}: {error}") from None
 
 
 def make_folder(folder: Path) -> Path:
@@ -237,9 +247,9 @@ def make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise UserError(
-            f"training.output_dir: {folder} cannot be written: {error.strerror}"
+            f"training.output_dir: {folder} cannot be written: {getattr(error, 'strerror', error)}"
         ) from None
     return folder
 
