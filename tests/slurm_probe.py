@@ -44,6 +44,8 @@ def main(arguments: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "wrong" | "killed":
             time.sleep(600)  # until the launcher ends it
+        case "stuck":
+            raise Stopped(signal.SIGUSR1, "stopped by SIGUSR1 after step 3 of 9")
         case "stopped":
             raise Stopped(signal.SIGUSR1, "stopped as if by a signal")
 

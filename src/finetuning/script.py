@@ -52,9 +52,8 @@ def run_main(main: Callable[[list[str]], None], manual: str, when_interrupted: s
     write_exit_note(1, "a process was killed", at=math.inf)  # what stands there if it is
     try:
         main(arguments)
-        ignore_stop_signals()
-        write_exit_note(0)
         ignore_signals()
+        write_exit_note(0)
         return 0
     except UserError as error:
         return report(f"error: {one_line(error)}", error.exit_code)
@@ -122,13 +121,6 @@ def ignore_signals() -> None:
     """What has ended stays as it was noted: Python would die of a signal while it takes itself
     apart, and launchers that die of the same Ctrl-C have the kernel send SIGTERM.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def ignore_stop_signals() -> None:
-    """What is finished stays so: Python restores default handlers while it ends, but not ignored
-    ones."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 

@@ -320,6 +320,10 @@ def misspelt(site):
     return site.train("misspelt", overrides=("training.learning_rat=1",)).end()
 
 
+def alone_on_two_nodes(site):
+    return site.train("alone", "--nodes=2", config="cpu").end()
+
+
 def wrong_in_one_process(site):
     return site.probe("wrong", "--nodes=2", "--gres=gpu:1").end()
 
@@ -332,11 +336,12 @@ def killed_in_one_process(site):
     ("job", "code", "said"),
     [
         (misspelt, 2, "did you mean training.learning_rate?"),
+        (alone_on_two_nodes, 2, "accelerate started one process where 2 were asked for"),
         (wrong_in_one_process, 2, "error: something is wrong in process 1"),
         (killed_in_one_process, 1, "killed"),
     ],
     indirect=["job"],
-    ids=["misspelt", "wrong", "killed"],
+    ids=["misspelt", "alone", "wrong", "killed"],
 )
 def test_a_job_that_fails_is_not_queued_again_and_says_why_at_last(job, code, said):
     assert (job.facts["JobState"], job.facts["Restarts"], job.exit_code) == ("FAILED", "0", code), (
@@ -355,6 +360,16 @@ def test_restarts_are_bounded(job):
     assert (job.facts["JobState"], job.facts["Restarts"], job.exit_code) == ("FAILED", "1", 75)
     assert "MAX_RESTARTS" in job.log.splitlines()[-1]
     assert "Traceback" not in job.log
+
+
+def stuck(site):
+    return site.probe("stuck", "--nodes=1", "--gres=gpu:1").end()
+
+
+@about(stuck)
+def test_a_job_that_is_stopped_twice_at_the_same_step_is_not_queued_again(job):
+    assert (job.facts["JobState"], job.facts["Restarts"], job.exit_code) == ("FAILED", "1", 75)
+    assert "stopped again after step 3, and is not queued again" in job.log.splitlines()[-1]
 
 
 def repeated(site):
