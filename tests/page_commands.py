@@ -17,14 +17,17 @@ import preview
 import publish
 import pull
 import sft
+import sweep
 from finetuning.hub.address import parse_address
 from finetuning.launch.devices import GPUS
 from finetuning.launch.strategy import launch_environment
+from finetuning.launch.sweep import read_sweep
 from finetuning.recipe.recipe import load_recipe
 
 RECIPES = listed_recipes()
 SCRIPTS = {
-    f"src/{one.__name__}.py": one for one in (chat, compare, generate, preview, publish, pull, sft)
+    f"src/{one.__name__}.py": one
+    for one in (chat, compare, generate, preview, publish, pull, sft, sweep)
 }
 PULLED = "outputs/pulled/recipe.yaml"  # what a command of the pages pulls
 
@@ -115,6 +118,12 @@ def check_compare(options: Namespace) -> None:
     assert set(options.folders) <= sweeps | run_folders().keys() | {"outputs/try", "outputs/short"}
 
 
+def check_sweep(options: Namespace) -> None:
+    launch_environment(str(ROOT / options.config_file), options.num_processes)
+    for overrides in read_sweep(ROOT / options.file, options.overrides).values():
+        load_recipe(ROOT / options.recipe, overrides)
+
+
 CHECKS = {
     "src/sft.py": check_recipe,
     "src/preview.py": check_preview,
@@ -123,6 +132,7 @@ CHECKS = {
     "src/publish.py": check_publish,
     "src/pull.py": check_pull,
     "src/compare.py": check_compare,
+    "src/sweep.py": check_sweep,
 }
 
 

@@ -5,9 +5,9 @@ import json
 from commands import RECIPE, ROOT, ROWS, write_files
 
 
-def test_a_sweep_trains_every_line_and_leaves_what_is_finished(run_script, tmp_path, monkeypatch):
+def test_a_sweep_trains_every_line_and_leaves_what_is_finished(run_script, tmp_path):
     recipe = RECIPE.replace("  output_dir: FOLDER/run\n", "").replace(
-        "max_steps: 2", "max_steps: 1"
+        "max_steps: 2", "max_steps: 2\n  learning_rate: 1e-2\n  lr_scheduler_type: constant"
     )
     recipe = recipe.replace("training:", "training:\n  output_dir: unused")
     write_files(tmp_path, {"recipe.yaml": recipe, "rows.jsonl": ROWS, "seeds.txt": ""})

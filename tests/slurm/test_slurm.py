@@ -24,7 +24,10 @@ from finetuning.recipe.recipe import load_recipe
 pytestmark = pytest.mark.cluster
 
 AT_ONCE = 5  # stories; each starts several Pythons
-LARGE = "-- accelerate_configs/cpu.yaml recipe.yaml training.output_dir=outputs/large"
+LARGE = (
+    "-- accelerate_configs/ddp.yaml recipe.yaml training.output_dir=outputs/large "
+    "training.global_batch_size=null"
+)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from finetuning.errors import UserError
 from finetuning.launch.strategy import Strategy
 from finetuning.recipe.recipe import load_recipe
 from finetuning.recipe.without_effect import settings_without_effect
-from finetuning.training.library_checks import require_library_settings
+from finetuning.training.library_checks import require_library_settings, trial_arguments
 from finetuning.training.prepared_run import prepare_run
 
 LLAMA = (
@@ -25,7 +25,7 @@ def ask(tmp_path):
     def ask(*overrides):
         recipe = load_recipe(tmp_path / "recipe.yaml", overrides)
         run = prepare_run(recipe, Strategy("single", 1), trains_here=False)
-        return require_library_settings(run)
+        return require_library_settings(run, trial_arguments(recipe))
 
     return ask
 

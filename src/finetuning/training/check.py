@@ -9,7 +9,7 @@ from finetuning.errors import UserError
 from finetuning.launch.devices import GIB
 from finetuning.model.weight_files import require_weight_files
 from finetuning.recipe.recipe import Recipe
-from finetuning.training.library_checks import require_library_settings
+from finetuning.training.library_checks import require_library_settings, trial_arguments
 from finetuning.training.prepared_run import PreparedRun
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def check(run: PreparedRun, folder: Path) -> list[str]:
 
     Raises UserError for what would end the run in its first minutes, or at its first checkpoint.
     """
-    model = require_library_settings(run)
+    model = require_library_settings(run, trial_arguments(run.recipe))
     is_local = require_weight_files(run.recipe.model)
     require_disk(run.recipe, model, folder)
     unseen = ["whether it fits into memory: src/preview.py says so, with --gpu for another machine"]

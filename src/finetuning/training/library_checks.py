@@ -1,6 +1,7 @@
 """What the libraries say to a recipe's settings, asked before a model is loaded."""
 
 import inspect
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ BY_LOSS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 METRICS = ("loss", "perplexity", "mean_token_accuracy")  # of an evaluation, see trainer.py
 
 
-def require_library_settings(run: PreparedRun) -> "PreTrainedModel":
+def require_library_settings(run: PreparedRun, args: SFTConfig) -> "PreTrainedModel":
     """The base model without its weights, on the meta device, after every setting was tried on it
     or on its class.
 
@@ -61,7 +62,6 @@ def require_library_settings(run: PreparedRun) -> "PreTrainedModel":
     recipe, tokenizer = run.recipe, run.tokenizer
     model = model_without_weights(recipe, tokenizer)
     require_positions(model, run.examples.report["tokens"]["max"])
-    args = trial_arguments(recipe)
     require_optimizer(args, model)
     require_schedule(args)
     require_metric(args)
@@ -114,7 +114,13 @@ def require_positions(model: "PreTrainedModel", longest: int) -> None:
 
 
 def trial_arguments(recipe: Recipe) -> SFTConfig:
-    """The training section as the library reads it, for no device in particular."""
+    """The training section as the library reads it, for no device in particular.
+
+    For --check alone: the library begins to speak to devices and other processes when it is made.
+    """
+    launch = ("WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    for name in launch:  # there are no other processes here
+        os.environ.pop(name, None)
     ours = {"global_batch_size", "auto_find_batch_size"}
     device = {"bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu", "ddp_backend"}
     settings = recipe.training.model_dump(exclude_unset=True, exclude=ours | device)

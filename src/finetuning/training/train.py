@@ -64,8 +64,8 @@ def train(run: PreparedRun, stop: Stop, console: Console) -> None:
 def make_trainer(run: PreparedRun) -> ResponseTrainer:
     """A trainer ready to train. Raises UserError where model, data and machine do not go together."""
     recipe, examples = run.recipe, run.examples
-    require_library_settings(run)
     args = make_arguments(recipe, has_eval=examples.eval is not None)
+    require_library_settings(run, args)
     formats = {"bf16": bool(args.bf16), "fp16": args.fp16}
     base = with_weight_format(recipe, args.device, formats)
     model = load_model(base, run.tokenizer, args.seed, args.device)
