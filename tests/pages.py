@@ -11,7 +11,11 @@ from markdown_it.token import Token
 
 ENGLISH = [
     path.relative_to(ROOT).as_posix()
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for path in [
+        ROOT / "README.md",
+        ROOT / "SECURITY.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
     if not path.name.endswith(".ja.md")
 ]
 JAPANESE = [page.replace(".md", ".ja.md") for page in ENGLISH]
