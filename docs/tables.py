@@ -26,7 +26,8 @@ Rows = list[list[str]]
 
 
 def rooms() -> Rows:
-    """The package's folders in the order of imports, with the first paragraph of their docstrings."""
+    """The package's folders in the order of imports, with the first paragraph of their
+    docstrings."""
     order = re.findall(r"\w+", docstring(PACKAGE / "__init__.py").partition("holds it):")[2])
     names = [name for name in order if (PACKAGE / name / "__init__.py").is_file()]
     rows = []

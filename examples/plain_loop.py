@@ -75,7 +75,8 @@ def main(arguments: list[str]) -> None:
 def padded_batches(
     examples: Examples, size: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(input_ids, labels), each (B, T), without end: every epoch all examples once, in a new order."""
+    """(input_ids, labels), each (B, T), without end: every epoch all examples once, in a new
+    order."""
     epoch = 0
     while True:
         order = np.random.default_rng((seed, epoch)).permutation(len(examples))

@@ -1,4 +1,5 @@
-"""A training step on the tensors of a GPU that is not there: shapes, formats and memory, no numbers.
+"""A training step on the tensors of a GPU that is not there: shapes, formats and memory, no
+numbers.
 
 torch's FakeTensorMode computes what every operation returns without computing it, on any device it
 is told. CUDA's autocast rules, the project's own code and bitsandbytes' layers run as they would on

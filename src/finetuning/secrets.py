@@ -41,7 +41,8 @@ OWN = {
     "GitHub token": r"\bgithub_pat_[A-Za-z0-9_]{20,}",
     "OpenAI or Anthropic key": r"\bsk-(proj|svcacct|admin|ant)-[A-Za-z0-9_-]{16,}",
     "Google API key": r"\bAIza[A-Za-z0-9_-]{35}",
-    "wandb key": r"(?i:wandb|api\.wandb\.ai)[^\n]{0,40}?\b[0-9a-f]{40}\b|\bwandb_v\d_[A-Za-z0-9_]{20,}",
+    "wandb key": r"(?i:wandb|api\.wandb\.ai)[^\n]{0,40}?\b[0-9a-f]{40}\b"
+    r"|\bwandb_v\d_[A-Za-z0-9_]{20,}",
     "password in a URL": r"://[^/\s:@]*:[^/\s@]+@",
     "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
 }

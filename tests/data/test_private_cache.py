@@ -1,4 +1,5 @@
-"""Prepared rows are the person's own: nobody else reads them, puts others there, or holds the start."""
+"""Prepared rows are the person's own: nobody else reads them, puts others there, or holds the
+start."""
 
 import os
 from pathlib import Path

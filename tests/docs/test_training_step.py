@@ -1,4 +1,5 @@
-"""docs/training_step.md: its code computes the real step, and its links lead to where it happens."""
+"""docs/training_step.md: its code computes the real step, and its links lead to where it
+happens."""
 
 import ast
 import re

@@ -33,7 +33,8 @@ def outside(tmp_path):
 @pytest.mark.parametrize("header", ["ETag", "X-Linked-ETag", "X-Repo-Commit"])
 @pytest.mark.parametrize("value", [f'"{UP}victim"', f'"{UP}new"', '"x/y"', 'W/".."', "a" * 39])
 def test_a_header_that_is_no_digest_becomes_no_path(header, value, hub, call, outside, tmp_path):
-    """huggingface_hub 2.4.0 joins it to the path of its cache, and --force overwrites what is there."""
+    """huggingface_hub 2.4.0 joins it to the path of its cache, and --force overwrites what is
+    there."""
     hub.put(REPO, FILES)
     before = outside()
     value = value.replace("victim", str(tmp_path / "victim").lstrip("/"))

@@ -1,4 +1,5 @@
-"""What a training step does on a GPU, seen on fake CUDA tensors: products, kernels, waits, memory."""
+"""What a training step does on a GPU, seen on fake CUDA tensors: products, kernels, waits,
+memory."""
 
 import fake_cuda
 import pytest

@@ -76,7 +76,8 @@ def test_under_autocast_the_products_are_in_half_precision_and_the_loss_is_not()
 
 
 def gradient_error(dtype: torch.dtype, scale: float = 1.0) -> float:
-    """Of the head's weight, in many tiles, as a share of its norm; hidden states have an outlier."""
+    """Of the head's weight, in many tiles, as a share of its norm; hidden states have an
+    outlier."""
     hidden, weight, _, tokens = problem(torch.float32, rows=4096, width=32, vocabulary=512)
     tokens[: len(tokens) // 10] = 7
     half = hidden.detach().to(dtype), weight.detach().mul(0.1).to(dtype).requires_grad_()

@@ -210,7 +210,10 @@ def test_a_recipe_with_every_section_is_the_same_after_saving_and_loading(load):
 
 
 def test_a_long_text_with_tabs_is_the_same_after_saving_and_loading(load):
-    text = "東京東京worda\t\tword\t東京東京東京word東京aaword\ta\tword\t東京東京\t\t\t東京  a\t\t東京東京\t \t\ta 東京a"
+    text = (
+        "東京東京worda\t\tword\t東京東京東京"
+        "word東京aaword\ta\tword\t東京東京\t\t\t東京  a\t\t東京東京\t \t\ta 東京a"
+    )
     recipe = load(MIXED, f"generation.prompts={json.dumps([text])}")
     assert recipe.generation.prompts == [text]
     assert load(recipe.as_yaml()) == recipe

@@ -1,4 +1,5 @@
-"""A run folder is empty, or one of ours, or refused with what is in it; a stranger does not choose it."""
+"""A run folder is empty, or one of ours, or refused with what is in it; a stranger does not choose
+it."""
 
 import json
 import os

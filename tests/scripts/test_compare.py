@@ -17,7 +17,7 @@ training: {{output_dir: '{folder}', learning_rate: {rate}, max_steps: 20}}
 
 
 def make_run(folder: Path, rate: str, losses: list[float], finished: bool = True) -> Path:
-    """A run folder with an evaluation loss at each of steps 0, 10, ..., and twice that in training."""
+    """A run folder with evaluation losses at steps 0, 10, ..., and twice those in training."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, rate=rate))
     (folder / "environment.json").write_text(

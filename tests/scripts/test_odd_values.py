@@ -1,4 +1,5 @@
-"""Every field of every section x odd values: refused in one line, or right, and never a traceback."""
+"""Every field of every section x odd values: refused in one line, or right, and never a
+traceback."""
 
 import copy
 import json

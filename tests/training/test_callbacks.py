@@ -1,4 +1,5 @@
-"""What happens beside the steps: metrics written down, stopping together, saying where one waits."""
+"""What happens beside the steps: metrics written down, stopping together, saying where one
+waits."""
 
 import json
 import socket

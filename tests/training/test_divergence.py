@@ -1,4 +1,5 @@
-"""A run whose loss or weights are no numbers, or do not move, ends in one line and is not finished."""
+"""A run whose loss or weights are no numbers, or do not move, ends in one line and is not
+finished."""
 
 import json
 from pathlib import Path

@@ -109,7 +109,8 @@ WITHOUT = (
     "import finetuning.training.start_checks as start_checks; "
     "start_checks.CHECKS = start_checks.CHECKS[:-1]; "
 )
-LAUNCHED = "import sys; sys.path.insert(0, 'src'); import finetuning.script as script, sft; {}script.run(sft.main, '')"
+LAUNCHED = "import sys; sys.path.insert(0, 'src'); import finetuning.script as script, sft; "
+"{}script.run(sft.main, '')"
 
 
 @pytest.mark.cluster
@@ -150,7 +151,8 @@ def out_of_memory_above(size: int, monkeypatch) -> list[int]:
         tried.append(len(batch["lengths"]))
         if len(batch["lengths"]) > size:
             raise RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: ..."
+                "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: "
+                "..."
             )
         compute(trainer, batch)
 

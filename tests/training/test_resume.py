@@ -172,7 +172,8 @@ def kill(processes: list[psutil.Process]) -> None:
 
 
 def kill_while_it_writes(run: Run, process: psutil.Popen) -> None:
-    """Some saves are over before all processes stand still: those are let go, until the next one."""
+    """Some saves are over before all processes stand still: those are let go, until the next
+    one."""
     while True:
         processes = run.until(process, run.is_writing)
         for each in processes:

@@ -1,4 +1,4 @@
-"""A signal ends a run at once, after a step, or not at all, and the exit code says what to do next."""
+"""A signal ends a run at once, after a step, or not at all; the exit code says what to do."""
 
 import os
 import signal
@@ -166,7 +166,8 @@ def ending(tmp_path):
         (
             "raise OSError(28, 'No space left on device')",
             1,
-            "error: the disk is full: [Errno 28] No space left on device; make room, and give the same command again",
+            "error: the disk is full: [Errno 28] No space left on device; make room, and give the "
+            "same command again",
         ),
     ],
     ids=["mistake", "interrupted", "SIGINT", "full disk"],
@@ -221,7 +222,10 @@ def test_of_several_processes_that_stop_only_the_first_speaks(ending, number):
 
 def test_a_mistake_is_left_to_the_first_process_until_the_launcher_ends_the_others(ending):
     """Signals were listened to by then: the launcher's must end it all the same."""
-    mistake = "from finetuning.training.signals import Stop; Stop().listen(); print('now', flush=True); raise UserError('data.path: a')"
+    mistake = (
+        "from finetuning.training.signals import Stop; Stop().listen(); "
+        "print('now', flush=True); raise UserError('data.path: a')"
+    )
     assert ending(mistake, rank="1", stop_after=1) == (-SIGTERM, "", ["2", "error: data.path: a"])
 
 

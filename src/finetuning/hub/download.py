@@ -1,4 +1,5 @@
-"""Published model -> local folder: of one commit, verified by the Hub's and the manifest's checksums.
+"""Published model -> local folder: of one commit, verified by the Hub's and the manifest's
+checksums.
 
 The commit is resolved first and by the Hub: the libraries silently answer from the cache where the
 Hub is down or the token was revoked. HF_HUB_OFFLINE=1 is the way to say that the cache is wanted.

@@ -1,4 +1,5 @@
-"""What a Hub, or whoever speaks for it, may answer: names of files by digest, bounded, from one host.
+"""What a Hub, or whoever speaks for it, may answer: names of files by digest, bounded, from one
+host.
 
 huggingface_hub 2.4.0 joins the ETag header to the path of its cache unchecked: `../../../x` wrote
 and overwrote any file of the user. It follows `next` links to other hosts with the token, and reads
@@ -91,7 +92,8 @@ def require_digests(response: httpx2.Response) -> None:
         value = response.headers.get(header)
         if value and not DIGEST.fullmatch(value.removeprefix("W/").strip('"')):
             raise UserError(
-                f"the Hub names a file {short_line(value)} ({header}), which is not a digest; refused"
+                f"the Hub names a file {short_line(value)} ({header}), which is not a digest; "
+                "refused"
             )
 
 

@@ -167,7 +167,8 @@ def fuse_gelu(model: "PreTrainedModel") -> None:
 def leave_out_router_loss(model: "PreTrainedModel") -> None:
     """Keeps a mixture of experts from adding the balance of its experts to the loss.
 
-    It is no part of ours, and a model that returns its router's logits cannot answer before training.
+    It is no part of ours, and a model that returns its router's logits cannot answer before
+    training.
     """
     config = model.config.get_text_config()
     if hasattr(config, "output_router_logits"):

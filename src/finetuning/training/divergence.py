@@ -39,7 +39,8 @@ class FirstNonFinite:
 
 
 def norms_of(model: torch.nn.Module) -> torch.Tensor:
-    """(trained weights,) norms of what this process has of each; not finite where a weight is not."""
+    """(trained weights,) norms of what this process has of each; not finite where a weight is
+    not."""
     parts = [local_part(weight.detach()) for weight in model.parameters() if weight.requires_grad]
     norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
     return torch.stack(norms) if norms else torch.zeros(0)

@@ -36,7 +36,8 @@ def require_loggers(recipe: Recipe, folder: Path) -> None:
             and not has_wandb_key()
         ):
             raise UserError(
-                "training.report_to: wandb is not logged in: run `wandb login`, or set WANDB_MODE=offline"
+                "training.report_to: wandb is not logged in: run `wandb login`, or set "
+                "WANDB_MODE=offline"
             )
 
 

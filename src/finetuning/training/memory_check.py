@@ -41,7 +41,8 @@ def check_memory(trainer: ResponseTrainer, run: PreparedRun) -> None:
         raise TooLarge
     advice = remedies(recipe, args.per_device_train_batch_size, args.gradient_accumulation_steps)
     raise UserError(
-        f"out of memory on the longest micro-batch ({examples} examples, {tokens:,} tokens), before the first step; "
+        f"out of memory on the longest micro-batch ({examples} examples, {tokens:,} tokens), "
+        "before the first step; "
         f"smaller with {', or '.join(advice)}"
     )
 
@@ -106,7 +107,8 @@ def optimizer_slots(optim: str, has_state: bool) -> int:
 
 
 def halve_micro_batch(trainer: ResponseTrainer) -> None:
-    """Halves the micro-batch (an odd one is divided by more) and makes up for it by accumulation."""
+    """Halves the micro-batch (an odd one is divided by more) and makes up for it by
+    accumulation."""
     args = trainer.args
     size = args.per_device_train_batch_size
     args.per_device_train_batch_size, args.gradient_accumulation_steps = smaller(
@@ -117,9 +119,10 @@ def halve_micro_batch(trainer: ResponseTrainer) -> None:
     trainer.model = trainer.model_wrapped = trainer.accelerator.unwrap_model(
         trainer.model_wrapped, keep_fp32_wrapper=False
     )
-    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.optimizer = trainer.lr_scheduler = None  # type: ignore[assignment]
     if trainer.is_world_process_zero():
         print(
-            f"out of memory with micro-batches of {size} examples: now {args.per_device_train_batch_size}, "
+            f"out of memory with micro-batches of {size} examples: now "
+            f"{args.per_device_train_batch_size}, "
             f"{args.gradient_accumulation_steps} of them in a step"
         )

@@ -32,7 +32,8 @@ def resume_or_train(trainer: ResponseTrainer) -> None:
 
 
 def last_checkpoint(trainer: ResponseTrainer) -> str | None:
-    """The newest checkpoint that is whole, the same for all processes; others are named on stderr."""
+    """The newest checkpoint that is whole, the same for all processes; others are named on
+    stderr."""
     found: list[str | None] = [None]
     if trainer.is_world_process_zero():
         for checkpoint, damage in verify_newest_first(trainer.run_folder):

@@ -1,4 +1,5 @@
-"""Recipe -> trl.SFTConfig: the training section, with what other sections and the machine decide."""
+"""Recipe -> trl.SFTConfig: the training section, with what other sections and the machine
+decide."""
 
 import os
 import sys

@@ -62,7 +62,10 @@ def train(run: PreparedRun, stop: Stop, console: Console) -> None:
 
 
 def make_trainer(run: PreparedRun) -> ResponseTrainer:
-    """A trainer ready to train. Raises UserError where model, data and machine do not go together."""
+    """A trainer ready to train.
+
+    Raises UserError where model, data and machine do not go together.
+    """
     recipe, examples = run.recipe, run.examples
     args = make_arguments(recipe, has_eval=examples.eval is not None)
     require_library_settings(run, args)

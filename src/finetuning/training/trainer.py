@@ -172,9 +172,11 @@ class ResponseTrainer(Trainer):
         assert self.head.scores is not None
         self.throughput.count(inputs, self.head.scores)
         if num_items_in_batch is None:
-            return loss / max(1, len(targets.tokens))
+            mean: torch.Tensor = loss / max(1, len(targets.tokens))
+            return mean
         # DDP and ZeRO average gradients over processes, each of which has only its own tokens.
-        return loss * (self.accelerator.num_processes / num_items_in_batch)
+        share: torch.Tensor = loss * (self.accelerator.num_processes / num_items_in_batch)
+        return share
 
     def prediction_step(
         self, model: Any, inputs: Batch, *args: Any, **kwargs: Any
@@ -226,7 +228,7 @@ class ResponseTrainer(Trainer):
             self.control.should_training_stop = True
             return
         with block_signals():
-            super()._run_epoch(*args, **kwargs)
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _evaluate(
         self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
