@@ -144,7 +144,7 @@ def render_all(
     """The conversations that fit the template, and the segments of each."""
     conversations, segments = [], []
     read = read_conversations(data, tally)
-    for conversation in tqdm(read, desc="rendering", disable=None, leave=False):
+    for conversation in tqdm(read, desc="rendering", disable=None, leave=False, delay=1):
         try:
             segments.append(template.render(conversation.messages))
             conversations.append(conversation)
