@@ -333,6 +333,33 @@ def test_the_schema_refuses_what_loading_refuses(load, validator, right, wrong):
         load(text)
 
 
+def test_the_schema_says_who_owns_a_key_and_what_its_new_name_is():
+    definitions = json.loads(SCHEMA.read_text(encoding="utf-8"))["$defs"]
+    packing = definitions["Training"]["properties"]["packing"]
+    assert packing["errorMessage"] == "training.packing belongs to data.layout"
+    renamed = definitions["Training"]["properties"]["evaluation_strategy"]
+    assert renamed["errorMessage"].endswith("write training.eval_strategy")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("{name: some/model}", "{name: some/model, from_scratch: {config: {}, vocab_size: 300}}"),
+        ("{name: some/model}", "{revision: main}"),
+        ("{fraction: 0.1, seed: 3}", "{fraction: 0.1, every: 3}"),
+        ("{fraction: 0.1, seed: 3}", "{seed: 3}"),
+        ("{r: 8,", "{base_model_name_or_path: x,"),
+    ],
+)
+def test_the_schema_refuses_keys_that_exclude_each_other_or_belong_elsewhere(
+    validator, right, wrong
+):
+    assert MIXED.count(right) == 1
+    read = YAML(typ="safe", pure=True).load
+    assert validator.is_valid(read(MIXED))
+    assert not validator.is_valid(read(MIXED.replace(right, wrong)))
+
+
 def test_the_schema_file_is_that_of_this_code():
     assert SCHEMA.read_text(encoding="utf-8") == recipe_schema(), "run: make schema"
 

@@ -16,6 +16,7 @@ from ruamel.yaml.events import AliasEvent
 from finetuning.data.section import Data
 from finetuning.errors import UserError, did_you_mean, one_line
 from finetuning.recipe.error_messages import KeyPath, explain, is_inside, owner_of, shown
+from finetuning.recipe.ownership import OWNED, RENAMED
 from finetuning.recipe.sections import Generation, Lora, Model, Publish, Training
 from finetuning.section import Section
 
@@ -132,9 +133,34 @@ class Recipe(Section):
 
 
 def recipe_schema() -> str:
-    """JSON schema of a recipe, for completion and checking in editors."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return json.dumps(dialect | Recipe.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
+    """JSON schema of a recipe, for completion and checking in editors.
+
+    It also has the keys that a section does not take, with what the command line says to them.
+    """
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Recipe.model_json_schema(),
+    }
+    for section, owned in OWNED.items():
+        properties = schema["$defs"][section.capitalize()]["properties"]
+        for name, owner in owned.items():
+            properties[name] = refused(f"{section}.{name} belongs to {owner}")
+        for name, new in RENAMED.items():
+            properties.setdefault(name, refused(f"{name} has a new name: write {new}"))
+    exclusive = {"Model": ("name", "from_scratch"), "Eval": ("every", "fraction", "split")}
+    for section, names in exclusive.items():
+        schema["$defs"][section]["oneOf"] = [given(name) for name in names]
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+def refused(message: str) -> dict[str, Any]:
+    """A key that may not be there; editors of the YAML language server show the message."""
+    shown = dict.fromkeys(("description", "errorMessage", "deprecationMessage"), message)
+    return {"not": {}, "deprecated": True, "doNotSuggest": True, **shown}
+
+
+def given(name: str) -> dict[str, Any]:
+    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
