@@ -34,13 +34,16 @@ def main(arguments: list[str]) -> None:
     from finetuning.recipe.recipe import load_recipe
     from finetuning.recipe.without_effect import settings_without_effect
     from finetuning.runs.folder import (
-        is_finished,
         lock,
-        open_run_folder,
         output_folder,
         require_free_or_ours,
         require_local_output,
-        take_publish,
+    )
+    from finetuning.runs.reopen import (
+        is_finished,
+        open_run_folder,
+        take_changes,
+        with_real_folder,
     )
     from finetuning.runs.terminal import make_console, print_funnel
     from finetuning.training.loggers import require_loggers
@@ -53,6 +56,7 @@ def main(arguments: list[str]) -> None:
     is_check = options.check
     recipe = load_recipe(options.recipe, options.overrides)
     require_local_output(Path(options.recipe), recipe, options.overrides)
+    recipe = with_real_folder(recipe, Path(options.recipe))
     require_free_or_ours(output_folder(recipe))
     console = make_console(quiet=os.environ.get("RANK", "0") != "0")
     if line := leave_precision_to_recipe():
@@ -65,11 +69,13 @@ def main(arguments: list[str]) -> None:
     run = prepare_run(recipe, strategy, trains_here=not is_check)
     recipe, examples = run.recipe, run.examples
     folder = open_run_folder(recipe, examples.fingerprint, None if is_check else strategy)
-    if finished := is_finished(folder):
+    if finished := is_finished(folder, recipe):
         if not (is_check or console.quiet):
-            take_publish(folder, recipe)
+            take_changes(folder, recipe)
         console.print(
-            f"{folder} is finished ({finished}); to train anew, delete it or choose another"
+            f"{folder} is finished ({finished}); to train longer, raise "
+            "training.num_train_epochs or max_steps; to train anew, choose another "
+            "training.output_dir"
         )
         return
     with nullcontext() if console.quiet else lock(folder):

@@ -110,6 +110,7 @@ def make_runs(root: Path) -> dict[str, Path]:
     }
     model = AutoModelForCausalLM.from_pretrained(runs["sharded"])
     os.remove(runs["sharded"] / "model.safetensors")
+    os.remove(runs["sharded"] / "sealed.json")  # as before run folders were sealed
     model.save_pretrained(runs["sharded"], max_shard_size="60KB")
     return runs
 

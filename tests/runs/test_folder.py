@@ -14,16 +14,15 @@ from finetuning.launch.strategy import Strategy
 from finetuning.recipe.recipe import Recipe, load_recipe
 from finetuning.runs.folder import (
     Sample,
-    is_finished,
     lock,
     make_folder,
-    open_run_folder,
     read_environment,
     read_samples,
     write_finish,
     write_samples,
     write_start,
 )
+from finetuning.runs.reopen import is_finished, open_run_folder, with_real_folder
 
 # Holds the lock of a folder until it is killed.
 HOLDER = """
@@ -234,6 +233,7 @@ def test_the_last_launch_counts_not_the_first(recipe_of):
 def test_a_finished_run_is_left_alone_whatever_the_processes(recipe_of):
     folder = begun(recipe_of(), Strategy("zero3", 8))
     assert is_finished(folder) is None
+    (folder / "model.safetensors").touch()
     write_finish(folder)
     assert is_finished(folder).startswith("20")
     assert open_run_folder(recipe_of(), "rows", Strategy("single", 1)) == folder
@@ -268,13 +268,111 @@ def test_a_run_that_was_refused_before_its_first_step_leaves_nothing_to_compare_
     open_run_folder(recipe_of("training.learning_rate=0.5"), "other rows", Strategy("ddp", 2))
 
 
-def test_a_damaged_environment_is_named(recipe_of):
+@pytest.mark.parametrize("content", ['{"data": ', "null", "[]", '{"launches": 1}'])
+def test_a_damaged_environment_is_named_and_begun_anew(recipe_of, capsys, content):
+    recipe = recipe_of()
+    folder = begun(recipe, Strategy("single", 1))
+    (folder / "environment.json").write_text(content)
+    with pytest.raises(UserError, match=r"environment\.json is damaged; the command that began"):
+        read_environment(folder)
+    assert open_run_folder(recipe, "rows", Strategy("single", 1)) == folder
+    assert "environment.json is damaged: its record" in capsys.readouterr().err
+    assert len(read_environment(begun(recipe, Strategy("single", 1)))["launches"]) == 1
+
+
+# What may change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("training.save_steps=7", "training.logging_steps=3", "training.report_to=none"),
+        *("training.save_total_limit=3", "training.eval_steps=5", "training.eval_strategy=epoch"),
+        *("training.dataloader_num_workers=2", "generation.prompts=[What?]"),
+        "training.per_device_eval_batch_size=2",
+    ],
+)
+def test_what_moves_no_weights_may_change_and_is_recorded(recipe_of, change):
+    folder = begun(recipe_of("data.eval={every: 2}"), Strategy("single", 1))
+    recipe = recipe_of("data.eval={every: 2}", change)
+    assert open_run_folder(recipe, "rows", Strategy("single", 1)) == folder
+    begun(recipe, Strategy("single", 1))
+    assert load_recipe(folder / "recipe.yaml").resolved() == recipe.resolved()
+
+
+@pytest.mark.parametrize(
+    "chooses",
+    [
+        ["training.lr_scheduler_type=reduce_lr_on_plateau", "training.eval_strategy=steps"],
+        [
+            *("training.load_best_model_at_end=true", "training.save_strategy=best"),
+            "training.eval_strategy=steps",
+        ],
+    ],
+)
+def test_where_an_evaluation_decides_its_steps_stay(recipe_of, chooses):
+    begun(
+        recipe_of("data.eval={every: 2}", "training.eval_steps=4", *chooses), Strategy("single", 1)
+    )
+    with pytest.raises(UserError, match=r"training\.eval_steps was 4(.0)?, is 5"):
+        now = recipe_of("data.eval={every: 2}", "training.eval_steps=5", *chooses)
+        open_run_folder(now, "rows", Strategy("single", 1))
+
+
+def test_one_folder_has_many_names(recipe_of, tmp_path, monkeypatch):
     folder = begun(recipe_of(), Strategy("single", 1))
-    (folder / "environment.json").write_text('{"data": ')
-    with pytest.raises(
-        UserError, match=r"environment\.json is damaged; delete the folder, or choose another"
-    ):
-        open_run_folder(recipe_of(), "rows", Strategy("single", 1))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(folder)
+    for name in ("run", "./run", "run/", "link", str(folder), f"{folder}/../run"):
+        recipe = recipe_of(f"training.output_dir={name}")
+        assert open_run_folder(recipe, "rows", Strategy("single", 1)).samefile(folder)
+
+
+def test_a_run_folder_may_be_moved_and_its_own_recipe_trains_where_it_is(recipe_of, tmp_path):
+    folder = begun(recipe_of(), Strategy("single", 1))
+    moved = folder.rename(tmp_path / "moved")
+    recipe = load_recipe(moved / "recipe.yaml")
+    recipe = with_real_folder(recipe, moved / "recipe.yaml")
+    assert open_run_folder(recipe, "rows", Strategy("single", 1)) == moved
+    assert not folder.exists()
+    other = load_recipe(moved / "recipe.yaml", [f"training.output_dir={tmp_path / 'other'}"])
+    assert with_real_folder(other, moved / "recipe.yaml") == other
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("constant", "has no end, so the steps before are the same"), ("cosine", "would have had")],
+)
+@pytest.mark.parametrize("length", ["num_train_epochs", "max_steps"])
+def test_a_run_may_be_made_longer_and_what_becomes_of_the_rate_is_said(
+    recipe_of, capsys, kind, said, length
+):
+    schedule = [f"training.lr_scheduler_type={kind}"]
+    if length == "num_train_epochs":
+        schedule.append("training.max_steps=-1")
+    before = recipe_of(*schedule, f"training.{length}=3")
+    folder = begun(before, Strategy("single", 1))
+    longer = recipe_of(*schedule, f"training.{length}=5")
+    open_run_folder(longer, "rows", Strategy("single", 1))
+    assert said in capsys.readouterr().err
+    begun(longer, Strategy("single", 1))
+    with pytest.raises(UserError, match=f"training.{length} was 5(.0)?, is 3"):
+        open_run_folder(before, "rows", Strategy("single", 1))
+    assert is_finished(folder) is None
+
+
+def test_a_finished_run_that_is_to_be_longer_needs_a_checkpoint(recipe_of):
+    folder = begun(recipe_of("training.max_steps=3"), Strategy("single", 1))
+    (folder / "model.safetensors").touch()
+    write_finish(folder)
+    assert is_finished(folder, recipe_of("training.max_steps=3"))
+    with pytest.raises(UserError, match="is finished, but it has no whole checkpoint"):
+        is_finished(folder, recipe_of("training.max_steps=4"))
+
+
+def test_nobody_is_told_to_delete_a_run():
+    sources = [ROOT / "src" / "sft.py", ROOT / "src" / "finetuning" / "runs" / "reopen.py"]
+    assert not [path for path in sources if "delete" in path.read_text(encoding="utf-8")]
 
 
 # What is written

@@ -16,10 +16,12 @@ from finetuning.hub import allowed_files
 from finetuning.hub.address import Address
 from finetuning.hub.client import TIMEOUT, with_retries
 from finetuning.hub.manifest import NAME, BaseModelSource, Kind, Manifest, PublishedFile
+from finetuning.model.finite import require_finite_weights
 from finetuning.publishing.card import model_card
 from finetuning.publishing.portable import portable_recipe, publish_section
 from finetuning.publishing.provenance import describe_run
 from finetuning.recipe.recipe import Recipe
+from finetuning.runs.checkpoints import RECOVER, content_damage
 from finetuning.runs.folder import RunFolder
 from finetuning.runs.plots import plot_losses
 
@@ -50,6 +52,9 @@ def require_publishable(run: RunFolder, recipe: Recipe, unfinished: bool) -> Non
             f"{folder} is not finished; the command that began it resumes it, "
             "--unfinished publishes it as it is"
         )
+    if damage := content_damage(folder):
+        raise UserError(f"{folder}: {damage}; {RECOVER}")
+    require_finite_weights(folder)
     weights = allowed_files.ADAPTER if recipe.lora else allowed_files.MODEL
     allowed_files.require_weights(folder, weights)
     allowed_files.require_no_remote_code(folder)

@@ -16,7 +16,8 @@ from finetuning.hub.manifest import (
     parse_manifest,
 )
 from finetuning.recipe.recipe import Recipe
-from finetuning.runs.folder import RunFolder, differences
+from finetuning.runs.folder import RunFolder
+from finetuning.runs.reopen import differences
 
 # Where a run ran and what it wrote where: not part of what was trained.
 NOT_TRAINED = (

@@ -21,6 +21,12 @@ UNFINISHED = ".unfinished"
 SEAL = "sealed.json"
 
 
+RECOVER = (
+    "the command that trained it writes the weights anew from its last checkpoint; without one, "
+    "src/pull.py has what was published, else train again in another training.output_dir"
+)
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
@@ -99,29 +105,53 @@ def seal(checkpoint: Path) -> None:
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words, or None."""
-    try:
-        contents = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-        sealed = {name: (entry["bytes"], entry["sha256"]) for name, entry in contents.items()}
-    except FileNotFoundError:
+    """What is wrong with a checkpoint, in a few words, or None. Reads every file."""
+    if not (checkpoint / SEAL).is_file():
         return "it was not written to its end"
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # a flipped bit can make it other JSON
+    sealed = sealed_files(checkpoint)
+    if sealed is None:
         return f"{SEAL} is damaged"
+    return wrong_size(checkpoint, sealed) or wrong_content(checkpoint, sealed)
+
+
+def size_damage(folder: Path) -> str | None:
+    """What is missing of a run folder's model, or has another size than it was written with.
+
+    None where that cannot be told: a run that was finished before its files were sealed.
+    """
+    sealed = sealed_files(folder)
+    return wrong_size(folder, sealed) if sealed else None
+
+
+def content_damage(folder: Path) -> str | None:
+    """As size_damage, with the hash of every file."""
+    sealed = sealed_files(folder)
+    return (wrong_size(folder, sealed) or wrong_content(folder, sealed)) if sealed else None
+
+
+def sealed_files(folder: Path) -> dict[str, tuple[int, str]] | None:
+    """{name: (bytes, SHA-256)}; None without a seal that can be read."""
+    try:
+        contents = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        return {name: (entry["bytes"], entry["sha256"]) for name, entry in contents.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # a flipped bit can make it other JSON
+
+
+def wrong_size(folder: Path, sealed: dict[str, tuple[int, str]]) -> str | None:
     for name, (size, _) in sealed.items():
-        file = checkpoint / name
+        file = folder / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def wrong_content(folder: Path, sealed: dict[str, tuple[int, str]]) -> str | None:
     with ThreadPoolExecutor() as pool:
-        for name, sha256 in zip(
-            sealed, pool.map(digest, [checkpoint / name for name in sealed]), strict=True
-        ):
+        found = pool.map(digest, [folder / name for name in sealed])
+        for name, sha256 in zip(sealed, found, strict=True):
             if sha256 != sealed[name][1]:
                 return f"{name} is not what was written"
     return None

@@ -13,9 +13,9 @@ import math
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -28,10 +28,9 @@ from finetuning.files import write_text
 from finetuning.hub.access import loaded_commit
 from finetuning.hub.manifest import NAME
 from finetuning.launch.software import git_revision, versions
-from finetuning.launch.step_size import step_size
-from finetuning.launch.strategy import Strategy
 from finetuning.model.tokenizer import read_tokenizer
 from finetuning.recipe.recipe import Recipe, load_recipe
+from finetuning.runs.checkpoints import RECOVER, SEAL, size_damage
 from finetuning.untrusted_text import inline, printable
 
 if TYPE_CHECKING:
@@ -43,15 +42,6 @@ LOCK = ".lock"
 BEGUN = {LOCK, "preview", "runs", "wandb", "samples.json", "samples.md", "recipe.yaml"}
 
 
-# What may change from one launch to the next: how a step is shared out, as long as the step stays
-# the same, and what comes after training.
-MAY_CHANGE = (
-    "training.per_device_train_batch_size",
-    "training.gradient_accumulation_steps",
-    "publish",
-)
-
-
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
@@ -59,7 +49,8 @@ class Sample(NamedTuple):
     """One question that the recipe asks."""
 
     question: str
-    before: str
+    before: str | None
+    """None where it was not asked before training, or what it said is lost"""
     after: str | None = None
     """None as long as the run is not finished"""
 
@@ -101,31 +92,6 @@ class RunFolder:
         return next(iter(self.curve(figure)[1][::-1]), None)
 
 
-def open_run_folder(recipe: Recipe, fingerprint: str, strategy: Strategy | None) -> Path:
-    """The run folder, new, or of the same recipe and data and ready to be resumed.
-
-    The strategy is None if it is not yet known. Raises UserError where the folder belongs to
-    another run, cannot be resumed by these processes, or cannot be written.
-    """
-    require_free_or_ours(output_folder(recipe))
-    folder = make_folder(output_folder(recipe))
-    if not (folder / "recipe.yaml").exists():
-        return folder
-    before, environment = load_recipe(folder / "recipe.yaml"), read_environment(folder)
-    remedy = "; delete the folder, or choose another with training.output_dir=..."
-    for name, value_before, value in differences(before.resolved(), recipe.resolved()):
-        if not name.startswith(MAY_CHANGE):
-            raise UserError(
-                f"{folder} belongs to another run: "
-                f"{name} was {value_before!r}, is {value!r}{remedy}"
-            )
-    if environment.get("data") not in (None, fingerprint):
-        raise UserError(f"{folder} belongs to another run: its data was not the same{remedy}")
-    if strategy and environment.get("launches") and not environment.get("finished"):
-        require_same_steps(folder, before, recipe, environment["launches"][-1], strategy)
-    return folder
-
-
 def require_free_or_ours(folder: Path) -> None:
     """Raises UserError where the folder holds what no run has written, or a link.
 
@@ -143,7 +109,7 @@ def require_free_or_ours(folder: Path) -> None:
             "elsewhere would be written; delete it, or choose another folder"
         )
     names = {path.name for path in found}
-    if names >= {"recipe.yaml", "environment.json"}:
+    if "recipe.yaml" in names and names & {"environment.json", SEAL}:
         return
     if foreign := sorted(name for name in names - BEGUN if not name.endswith(".tmp")):
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
@@ -169,46 +135,6 @@ def require_local_output(file: Path, recipe: Recipe, overrides: Sequence[str]) -
             f"training.output_dir: {path} is chosen by a recipe that was pulled, and is not a "
             "folder below the current one; say where to write: training.output_dir=outputs/again"
         )
-
-
-def require_same_steps(
-    folder: Path, before: Recipe, recipe: Recipe, launch: dict[str, Any], strategy: Strategy
-) -> None:
-    """Raises UserError where a resumed run would take other steps, or cannot read its optimizer."""
-    processes, name = launch["processes"], launch["strategy"]
-    had, has = step_size(before, processes), step_size(recipe, strategy.processes)
-    unit = "micro-batches" if recipe.data.batch_tokens else "examples"
-    if unit == "micro-batches":
-        had, has = replace(had, micro_batch=1), replace(has, micro_batch=1)
-    if had.total != has.total:
-        raise UserError(
-            f"{folder} cannot be resumed: a step had {had.total} {unit} "
-            f"(processes x accumulation x examples: {had}); now it has {has.total} ({has}); "
-            "change training.gradient_accumulation_steps, or begin anew in another "
-            "training.output_dir with training.global_batch_size"
-        )
-    replicated = ("single", "ddp")
-    is_same = (name, processes) == (strategy.name, strategy.processes)
-    if not (is_same or (name in replicated and strategy.name in replicated)):
-        raise UserError(
-            f"{folder} cannot be resumed: it was trained as {name} by {processes} processes, which "
-            f"each hold a part of the optimizer; now it is {strategy}. Only single and ddp can "
-            "change into each other; start it as it was"
-        )
-
-
-def take_publish(folder: Path, recipe: Recipe) -> None:
-    """Where a finished run is published may change; the rest of its recipe stays as trained."""
-    trained = load_recipe(folder / "recipe.yaml")
-    if trained.publish != recipe.publish:
-        write_text(
-            folder / "recipe.yaml", trained.model_copy(update={"publish": recipe.publish}).as_yaml()
-        )
-
-
-def is_finished(folder: Path) -> str | None:
-    """When the run was finished, or None."""
-    return read_environment(folder).get("finished")
 
 
 def lock(folder: Path) -> AbstractContextManager[Any]:
@@ -254,15 +180,6 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(setting, value before, value now) of every setting that differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in dict.fromkeys([*before, *now]):
-            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        yield name, before, now
-
-
 def write_start(folder: Path, recipe: Recipe, fingerprint: str, launch: dict[str, Any]) -> None:
     """recipe.yaml and environment.json, before the first step: a run that dies explains itself too.
 
@@ -280,7 +197,7 @@ def write_start(folder: Path, recipe: Recipe, fingerprint: str, launch: dict[str
         "finished": None,
         "launches": [],
     }
-    environment = read_environment(folder) or first
+    environment = {**first, **(known_environment(folder) or {}), "finished": None}
     launches = [*environment["launches"], {"started": now(), "arguments": sys.argv, **launch}]
     write_text(folder / "recipe.yaml", recipe.as_yaml())
     write_environment(folder, {**environment, "launches": launches})
@@ -297,13 +214,25 @@ def write_environment(folder: Path, environment: dict[str, Any]) -> None:
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
+    """What environment.json holds, nothing where there is none. Raises UserError if it is damaged."""
+    environment = known_environment(folder)
+    if environment is None:
+        raise UserError(
+            f"{folder / 'environment.json'} is damaged; the command that began the run writes it "
+            "anew, and needs a checkpoint or a moment for it"
+        )
+    return environment
+
+
+def known_environment(folder: Path) -> dict[str, Any] | None:
+    """As read_environment, but None if it is damaged."""
     file = folder / "environment.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError:
-        raise UserError(
-            f"{file} is damaged; delete the folder, or choose another training.output_dir"
-        ) from None
+        environment = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (ValueError, IsADirectoryError):
+        return None
+    is_whole = isinstance(environment, dict) and isinstance(environment.get("launches", []), list)
+    return environment if is_whole else None
 
 
 def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
@@ -314,10 +243,11 @@ def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl holds; a line that a killed run left unfinished is passed over."""
     file, entries = folder / "metrics.jsonl", []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    for line in text.splitlines():
         with suppress(ValueError):
             entries.append(json.loads(line))
-    return entries
+    return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
 
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
@@ -347,19 +277,31 @@ def sample_parts(samples: list[Sample]) -> list[str]:
     """Markdown of each sample: its question as a heading, the answers as code."""
     parts = []
     for question, before, after in samples:
+        first = "(not asked)" if before is None else before
         last = "(not yet)" if after is None else after
-        answers = f"Before:\n\n{quoted(before)}\n\nAfter:\n\n{quoted(last)}\n"
+        answers = f"Before:\n\n{quoted(first)}\n\nAfter:\n\n{quoted(last)}\n"
         parts.append(f"## {inline(question)}\n\n{answers}")
     return parts
 
 
 def read_samples(folder: Path) -> list[Sample]:
+    """What samples.json holds. Raises UserError if it is damaged."""
+    samples = known_samples(folder)
+    if samples is None:
+        raise UserError(
+            f"{folder / 'samples.json'} is damaged; src/generate.py asks the model anew"
+        )
+    return samples
+
+
+def known_samples(folder: Path) -> list[Sample] | None:
+    """As read_samples, but None if it is damaged."""
     file = folder / "samples.json"
-    return (
-        [Sample(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
-        if file.exists()
-        else []
-    )
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        return [Sample(**entry) for entry in entries]
+    except (ValueError, TypeError, IsADirectoryError):
+        return None
 
 
 def quoted(text: str) -> str:
@@ -381,6 +323,8 @@ def find_run_folder(name: str) -> Path:
         raise UserError(
             f"{folder} has no trained model; train it: accelerate launch src/sft.py {recipe}"
         )
+    if damage := size_damage(folder):
+        raise UserError(f"{folder}: {damage}; {RECOVER}")
     return folder
 
 

@@ -106,7 +106,7 @@ def print_answers(console: Console, samples: list[Sample]) -> None:
         return
     table = Table("question", "before", "after", show_lines=True)
     for sample in samples:
-        table.add_row(sample.question, sample.before, sample.after)
+        table.add_row(sample.question, sample.before or "(not asked)", sample.after)
     console.print(table, soft_wrap=False)
 
 

@@ -54,6 +54,8 @@ class RestoreCounters(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.restore_counters(self.counted)
+        # Else those of the launch that wrote the checkpoint.
+        state.compute_steps(args, state.max_steps)
         if len(self.counted) != args.world_size and state.is_world_process_zero:
             before = f"the checkpoint is of {len(self.counted)} process(es)"
             print(

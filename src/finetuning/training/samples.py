@@ -1,7 +1,7 @@
 """The recipe's prompts, asked before and after training."""
 
 from finetuning.inference.generation import Asker
-from finetuning.runs.folder import Sample, read_samples, write_samples
+from finetuning.runs.folder import Sample, known_samples, write_samples
 from finetuning.training.prepared_run import PreparedRun
 from finetuning.training.trainer import ResponseTrainer
 
@@ -19,8 +19,9 @@ def ask_after_training(trainer: ResponseTrainer, run: PreparedRun) -> list[Sampl
     answers = ask_prompts(trainer, run)
     if not trainer.is_world_process_zero():
         return []
-    pairs = zip(read_samples(trainer.run_folder), answers, strict=True)
-    samples = [sample._replace(after=answer) for sample, answer in pairs]
+    before = {sample.question: sample.before for sample in known_samples(trainer.run_folder) or []}
+    pairs = zip(run.recipe.generation.prompts, answers, strict=True)
+    samples = [Sample(prompt, before.get(prompt), answer) for prompt, answer in pairs]
     write_samples(trainer.run_folder, samples)
     return samples
 

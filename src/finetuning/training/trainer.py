@@ -25,6 +25,7 @@ from finetuning.runs.checkpoints import (
     UNFINISHED,
     clear_unfinished,
     move_into,
+    seal,
     seal_and_rotate,
 )
 from finetuning.training.divergence import FirstNonFinite, diverged, norms_of, unmoved
@@ -358,6 +359,7 @@ class ResponseTrainer(Trainer):
         self.save_model(str(self.run_folder / UNFINISHED))
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
+            seal(self.run_folder / UNFINISHED)
             move_into(self.run_folder / UNFINISHED, self.run_folder)
 
     def _save(

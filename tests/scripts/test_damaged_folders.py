@@ -1,0 +1,136 @@
+"""Any file of a run folder in any state: no traceback, nothing damaged is finished or published."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import ROOT, forks
+from run_folders import run_folder
+
+from finetuning.errors import UserError
+from finetuning.publishing.bundle import require_publishable
+from finetuning.recipe.recipe import load_recipe
+from finetuning.runs.checkpoints import content_damage
+from finetuning.runs.folder import RunFolder
+
+STEPS = 2
+
+
+def halve(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def flip(file: Path) -> None:
+    """One bit in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+def replace_by_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "halved": halve,
+    "flipped": flip,
+    "null": lambda file: file.write_text("null"),
+    "empty": lambda file: file.write_bytes(b""),
+    "folder": replace_by_folder,
+    "unreadable": lambda file: file.chmod(0),
+}
+FILES = [
+    *("model.safetensors", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "sealed.json"),
+    *("recipe.yaml", "environment.json", "metrics.jsonl", "samples.json", "samples.md", ".lock"),
+]
+OF_CHECKPOINT = ["trainer_state.json", "optimizer.pt", "model.safetensors", "sealed.json"]
+SEALED = FILES[:5]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run with a checkpoint."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return run_folder(folder, f"training.max_steps={STEPS}", "generation.prompts=[Hi]")
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def fork():
+    with forks("peft", "finetuning.inference.generation", "finetuning.training.train") as run:
+        yield run
+
+
+def damage(run: Path, name: str, how: str) -> None:
+    file = run / name
+    if not file.exists():
+        file.touch()  # .lock, which a finished run has removed
+    if how == "unreadable" and os.geteuid() == 0:
+        pytest.skip("root reads every file")
+    DAMAGES[how](file)
+
+
+def assert_no_traceback(process) -> None:
+    said = process.stdout + process.stderr
+    assert "Traceback" not in said, said
+    assert process.returncode in (0, 1, 2), said
+    if process.returncode:
+        assert process.stderr.splitlines()[-1].startswith("error: "), said
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("script", ["generate.py", "compare.py"])
+def test_what_reads_a_run_folder_has_no_traceback(run, fork, script, name, how):
+    damage(run, name, how)
+    arguments = ["Hi", "generation.max_new_tokens=2"] if script == "generate.py" else []
+    process = fork(script, str(run), *arguments)
+    assert_no_traceback(process)
+    if script == "generate.py" and name in SEALED and how not in ("flipped", "unreadable"):
+        assert process.returncode == 2 and name in process.stderr
+
+
+def own_recipe(run: Path, tmp_path: Path) -> Path:
+    """A copy beside the run folder, as it was before the damage."""
+    file = tmp_path / "own.yaml"
+    file.write_text(load_recipe(run / "recipe.yaml").as_yaml(), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", [*FILES, *(f"checkpoint-{STEPS}/{n}" for n in OF_CHECKPOINT)])
+def test_the_same_command_ends_with_a_whole_finished_run_or_one_line(
+    run, fork, tmp_path, name, how
+):
+    recipe = own_recipe(run, tmp_path)
+    damage(run, name, how)
+    process = fork("sft.py", str(recipe), f"training.output_dir={run}")
+    assert_no_traceback(process)
+    if process.returncode == 0 and how != "flipped":
+        assert json.loads((run / "environment.json").read_text())["finished"]
+        assert content_damage(run) is None and (run / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", SEALED)
+def test_nothing_damaged_is_published(run, name, how):
+    recipe = load_recipe(run / "recipe.yaml", ["publish={repo: you/models, subfolder: one}"])
+    require_publishable(RunFolder(run), recipe, unfinished=False)
+    damage(run, name, how)
+    if how == "unreadable":
+        return
+    with pytest.raises(UserError, match=f"{name} .*; the command that trained it writes"):
+        require_publishable(RunFolder(run), recipe, unfinished=False)
