@@ -72,6 +72,7 @@ def spoil_samples(run: Path) -> None:
 )
 def test_a_folder_that_others_could_not_use_is_refused(spoil, words, hub, runs, call, tmp_path):
     run = copied(runs["full"], tmp_path / "run")
+    (run / "sealed.json").unlink()  # as before run folders were sealed
     spoil(run)
     line = error_of(call(publish, run, "--unasked"))
     assert words in line and "a" * 34 not in line

@@ -8,7 +8,8 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from finetuning.runs.checkpoints import verify_newest_first
+from finetuning.runs.checkpoints import step_of, verify_newest_first
+from finetuning.training.loggers import resume_tensorboard
 from finetuning.training.memory_check import TooLarge, halve_micro_batch
 from finetuning.training.trainer import Counters, ResponseTrainer
 from finetuning.untrusted_text import printable
@@ -22,6 +23,7 @@ def resume_or_train(trainer: ResponseTrainer) -> None:
         # The model was evaluated when the run was started.
         trainer.args.eval_on_start = counted[0]["evaluation_is_due"]
         trainer.add_callback(RestoreCounters(trainer, counted))
+        resume_tensorboard(trainer, trainer.run_folder, step_of(Path(checkpoint)))
     while True:
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
