@@ -60,7 +60,9 @@ def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        return run_folder(folder, f"training.max_steps={STEPS}", "generation.prompts=[Hi]")
+        saves = ["training.save_strategy=steps", f"training.save_steps={STEPS}"]
+        steps = [f"training.max_steps={STEPS}", *saves]
+        return run_folder(folder, *steps, "generation.prompts=[Hi]", "training.eval_strategy=no")
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def fork():
 def damage(run: Path, name: str, how: str) -> None:
     file = run / name
     if not file.exists():
-        file.touch()  # .lock, which a finished run has removed
+        file.write_text("x")  # .lock, which a finished run has removed
     if how == "unreadable" and os.geteuid() == 0:
         pytest.skip("root reads every file")
     DAMAGES[how](file)

@@ -319,12 +319,12 @@ def find_run_folder(name: str) -> Path:
     if recipe != path and not recipe.exists():
         raise UserError(f"{path} is not a run folder: it has no recipe.yaml")
     folder = path if recipe != path else output_folder(load_recipe(path))
+    if damage := size_damage(folder):
+        raise UserError(f"{folder}: {damage}; {RECOVER}")
     if not has_model(folder):
         raise UserError(
             f"{folder} has no trained model; train it: accelerate launch src/sft.py {recipe}"
         )
-    if damage := size_damage(folder):
-        raise UserError(f"{folder}: {damage}; {RECOVER}")
     return folder
 
 
