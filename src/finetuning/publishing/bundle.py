@@ -54,10 +54,10 @@ def require_publishable(run: RunFolder, recipe: Recipe, unfinished: bool) -> Non
         )
     if damage := content_damage(folder):
         raise UserError(f"{folder}: {damage}; {RECOVER}")
-    require_finite_weights(folder)
     weights = allowed_files.ADAPTER if recipe.lora else allowed_files.MODEL
     allowed_files.require_weights(folder, weights)
     allowed_files.require_no_remote_code(folder)
+    require_finite_weights(folder)
     if recipe.lora and (publish.adapter or not publish.merged):
         require_public_base(run, recipe)
 
