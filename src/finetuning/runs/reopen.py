@@ -102,7 +102,10 @@ def refused_differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any,
     allowed = MAY_CHANGE if chooses_by_evaluation(now) else (*MAY_CHANGE, *WHEN)
     for name, value_before, value in differences(before.resolved(), now.resolved()):
         is_longer = name in LENGTH and is_lengthened(before, now)
-        if not (name.startswith(allowed) or is_longer or same(value_before, value)):
+        # What auto means without an adapter; runs of earlier versions say it.
+        is_auto = name == "model.dtype" and not now.lora and value_before == "float32"
+        is_same = same(value_before, value) or (is_auto and value == "auto")
+        if not (name.startswith(allowed) or is_longer or is_same):
             yield name, value_before, value
 
 
