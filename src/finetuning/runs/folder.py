@@ -214,7 +214,7 @@ def write_environment(folder: Path, environment: dict[str, Any]) -> None:
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
-    """What environment.json holds, nothing where there is none. Raises UserError if it is damaged."""
+    """What environment.json holds, nothing without one. Raises UserError if it is damaged."""
     environment = known_environment(folder)
     if environment is None:
         raise UserError(

@@ -134,8 +134,8 @@ def schedule_change(before: Recipe, now: Recipe) -> str | None:
     if kind in WITHOUT_END and not share:
         return f"training longer: the {kind} schedule has no end, so the steps before are the same"
     return (
-        f"training longer: from here on the learning rate follows the {kind} schedule of the longer "
-        "run; a run of that length from its start would have had other rates before"
+        f"training longer: from here on the learning rate follows the {kind} schedule of the "
+        "longer run; a run of that length from its start would have had other rates before"
     )
 
 
@@ -160,7 +160,7 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, An
 def require_same_steps(
     folder: Path, before: Recipe, recipe: Recipe, launch: dict[str, Any], strategy: Strategy
 ) -> None:
-    """Raises UserError where a run would be resumed with other steps, or cannot read its optimizer."""
+    """Raises UserError where the steps would be others, or the optimizer cannot be read."""
     processes, name = launch["processes"], launch["strategy"]
     had, has = step_size(before, processes), step_size(recipe, strategy.processes)
     unit = "micro-batches" if recipe.data.batch_tokens else "examples"
@@ -168,8 +168,8 @@ def require_same_steps(
         had, has = replace(had, micro_batch=1), replace(has, micro_batch=1)
     if had.total != has.total:
         raise UserError(
-            f"{folder} cannot be resumed: a step had {had.total} {unit} (processes x accumulation x "
-            f"examples: {had}); now it has {has.total} ({has}); change "
+            f"{folder} cannot be resumed: a step had {had.total} {unit} (processes x accumulation "
+            f"x examples: {had}); now it has {has.total} ({has}); change "
             "training.gradient_accumulation_steps, or begin anew in another training.output_dir "
             "with training.global_batch_size"
         )
