@@ -70,7 +70,7 @@ def test_an_odd_value_is_refused_in_one_line_or_right(section, run_check, tmp_pa
         if place in PLACES and value:
             continue
         override = f"{place}={json.dumps(value)}"
-        process = run_check(tmp_path / "recipe.yaml", override)
+        process = run_check(str(tmp_path / "recipe.yaml"), override)
         said = process.stdout + process.stderr
         assert "Traceback" not in said, f"{override}: {said}"
         assert process.returncode in (0, 2), f"{override}: {said}"
