@@ -32,10 +32,10 @@ def main(arguments: list[str]) -> None:
         address_of,
         announcement,
         gather_publication,
+        merged_if_wanted,
         require_publishable,
     )
     from finetuning.publishing.commit import plan_changes, publish
-    from finetuning.publishing.merging import merged_if_wanted
     from finetuning.recipe.recipe import load_recipe
     from finetuning.runs.folder import RunFolder, find_run_folder, lock
     from finetuning.runs.terminal import make_console, print_changes

@@ -27,6 +27,7 @@ ORDER = [
     ["budget"],
     ["runs"],
     ["inference"],
+    ["export"],
     ["training", "publishing"],
 ]
 BESIDE = ["script", "command_line"]  # how a script starts and ends: for scripts only

@@ -3,9 +3,9 @@
     row -> messages -> segments -> {input_ids, labels} -> batch -> loss over response tokens
                           \\-> prompt segments only -> generate
 
-Ten packages; each imports only those to its left (tests/test_structure.py holds it):
+Eleven packages; each imports only those to its left (tests/test_structure.py holds it):
 
-    data, hub -> recipe -> launch -> model -> budget -> runs -> inference -> training | publishing
+    data, hub -> recipe -> launch -> model -> budget -> runs -> inference -> export -> training | publishing
 
 Shapes: B sequences in a batch, T tokens in a sequence.
 """

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 import generate
 from finetuning.data.cache import prepare
 from finetuning.errors import UserError
+from finetuning.export.merging import merge
 from finetuning.inference.generation import load_trained
 from finetuning.launch.strategy import requested_strategy
 from finetuning.model.precision import precision
 from finetuning.model.quantization import hide_bitsandbytes
 from finetuning.model.tokenizer import read_tokenizer
-from finetuning.publishing.merging import merge
 from finetuning.recipe.recipe import load_recipe
 from finetuning.runs.folder import read_samples
 from finetuning.training.prepared_run import PreparedRun

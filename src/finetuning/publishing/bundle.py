@@ -5,6 +5,9 @@ card -> checksums -> manifest. The folder's own files are read once, by RunFolde
 """
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from tqdm import tqdm
 
 from finetuning.errors import UserError
+from finetuning.export.merging import merge
 from finetuning.hub import allowed_files
 from finetuning.hub.address import Address
 from finetuning.hub.client import TIMEOUT, with_retries
@@ -76,6 +80,16 @@ def require_public_base(run: RunFolder, recipe: Recipe) -> None:
             "it is a copy of, publish.base_model=owner/name, or publish full weights, "
             "publish.merged=true"
         )
+
+
+@contextmanager
+def merged_if_wanted(run: RunFolder, recipe: Recipe) -> Iterator[Path | None]:
+    """A folder of the run's merged weights, deleted afterwards; None without publish.merged."""
+    if not publish_section(recipe).merged:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(dir=run.path, prefix=".merged-") as weights:
+        yield merge(run, recipe, Path(weights))
 
 
 def gather_publication(run: RunFolder, recipe: Recipe, merged: Path | None) -> Publication:

@@ -13,6 +13,7 @@ from finetuning.errors import TryAgain, UserError
 from finetuning.hub.address import REPO, Address
 from finetuning.hub.client import TIMEOUT, with_retries
 from finetuning.hub.manifest import BaseModelSource, Manifest
+from finetuning.inference.agreement import questions_of
 from finetuning.launch.step_size import step_size
 from finetuning.recipe.recipe import Recipe
 from finetuning.runs.folder import RunFolder, read_samples, sample_parts
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-QUESTION = "What is the capital of Japan?"  # shown where the recipe asks none
 LICENCE = r"[\w.-]{1,40}|not stated"
 OLD_NAME = r"^[\w.-]{1,96}$"  # of the Hub's first models, such as gpt2, without an owner
 METHODS = {
@@ -36,7 +36,7 @@ def model_card(
     address: Address, manifest: Manifest, recipe: Recipe, run: RunFolder, has_plot: bool
 ) -> str:
     """The card of one subfolder; `recipe` is the one that is published."""
-    question = (recipe.generation.prompts or [QUESTION])[0]
+    question = questions_of(recipe)[0]
     license = recipe.publish.license if recipe.publish else None
     metadata = ModelCardData(
         license=license,

@@ -1,50 +1,22 @@
 """Does a published model, pulled anew, answer as its run folder does?"""
 
-import gc
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from finetuning.errors import UserError
 from finetuning.files import write_text
 from finetuning.hub.download import pull
-from finetuning.inference.generation import load_asker
-from finetuning.publishing.card import QUESTION
+from finetuning.inference.agreement import Answer, ask_greedily, questions_of
 from finetuning.publishing.commit import Published
 from finetuning.recipe.recipe import Recipe, load_recipe
-from finetuning.recipe.sections import Generation
 from finetuning.runs.folder import now
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 RECORD = "published.json"  # in the run folder
-
-# What makes answers differ from one time to the next, or means nothing without it.
-SAMPLING = (
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "top_h",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-)
-
-
-class Answer(NamedTuple):
-    """What both answer to one question."""
-
-    question: str
-    run_folder: str
-    published: str
-
-    @property
-    def is_same(self) -> bool:
-        return self.run_folder == self.published
 
 
 def compare_answers(folder: Path, recipe: Recipe, published: Published) -> list[Answer]:
@@ -54,25 +26,16 @@ def compare_answers(folder: Path, recipe: Recipe, published: Published) -> list[
     adapter goes on the base model that its readers will take. Raises UserError where that cannot
     be had.
     """
-    questions = recipe.generation.prompts or [QUESTION]
-    ours = ask_once(folder, recipe, questions)
+    questions = questions_of(recipe)
+    ours = ask_greedily(folder, recipe, questions)
     with tempfile.TemporaryDirectory(prefix="published-") as cache:
         snapshot = pull(published.address, Path(cache))
         try:
             readers_recipe = load_recipe(snapshot.folder / "recipe.yaml")
-            theirs = ask_once(snapshot.folder, readers_recipe, questions)
+            theirs = ask_greedily(snapshot.folder, readers_recipe, questions)
         except UserError as error:
             raise type(error)(f"published, but it cannot be asked: {error}") from None
     return [Answer(*row) for row in zip(questions, ours, theirs, strict=True)]
-
-
-def ask_once(folder: Path, recipe: Recipe, questions: list[str]) -> list[str]:
-    """Greedy answers; the model is freed afterwards, so that one at a time is in memory."""
-    settings = recipe.generation.model_dump(exclude_unset=True, exclude=set(SAMPLING))
-    greedy = recipe.model_copy(update={"generation": Generation(**settings, do_sample=False)})
-    answers = load_asker(folder, greedy)(questions)
-    gc.collect()
-    return answers
 
 
 def write_record(folder: Path, published: Published, answers: list[Answer]) -> None:
@@ -83,7 +46,7 @@ def write_record(folder: Path, published: Published, answers: list[Answer]) -> N
         "commit": published.address.revision,
         "tag": published.tag,
         "at": now(),
-        "answers": [{**answer._asdict(), "is_same": answer.is_same} for answer in answers],
+        "answers": [answer.record("published") for answer in answers],
     }
     write_text(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 

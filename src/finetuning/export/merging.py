@@ -1,27 +1,13 @@
 """An adapter and its base model -> full weights."""
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from finetuning.inference.resolve import pin_base_model
 from finetuning.model.loading import load_model
 from finetuning.model.location import location
-from finetuning.publishing.portable import publish_section
 from finetuning.recipe.recipe import Recipe
 from finetuning.recipe.sections import Model
 from finetuning.runs.folder import RunFolder
-
-
-@contextmanager
-def merged_if_wanted(run: RunFolder, recipe: Recipe) -> Iterator[Path | None]:
-    """A folder of the run's merged weights, deleted afterwards; None without publish.merged."""
-    if not publish_section(recipe).merged:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(dir=run.path, prefix=".merged-") as weights:
-        yield merge(run, recipe, Path(weights))
 
 
 def merge(run: RunFolder, recipe: Recipe, target: Path) -> Path:

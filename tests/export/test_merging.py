@@ -8,7 +8,8 @@ from run_folders import LORA, copied, train, write_base
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from finetuning.publishing.merging import merge, merged_if_wanted
+from finetuning.export.merging import merge
+from finetuning.publishing.bundle import merged_if_wanted
 from finetuning.recipe.recipe import load_recipe
 from finetuning.runs.folder import RunFolder
 
