@@ -3,9 +3,10 @@
 python src/pull.py elith/llm-book-models chapter05/sft_model
 python src/pull.py elith/llm-book-models chapter05/sft_model@chapter05.sft_model.v1
 python src/pull.py elith/llm-book-models chapter05/sft_model outputs/pulled
+python src/pull.py hub:elith/llm-book-models/chapter05/sft_model outputs/pulled
 
 Takes the newest commit, or the branch, tag or commit behind the @. The files go to the cache that
-the Hugging Face libraries share; with a third argument to a folder of their own as well. Either is
+the Hugging Face libraries share; with a folder behind the address to that one as well. Either is
 a run folder: src/generate.py asks it, src/sft.py trains its recipe.yaml again. HF_HUB_OFFLINE=1
 takes what an earlier pull left in the cache.
 """
@@ -21,17 +22,17 @@ from finetuning.untrusted_text import printable
 
 
 def main(arguments: list[str]) -> None:
-    from finetuning.hub.address import REPO, shortened
+    from finetuning.hub.address import PREFIX, REPO, shortened
     from finetuning.hub.download import copy_snapshot, describe_snapshot, pull
     from finetuning.inference.resolve import read_address
 
     options = read_arguments(arguments)
-    if not re.fullmatch(REPO, options.repo):
+    if not options.address.startswith(PREFIX) and not re.fullmatch(REPO, options.repo):
         raise UserError(
             f"{shortened(options.repo)} is not a repository; "
             "expected owner/name, such as elith/llm-book-models"
         )
-    snapshot = pull(read_address(f"{options.repo}/{options.subfolder}"))
+    snapshot = pull(read_address(options.address))
     folder = snapshot.folder
     if options.folder:
         folder = copy_snapshot(snapshot, Path(options.folder).expanduser())
@@ -39,11 +40,16 @@ def main(arguments: list[str]) -> None:
 
 
 def read_arguments(arguments: list[str]) -> Namespace:
+    """The address, in one word with its prefix or in two without, and perhaps a folder."""
     parser = ArgumentParser()
     parser.add_argument("repo")
-    parser.add_argument("subfolder")
+    is_one = bool(arguments) and arguments[0].startswith("hub:")
+    if not is_one:
+        parser.add_argument("subfolder")
     parser.add_argument("folder", nargs="?")
-    return parser.read(arguments)
+    options = parser.read(arguments)
+    options.address = options.repo if is_one else f"{options.repo}/{options.subfolder}"
+    return options
 
 
 if __name__ == "__main__":

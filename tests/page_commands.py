@@ -110,7 +110,7 @@ def check_publish(options: Namespace) -> None:
 
 
 def check_pull(options: Namespace) -> None:
-    assert parse_address(f"{options.repo}/{options.subfolder}").repo == options.repo
+    assert parse_address(options.address)
 
 
 def check_compare(options: Namespace) -> None:

@@ -70,6 +70,13 @@ def test_without_a_folder_it_stays_in_the_cache(served, call, tmp_path):
     assert folder.startswith(str(tmp_path / "home")) and folder.endswith(S)
 
 
+def test_the_address_may_be_one_word_as_everything_else_prints_it(served, call, tmp_path):
+    address = f"hub:{REPO}/{S}@{served.head(REPO)}"
+    done = call(pull, address, tmp_path / "mine")
+    assert done.code == 0 and done.out.splitlines()[0] == address, done.err
+    assert files_below(tmp_path / "mine").keys() >= {"model.safetensors", "recipe.yaml"}
+
+
 def test_a_revision_is_a_tag_a_branch_or_a_commit(crowded, call, tmp_path):
     hub, run = crowded
     old = weights(hub)
