@@ -3,6 +3,7 @@
 python src/publish.py outputs/dolly_gpt2 --dry-run
 python src/publish.py outputs/dolly_gpt2
 python src/publish.py outputs/dolly_gpt2 publish.repo=you/models publish.subfolder=gpt2/dolly
+python src/publish.py outputs/dolly_gpt2 publish.gguf=true      # for llama.cpp and Ollama as well
 
 Weights or adapter, tokenizer, recipe, metrics, answers, a model card and a manifest become one
 commit, with a tag of its own, and the table in the repository's README.md is kept. The commit is
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> None:
         address_of,
         announcement,
         gather_publication,
+        gguf_if_wanted,
         merged_if_wanted,
         require_publishable,
     )
@@ -48,8 +50,12 @@ def main(arguments: list[str]) -> None:
     console = make_console()
     require_publishable(run_folder, recipe, unfinished=options.unfinished)
     require_access(address.repo, write=not options.dry_run)
-    with lock(folder), merged_if_wanted(run_folder, recipe) as weights:
-        publication = gather_publication(run_folder, recipe, weights)
+    with (
+        lock(folder),
+        merged_if_wanted(run_folder, recipe) as weights,
+        gguf_if_wanted(run_folder, recipe) as gguf,
+    ):
+        publication = gather_publication(run_folder, recipe, weights, gguf)
         hidden = with_retries(lambda: is_private(address.repo), address.repo)
         console.print(announcement(publication, hidden))
         if options.dry_run:
@@ -59,11 +65,18 @@ def main(arguments: list[str]) -> None:
     state = "published" if published.is_new else "unchanged"
     console.print(f"{state}: {published.address}, tag {published.tag}")
 
-    from finetuning.publishing.verification import compare_answers, require_agreement, write_record
+    from finetuning.publishing.verification import (
+        PUBLISHED,
+        compare_answers,
+        print_agreement,
+        require_agreement,
+        write_record,
+    )
 
-    answers = [] if options.unasked else compare_answers(folder, recipe, published)
-    write_record(folder, published, answers)
-    require_agreement(console, answers, is_exact=not weights)
+    forms = {} if options.unasked else compare_answers(run_folder, recipe, published)
+    write_record(folder, published, forms)
+    require_agreement(console, forms.pop(PUBLISHED, []), is_exact=not weights)
+    print_agreement(console, forms)
 
 
 def read_arguments(arguments: list[str]) -> Namespace:

@@ -12,6 +12,7 @@ from pages import listed_recipes
 
 import chat
 import compare
+import export
 import generate
 import preview
 import publish
@@ -27,7 +28,7 @@ from finetuning.recipe.recipe import load_recipe
 RECIPES = listed_recipes()
 SCRIPTS = {
     f"src/{one.__name__}.py": one
-    for one in (chat, compare, generate, preview, publish, pull, sft, sweep)
+    for one in (chat, compare, export, generate, preview, publish, pull, sft, sweep)
 }
 PULLED = "outputs/pulled/recipe.yaml"  # what a command of the pages pulls
 
@@ -113,6 +114,10 @@ def check_pull(options: Namespace) -> None:
     assert parse_address(options.address)
 
 
+def check_export(options: Namespace) -> None:
+    load_recipe(recipe_of(options.run), options.overrides)
+
+
 def check_compare(options: Namespace) -> None:
     sweeps = {f"outputs/{path.stem}" for path in (ROOT / "slurm").glob("*.txt")}
     assert set(options.folders) <= sweeps | run_folders().keys() | {"outputs/try", "outputs/short"}
@@ -133,6 +138,7 @@ CHECKS = {
     "src/pull.py": check_pull,
     "src/compare.py": check_compare,
     "src/sweep.py": check_sweep,
+    "src/export.py": check_export,
 }
 
 

@@ -240,7 +240,7 @@ def test_a_question_and_a_path_cannot_end_their_place_in_the_card(hub, runs, cal
     assert call(publish, run, "--unasked").code == 0
     card = card_of(hub)
     fences = [line for line in card.splitlines() if line.startswith("```")]
-    assert fences == ["```python", "```"] * 2 + ["```sh", "```"] * 2
+    assert fences == ["```python", "```"] * 2 + ["```sh", "```"] * 3
     assert "QUESTION" in card and not re.search(r"^(curl|## Notice)", card, re.M)
 
 
@@ -251,7 +251,8 @@ def test_a_neighbours_manifest_does_not_write_into_the_repositorys_card(crowded)
     data = TrainingData(path=[EVIL], datasets=[EVIL], fingerprint=None)
     evil = manifest.model_copy(update={"base": base, "data": data})
     card = repository_card(REPO, None, {S: manifest, f"x](y) {EVIL}": evil})
-    assert not re.search(r"^(## Notice|```)", card, re.M) and card.count("<!--") == 2
+    assert not re.search(r"^## Notice", card, re.M) and card.count("<!--") == 2
+    assert re.findall(r"^```.*", card, re.M) == ["```python", "```"]
     assert metadata_of(card).get("datasets") is None
     assert repository_card(REPO, card.encode(), {S: manifest, f"x](y) {EVIL}": evil}) == card
 

@@ -41,6 +41,8 @@ TOKENIZER = (
     "additional_chat_templates/*.jinja",
 )
 
+GGUF = ("model-*.gguf", "Modelfile")  # weights for llama.cpp, and how Ollama asks them
+
 RUN_RECORDS = ("samples.md", "metrics.jsonl")
 GENERATED = ("recipe.yaml", "README.md", "loss.png", "manifest.json")  # when it is published
 
@@ -49,11 +51,12 @@ ALLOWED = (
     *ADAPTER,
     *(f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER),
     *TOKENIZER,
+    *GGUF,
     *RUN_RECORDS,
     *GENERATED,
 )
 
-TEXTS = (".json", ".jsonl", ".jinja", ".md", ".txt", ".yaml")
+TEXTS = (".json", ".jsonl", ".jinja", ".md", ".txt", ".yaml", "Modelfile")
 
 
 def is_publishable(name: str) -> bool:

@@ -15,6 +15,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from tqdm import tqdm
 
 from finetuning.errors import UserError
+from finetuning.export.exported import export, require_gguf
 from finetuning.export.merging import merge
 from finetuning.hub import allowed_files
 from finetuning.hub.address import Address
@@ -29,6 +30,7 @@ from finetuning.runs.checkpoints import RECOVER, content_damage
 from finetuning.runs.folder import RunFolder
 from finetuning.runs.plots import plot_losses
 
+GGUF_TYPE = "f16"  # what is published
 Files = dict[str, Path | bytes]  # {name in the subfolder, or path in the repository: content}
 
 
@@ -62,6 +64,8 @@ def require_publishable(run: RunFolder, recipe: Recipe, unfinished: bool) -> Non
     allowed_files.require_weights(folder, weights)
     allowed_files.require_no_remote_code(folder)
     require_finite_weights(folder)
+    if publish.gguf:
+        require_gguf()
     if recipe.lora and (publish.adapter or not publish.merged):
         require_public_base(run, recipe)
 
@@ -92,8 +96,23 @@ def merged_if_wanted(run: RunFolder, recipe: Recipe) -> Iterator[Path | None]:
         yield merge(run, recipe, Path(weights))
 
 
-def gather_publication(run: RunFolder, recipe: Recipe, merged: Path | None) -> Publication:
-    """What a run folder publishes; `merged` holds its merged weights, if these are wanted.
+@contextmanager
+def gguf_if_wanted(run: RunFolder, recipe: Recipe) -> Iterator[Path | None]:
+    """A folder with the run's GGUF file and Modelfile, deleted afterwards; None without publish.gguf."""
+    if not publish_section(recipe).gguf:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(dir=run.path, prefix=".gguf-") as folder:
+        export(run.path, recipe, GGUF_TYPE, Path(folder))
+        yield Path(folder)
+
+
+def gather_publication(
+    run: RunFolder, recipe: Recipe, merged: Path | None, gguf: Path | None = None
+) -> Publication:
+    """What a run folder publishes.
+
+    `merged` holds its merged weights and `gguf` its GGUF file, if these are wanted.
 
     `recipe` is the run's, with where it is published. Raises UserError where a text holds a secret.
     """
@@ -102,9 +121,11 @@ def gather_publication(run: RunFolder, recipe: Recipe, merged: Path | None) -> P
     kind: Kind = "merged" if merged else "adapter" if recipe.lora else "full"
     manifest = describe_run(run, portable, kind)
     files = collect_files(run.path, portable, manifest.base, merged)
+    if gguf:
+        files |= allowed_files.matching_files(gguf, allowed_files.GGUF)
     if plot := plot_losses(run.metrics):
         files["loss.png"] = plot
-    files["README.md"] = model_card(address, manifest, portable, run, "loss.png" in files).encode()
+    files["README.md"] = model_card(address, manifest, portable, run, files).encode()
 
     for name, source in files.items():
         allowed_files.require_no_secret(name, source)

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,9 +34,9 @@ METHODS = {
 
 
 def model_card(
-    address: Address, manifest: Manifest, recipe: Recipe, run: RunFolder, has_plot: bool
+    address: Address, manifest: Manifest, recipe: Recipe, run: RunFolder, files: Collection[str]
 ) -> str:
-    """The card of one subfolder; `recipe` is the one that is published."""
+    """The card of one subfolder with these files; `recipe` is the one that is published."""
     question = questions_of(recipe)[0]
     license = recipe.publish.license if recipe.publish else None
     metadata = ModelCardData(
@@ -56,7 +57,9 @@ def model_card(
         asking=asking(recipe, run.tokenizer, question),
         question=shlex.quote(question if question.isprintable() else "QUESTION"),
         training=[(name, cell(str(v))) for name, v in training_table(recipe, manifest)],
-        has_plot=has_plot,
+        has_plot="loss.png" in files,
+        gguf=next((name for name in files if name.endswith(".gguf")), None),
+        kind=manifest.kind,
         samples="\n".join(f"#{part}" for part in sample_parts(read_samples(run.path))),
         versions=", ".join(cell(f"{name} {version}") for name, version in made_with(manifest)),
     )

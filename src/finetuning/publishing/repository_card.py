@@ -38,8 +38,22 @@ def repository_card(repo: str, before: bytes | None, manifests: dict[str, Manife
     above, _, rest = card.text.partition(BEGIN)
     below = rest.partition(END)[2] or "\n"
     table = model_table(repo, manifests)
-    card.text = f"{above.rstrip()}\n\n{BEGIN}\n\n{table}\n\n{END}{below}"
+    whole = f"{table}\n\n{loading_code(repo)}"
+    card.text = f"{above.rstrip()}\n\n{BEGIN}\n\n{whole}\n\n{END}{below}"
     return str(card)
+
+
+def loading_code(repo: str) -> str:
+    """How a model of the table is loaded, in Markdown; an adapter's own card says how that is."""
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+repo, folder = "{repo}", "..."  # a folder of the table
+model = AutoModelForCausalLM.from_pretrained(repo, subfolder=folder)
+tokenizer = AutoTokenizer.from_pretrained(repo, subfolder=folder)
+```
+
+Every folder's own `README.md` shows how it is asked, and how an adapter is loaded on its base."""
 
 
 def add_to_metadata(card: ModelCard, key: str, names: list[str]) -> None:
