@@ -4,10 +4,11 @@ python src/export.py outputs/dolly_gpt2
 python src/export.py outputs/dolly_gpt2 --type q8_0
 python src/export.py hub:elith/llm-book-models/chapter05/sft_model outputs/exported
 
-Writes model-TYPE.gguf with tokenizer, chat template, end tokens, settings and licence, and a Modelfile,
-to the folder export of the run folder, or to the folder named last. An adapter is merged into its base.
-GPT-2, BLOOM, Llama, Mistral, Qwen 2 and 3. The file is then loaded in llama.cpp (package xllamacpp) and
-asked the recipe's questions; exported.json says whether it answers as the run folder does.
+Writes model-TYPE.gguf with tokenizer, chat template, end tokens, settings and licence, and a
+Modelfile, to the folder export of the run folder, or to the folder named last. An adapter is merged
+into its base. GPT-2, BLOOM, Llama, Mistral, Qwen 2 and 3. The file is then loaded in llama.cpp
+(package xllamacpp) and asked the recipe's questions; exported.json says whether it answers as the
+run folder does.
 
 --format    gguf
 --type      f32, f16 (the default) or q8_0; f32 has to answer the same
@@ -49,7 +50,8 @@ def main(arguments: list[str]) -> None:
     for answer in answers:
         if not answer.is_same:
             console.print(
-                f"{answer.question}\n  run folder: {answer.run_folder}\n  llama.cpp:  {answer.other}"
+                f"{answer.question}\n  run folder: {answer.run_folder}\n"
+                f"  llama.cpp:  {answer.other}"
             )
     same = sum(answer.is_same for answer in answers)
     if answers:

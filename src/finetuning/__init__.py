@@ -5,7 +5,8 @@
 
 Eleven packages; each imports only those to its left (tests/test_structure.py holds it):
 
-    data, hub -> recipe -> launch -> model -> budget -> runs -> inference -> export -> training | publishing
+    data, hub -> recipe -> launch -> model -> budget -> runs -> inference -> export
+        -> training | publishing
 
 Shapes: B sequences in a batch, T tokens in a sequence.
 """

@@ -1,4 +1,4 @@
-"""docs/published_model.md: every command, against the tests' Hub, without anything of this repository."""
+"""docs/published_model.md: every command, against the tests' Hub, without code of ours."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""publish.gguf: a GGUF file and a Modelfile beside the weights, asked in llama.cpp after publishing."""
+"""publish.gguf: a GGUF file and a Modelfile beside the weights, asked in llama.cpp."""
 
 import json
 import os

@@ -1,7 +1,7 @@
 """What llama.cpp calls the settings and weights of an architecture, and how it wants them laid out.
 
-From llama.cpp's convert_hf_to_gguf.py (MIT): the names are the `gguf` library's, the permutations are
-pinned by tests that ask llama.cpp.
+From llama.cpp's convert_hf_to_gguf.py (MIT): the names are the `gguf` library's, the permutations
+are pinned by tests that ask llama.cpp.
 """
 
 import re

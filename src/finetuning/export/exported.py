@@ -1,4 +1,4 @@
-"""A trained model -> GGUF file, Modelfile, and exported.json, which says whether it answers the same."""
+"""A trained model -> GGUF file, Modelfile, and exported.json: does it answer the same?"""
 
 import json
 import tempfile

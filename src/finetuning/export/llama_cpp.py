@@ -1,4 +1,4 @@
-"""A GGUF file, loaded in llama.cpp and asked: does it see the trained prompt, does it answer the same?"""
+"""A GGUF file in llama.cpp: does it see the trained prompt, does it answer the same?"""
 
 import json
 import urllib.request

@@ -1,4 +1,4 @@
-"""An Ollama Modelfile: the GGUF file, its chat template in Ollama's language, end tokens, settings, licence."""
+"""An Ollama Modelfile: chat template in Ollama's language, end tokens, settings, licence."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -8,9 +8,9 @@ from finetuning.data.row import Message
 from finetuning.recipe.sections import Generation
 
 Render = Callable[[Sequence[Message]], str]
-"""messages -> the prompt that asks for the next response; raises ValueError for roles it has no place for"""
+"""messages -> the prompt for the next response; ValueError for roles it has no place for"""
 # Content of messages that no template spells.
-SYSTEM, FIRST, RESPONSE, SECOND = "\ue000s\ue000", "\ue000u\ue000", "\ue000a\ue000", "\ue000v\ue000"
+SYSTEM, FIRST, RESPONSE, SECOND = (f"\ue000{letter}\ue000" for letter in "suav")
 # What is sent in a chat and no template leaves as it is by chance.
 CONTENT = " One.\n\nTwo "
 

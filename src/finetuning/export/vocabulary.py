@@ -1,4 +1,4 @@
-"""A tokenizer -> llama.cpp's vocabulary: tokens, merges or scores, and how text is cut before them."""
+"""A tokenizer -> llama.cpp's vocabulary: tokens, merges or scores, and how text is cut."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -129,6 +129,6 @@ def write_special_tokens(
 
 def unlike(what: str) -> UserError:
     return UserError(
-        f"export: llama.cpp has no tokenizer like this one here ({what}); its own converter may know "
-        "it by name: python convert_hf_to_gguf.py FOLDER --outfile model.gguf --outtype f32"
+        f"export: llama.cpp has no tokenizer like this one here ({what}); its own converter may "
+        "know it by name: python convert_hf_to_gguf.py FOLDER --outfile model.gguf --outtype f32"
     )

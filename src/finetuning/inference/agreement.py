@@ -1,4 +1,4 @@
-"""Whether a model in another form answers as its run folder does: greedily, so that answers compare."""
+"""Does a model in another form answer as its run folder does? Asked greedily, to compare."""
 
 import gc
 from collections.abc import Iterable

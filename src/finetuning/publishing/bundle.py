@@ -98,7 +98,7 @@ def merged_if_wanted(run: RunFolder, recipe: Recipe) -> Iterator[Path | None]:
 
 @contextmanager
 def gguf_if_wanted(run: RunFolder, recipe: Recipe) -> Iterator[Path | None]:
-    """A folder with the run's GGUF file and Modelfile, deleted afterwards; None without publish.gguf."""
+    """A folder with the run's GGUF file and Modelfile, deleted afterwards; None if not wanted."""
     if not publish_section(recipe).gguf:
         yield None
         return

@@ -70,7 +70,7 @@ class Publish(Section):
     adapter: bool = False
     """with merged: the adapter too, in <subfolder>/adapter"""
     gguf: bool = False
-    """beside the weights also a GGUF file for llama.cpp, model-f16.gguf, and a Modelfile for Ollama"""
+    """beside the weights also model-f16.gguf for llama.cpp and a Modelfile for Ollama"""
     base_model: str | None = Field(default=None, pattern=REPO[:-1] + r"(@[\w./-]+)?$")
     """Hub id of the base model, owner/name[@revision], where model.name is a local copy of it"""
     license: str | None = Field(default=None, min_length=1)
