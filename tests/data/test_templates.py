@@ -242,13 +242,79 @@ def test_material_goes_below_the_question_in_a_chat_template():
     )
 
 
-def test_without_a_special_end_mark_a_response_ends_with_its_turn():
+def test_a_template_without_an_end_mark_gets_eos_behind_every_response():
     template = chat_template("lines")
     messages = talk(("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", ""))
-    assert (
-        written(template.render(messages))
-        == "user: Hi\nassistant: «Hello!\n»user: Bye\nassistant: «\n»"
+    assert written(template.render(messages)) == (
+        "user: Hi\nassistant: «Hello!⟨<|endoftext|>⟩»\nuser: Bye\nassistant: «⟨<|endoftext|>⟩»\n"
     )
+    assert template.added_end_mark == "<|endoftext|>"
+    assert chat_template("chatml").added_end_mark is None
+
+
+GLM_TOKENS = ("<|user|>", "<|assistant|>", "<|observation|>")
+GLM = (
+    "{% for m in messages %}"
+    "{{ {'user': '<|user|>\n', 'tool': '<|observation|>\n'}.get(m.role, '<|assistant|>\n<think></think>\n') }}"
+    "{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}\n"
+)
+
+
+def glm_template():
+    """GLM 4's kind: a turn ends where the token of the next role is."""
+    template = own_template(GLM, *GLM_TOKENS)
+    template.tokenizer.add_tokens(["<think>", "</think>"])
+    return template
+
+
+def test_the_token_of_the_next_turn_ends_a_response_where_there_is_no_other():
+    template = glm_template()
+    messages = talk(
+        ("user", "Hi"), ("assistant", "look"), ("tool", "2"), ("assistant", "2"), ("user", "Bye")
+    )
+    assert written(template.render(messages[:4])) == (
+        "⟨<|user|>⟩\nHi⟨<|assistant|>⟩\n«⟨<think>⟩⟨</think>⟩\nlook⟨<|observation|>⟩»"
+        "\n2⟨<|assistant|>⟩\n«⟨<think>⟩⟨</think>⟩\n2⟨<|user|>⟩»"
+    )
+    assert written(template.render(messages)).endswith("2⟨<|user|>⟩»\nBye")
+    assert template.end_marks == ["<|user|>", "<|observation|>", "<|endoftext|>"]
+    assert template.added_end_mark == "<|user|>"
+
+
+def test_a_template_that_was_saved_with_an_added_end_mark_is_the_same_template():
+    for template in (glm_template(), chat_template("lines")):
+        jinja, end_marks = template.jinja, template.end_marks
+        template.tokenizer.chat_template = jinja
+        again = ChatTemplate(template.tokenizer)
+        assert (again.jinja, again.end_marks) == (jinja, end_marks)
+        assert again.render(QUESTION) == template.render(QUESTION)
+
+
+def test_a_response_is_trained_through_the_last_special_token_that_follows():
+    # Command A's two end marks, and Phi's, of which the last stands at the end of the text.
+    command_a = own_template(
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|END|><|END_OF_TURN|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+        *("<|user|>", "<|assistant|>", "<|END|>", "<|END_OF_TURN|>"),
+    )
+    assert written(command_a.render(QUESTION)).endswith("«Hello!⟨<|END|>⟩⟨<|END_OF_TURN|>⟩»")
+    phi = own_template(
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
+        *("<|user|>", "<|assistant|>", "<|end|>"),
+    )
+    assert written(phi.render([*QUESTION, *QUESTION])) == (
+        "⟨<|user|>⟩\nHi⟨<|end|>⟩\n⟨<|assistant|>⟩\n«Hello!⟨<|end|>⟩»\n"
+        "⟨<|user|>⟩\nHi⟨<|end|>⟩\n⟨<|assistant|>⟩\n«Hello!⟨<|end|>⟩\n⟨<|endoftext|>⟩»"
+    )
+    assert phi.end_marks == ["<|end|>", "<|endoftext|>"]
+
+
+def test_what_a_template_puts_before_the_content_of_a_response_is_known():
+    template = glm_template()
+    assert written(template.response_lead) == "⟨<think>⟩⟨</think>⟩"
+    assert template.strip_markers("\nHello!\n") == "Hello!\n"
+    assert chat_template("chatml").response_lead == []
 
 
 @pytest.mark.parametrize("content", ["Hello!", "think", "<think>", "</think>", "k>\n\n", "\n", ""])
@@ -344,6 +410,7 @@ def test_the_text_is_the_one_the_chat_template_renders(kind, name):
     messages = talk(
         ("user", "a <s> b"), ("assistant", "c\n"), ("user", "d"), ("assistant", "</s> e")
     )
+    tokenizer.chat_template = template.jinja  # the same where the template ends its responses
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert "".join(segment.text for segment in template.render(messages)) == text
     prompt = tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True)
@@ -417,7 +484,7 @@ def test_a_special_token_takes_the_white_space_along_that_its_tokenizer_says():
         ),
     )
     segments = template.render(QUESTION)
-    assert written(segments) == "⟨<|user|>\n⟩Hi⟨<|end|>\n⟩⟨<|assistant|>\n⟩«Hello!⟨<|end|>\n⟩»"
+    assert written(segments) == "⟨<|user|>⟩\nHi⟨<|end|>⟩\n⟨<|assistant|>⟩\n«Hello!⟨<|end|>⟩»\n"
     assert template.end_marks == ["<|end|>", "<|endoftext|>"]
     [example] = tokenize([segments], template.tokenizer)
     assert example["input_ids"].tolist() == template.tokenizer.apply_chat_template(
@@ -436,7 +503,7 @@ def test_white_space_behind_the_end_of_a_prompt_belongs_to_the_response():
     )
     assert (
         written(template.render(QUESTION))
-        == "⟨<|user|>\n⟩Hi⟨<|end|>⟩⟨<|assistant|>⟩«\nHello!⟨<|end|>⟩»"
+        == "⟨<|user|>⟩\nHi⟨<|end|>⟩⟨<|assistant|>⟩«\nHello!⟨<|end|>⟩»"
     )
 
 

@@ -1,8 +1,8 @@
 """Properties of what is trained, for any conversation, template and kind of tokenizer."""
 
+import tempfile
 from collections.abc import Callable
 from functools import cache
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHAT_TOKENS, TOKENIZERS, byte_level, chat_tokenizer
 from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
 
 from finetuning.data import tokenization
 from finetuning.data.batching import Collator
 from finetuning.data.chat_template import ChatTemplate
-from finetuning.data.templates import TEMPLATES, MarkerTemplate, Segment
-from finetuning.data.tokenization import IGNORE_INDEX, Encoder, encode_prompts, tokenize
+from finetuning.data.templates import TEMPLATES, MarkerTemplate, Segment, fold_context
+from finetuning.data.tokenization import (
+    IGNORE_INDEX,
+    Encoder,
+    encode_prompts,
+    exceptions,
+    tokenize,
+    train_on_all,
+)
 
 
 class Case(NamedTuple):
@@ -133,11 +141,11 @@ def conversations(draw, content=WORDS):
     return messages + draw(st.lists(messages_of("user", content), max_size=1))
 
 
-def examples_of(kind, messages, loss_on="response"):
+def examples_of(kind, messages, change=lambda examples: examples):
     """(name, case, segments, ids, labels) for every template."""
     cases = cases_of(kind)
     rendered = [case.template.render(messages) for case in cases.values()]
-    examples = tokenize(rendered, tokenizer_of(kind), loss_on)
+    examples = change(tokenize(rendered, tokenizer_of(kind)))
     for (name, case), segments, example in zip(cases.items(), rendered, examples, strict=True):
         yield name, case, segments, example["input_ids"].tolist(), example["labels"].tolist()
 
@@ -145,10 +153,6 @@ def examples_of(kind, messages, loss_on="response"):
 def spelled(tokenizer, ids):
     """What ids spell in the middle of a text; a decoder may strip a space where a text begins."""
     return tokenizer.decode([tokenizer.eos_token_id, *ids]).removeprefix(tokenizer.eos_token)
-
-
-def text_of(segments):
-    return "".join(segment.text for segment in segments)
 
 
 def said_by(case, messages):
@@ -159,23 +163,48 @@ of_every_kind = pytest.mark.parametrize("kind", TOKENIZERS)
 quickly = settings(max_examples=40, deadline=None, database=None)
 
 
+@cache
+def reader_of(kind):
+    """The tokenizer as another program loads it from where it was saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer_of(kind).save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
+
+
 @of_every_kind
 @quickly
 @given(messages=conversations())
-def test_the_tokens_spell_the_rendered_text(kind, messages):
-    tokenizer = tokenizer_of(kind)
-    for name, _, segments, ids, _ in examples_of(kind, messages):
-        # What a decoder does with the beginning of a text counts from the first ordinary token.
-        leading = next(number for number, segment in enumerate(segments) if not segment.is_special)
-        text = text_of(segments[leading:])
-        if (
-            kind == "metaspace"
-        ):  # the space it prepends stands for one the text begins with, as in T5
-            text = text.removeprefix(" ")
-        assert tokenizer.convert_ids_to_tokens(ids[:leading]) == [
-            segment.text for segment in segments[:leading]
-        ], name
-        assert tokenizer.decode(ids[leading:]) == text, name
+def test_ids_and_mask_are_those_of_the_saved_tokenizer_and_its_chat_template(kind, messages):
+    reader, tokenizer = reader_of(kind), tokenizer_of(kind)
+    for name, case in cases_of(kind).items():
+        reader.chat_template = case.template.jinja
+        folded = fold_context(messages) if name in CHAT_ENDS else messages
+        segments = case.template.render(messages)
+        [example] = tokenize([segments], tokenizer)
+        theirs = reader.apply_chat_template(
+            folded, return_dict=True, return_assistant_tokens_mask=True
+        )
+        turns = [number for number, turn in enumerate(folded) if turn["role"] == "assistant"]
+        others = exceptions([segments], tokenizer)
+        if others.spelled[0]:
+            continue
+        first = reader.apply_chat_template(
+            folded[: turns[0]], add_generation_prompt=True, return_dict=False
+        )
+        [prompt] = encode_prompts([case.template.render_prompt(folded[: turns[0]])], tokenizer)
+        assert prompt == first, name
+        if others.merged[0]:
+            continue
+        assert example["input_ids"].tolist() == theirs["input_ids"], name
+        if "generation" in case.template.jinja.replace("add_generation_prompt", ""):
+            is_trained = (example["labels"] != IGNORE_INDEX).tolist()
+            if name != "chatml_generation":  # its marks leave out the end mark
+                assert is_trained == [bool(mask) for mask in theirs["assistant_masks"]], name
+        for turn in turns:
+            asked = reader.apply_chat_template(
+                folded[:turn], add_generation_prompt=True, return_dict=False
+            )
+            assert example["input_ids"][: len(asked)].tolist() == asked, name
 
 
 @of_every_kind
@@ -227,37 +256,35 @@ def test_the_prompt_of_every_response_is_the_untrained_beginning_of_the_example(
         assert set(labels[answered:]) <= {IGNORE_INDEX}, name
 
 
-def reference_example(segments, tokenizer):
-    """(ids, labels) of an example, text by text: slow, and plain enough to be read."""
-    encoder = Encoder(tokenizer)
-    ids, labels, is_continued = [], [], False
-    for (is_response, is_special), group in groupby(segments, key=lambda s: (s[1], s[2])):
-        texts = [segment.text for segment in group]
-        for text in texts if is_special else ["".join(texts)]:
-            if is_special:
-                tokens = [tokenizer.convert_tokens_to_ids(text)]
-            else:
-                backend = encoder.continued if is_continued else encoder.first
-                tokens = backend.encode(text, add_special_tokens=False).ids
-                is_continued = is_continued or text != ""
-            ids += tokens
-            labels += tokens if is_response else [IGNORE_INDEX] * len(tokens)
-    return ids, [IGNORE_INDEX, *labels[1:]][: len(ids)]
+def reference_labels(segments, encoder):
+    """Labels of an example, text by text: slow, and plain enough to be read."""
+    labels = []
+    for span in encoder.spans(segments):
+        if span.is_special:
+            tokens = [encoder.token_to_id(span.text)]
+        elif span.before is None:
+            tokens = encoder.continued.encode(span.text).ids
+        else:
+            before = encoder.plain.encode(span.before).ids
+            tokens = encoder.plain.encode(span.before + span.text).ids[len(before) :]
+        labels += tokens if span.is_response else [IGNORE_INDEX] * len(tokens)
+    return [IGNORE_INDEX, *labels[1:]][: len(labels)]
 
 
 @of_every_kind
 @quickly
 @given(messages=conversations())
-def test_ids_and_labels_are_those_of_a_plain_reference(kind, messages):
-    for name, _, segments, ids, labels in examples_of(kind, messages):
-        assert (ids, labels) == reference_example(segments, tokenizer_of(kind)), name
+def test_labels_are_those_of_a_plain_reference(kind, messages):
+    encoder = Encoder(tokenizer_of(kind))
+    for name, _, segments, _, labels in examples_of(kind, messages):
+        assert labels == reference_labels(segments, encoder), name
 
 
 @of_every_kind
 @quickly
 @given(messages=conversations())
 def test_with_loss_on_all_only_the_first_token_is_not_trained(kind, messages):
-    for name, _, _, ids, labels in examples_of(kind, messages, loss_on="all"):
+    for name, _, _, ids, labels in examples_of(kind, messages, train_on_all):
         assert labels == [IGNORE_INDEX, *ids[1:]], name
 
 
@@ -269,11 +296,11 @@ END_SEGMENTS = st.just(Segment("</s>", is_response=True, is_special=True))
 @given(rows=st.lists(st.lists(PLAIN_SEGMENTS | END_SEGMENTS, max_size=4), max_size=4))
 def test_the_first_token_is_never_trained_even_if_a_response_begins_the_example(rows):
     tokenizer = tokenizer_of("byte_fallback")
-    for loss_on in ("response", "all"):
-        examples = tokenize(rows, tokenizer, loss_on)
+    for change in (lambda examples: examples, train_on_all):
+        examples = change(tokenize(rows, tokenizer))
         assert len(examples) == len(rows)
         for segments, example in zip(rows, examples, strict=True):
-            [alone] = tokenize([segments], tokenizer, loss_on)
+            [alone] = change(tokenize([segments], tokenizer))
             np.testing.assert_array_equal(example["input_ids"], alone["input_ids"])
             np.testing.assert_array_equal(example["labels"], alone["labels"])
             assert set(example["labels"][:1]) <= {IGNORE_INDEX}
@@ -354,11 +381,10 @@ def test_rows_of_100_kilobytes_keep_every_law(kind):
     content = "".join(SPELLINGS)
     content *= 100_000 // len(content.encode()) + 1
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
-    for name, case, segments, ids, labels in examples_of(kind, messages):
+    for name, case, _, _, labels in examples_of(kind, messages):
         trained = [token for token in labels if token != IGNORE_INDEX]
         assert spelled(tokenizer, trained) == case.said(content) + case.end, name
         assert trained.count(tokenizer.convert_tokens_to_ids(case.end)) == 1, name
-        assert text_of(segments).endswith(spelled(tokenizer, ids[-1000:]).lstrip("\ufffd")), name
 
 
 @of_every_kind
@@ -398,12 +424,15 @@ def with_prefix_space(kind, pre_tokenizer):
         ),
     ],
 )
-def test_a_space_is_put_in_front_of_the_first_text_only(tokenizer, first):
+def test_a_space_is_put_where_the_tokenizer_puts_it_and_not_in_front_of_a_response(
+    tokenizer, first
+):
     end = tokenizer.eos_token
-    [example] = tokenize(
-        [[Segment("a"), Segment("b", True), Segment(end, True, True), Segment("a")]], tokenizer
-    )
-    assert "".join(tokenizer.convert_ids_to_tokens(example["input_ids"])) == f"{first}b{end}a"
+    segments = [Segment("a"), Segment("b", True), Segment(end, True, True), Segment("a")]
+    [example] = tokenize([segments], tokenizer)
+    behind = tokenizer(f"{end}a", add_special_tokens=False).tokens()[1:]
+    tokens = tokenizer.convert_ids_to_tokens(example["input_ids"])
+    assert "".join(tokens) == "".join([first, "b", end, *behind])
 
 
 def test_an_encoder_is_made_once_for_all_prompts_until_the_tokenizer_is_another(monkeypatch):

@@ -20,7 +20,7 @@ from finetuning.data.row import BadRow, Message, Row
 from finetuning.data.section import Data, Eval, Source
 from finetuning.data.sources import Rows, load_rows
 from finetuning.data.templates import CHAT, TEMPLATES, MarkerTemplate, Segment, Template
-from finetuning.data.tokenization import IGNORE_INDEX, Examples, tokenize
+from finetuning.data.tokenization import IGNORE_INDEX, Examples, exceptions, tokenize, train_on_all
 from finetuning.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Prepared:
     report: dict[str, Any]
     """rows: {loaded, where, kept, train, eval}; dropped: {reason: rows}; cut: rows; of the kept
     rows tokens: {prompt, response, total, max} and end_mark_share (0..1); places: of the first few
-    dropped rows of each reason"""
+    dropped rows of each reason; added_end_mark: of Template; spelled, merged: rows of Exceptions"""
     fingerprint: str
     """digest of the examples: changes with any token, label or row number"""
 
@@ -80,9 +80,12 @@ def build(data: Data, tokenizer: "PreTrainedTokenizerFast") -> Prepared:
     Raises UserError where rows do not fit or nothing is left to train or evaluate on.
     """
     tally = Tally(data)
-    conversations, segments = render_all(data, load_template(data, tokenizer), tally)
-    whole = tokenize(segments, tokenizer, data.loss_on)
-    kept, is_closed = fit(whole, conversations, tally)
+    template = load_template(data, tokenizer)
+    conversations, segments = render_all(data, template, tally)
+    responses = tokenize(segments, tokenizer)
+    whole = responses if data.loss_on == "response" else train_on_all(responses)
+    kept = fit(whole, conversations, tally)
+    is_closed = ends_with_mark(responses.select(kept, data.max_length), template, tokenizer)
     kept_rows = [conversations[number] for number in kept]
     is_eval = evaluation_set(kept_rows, data.eval)
     copies = copies_by_weight(kept_rows, data.sources)
@@ -91,7 +94,13 @@ def build(data: Data, tokenizer: "PreTrainedTokenizerFast") -> Prepared:
     examples = replace(whole.select(kept, data.max_length), rows=rows)
     train = examples.select(np.repeat(np.arange(len(kept)), copies * ~is_eval))
     held_out = examples.select(np.flatnonzero(is_eval)) if data.eval else None
-    report = make_report(tally, examples, is_closed, train, held_out)
+    other = exceptions([segments[number] for number in kept], tokenizer)
+    report = {
+        **make_report(tally, examples, is_closed, train, held_out),
+        "added_end_mark": template.added_end_mark,
+        "spelled": int(other.spelled.sum()),
+        "merged": int(other.merged.sum()),
+    }
     if len(train) == 0 or (held_out is not None and len(held_out) == 0):
         which = "train" if len(train) == 0 else "evaluate"
         counts = f"{json.dumps(report['rows'])}, dropped {json.dumps(report['dropped'])}"
@@ -110,7 +119,13 @@ def load_template(data: Data, tokenizer: "PreTrainedTokenizerFast") -> Template:
                 "data.template: chat, but the tokenizer has no chat template; "
                 f"allowed are {', '.join(TEMPLATES)}"
             )
-        return ChatTemplate(tokenizer)
+        template = ChatTemplate(tokenizer)
+        if not template.end_marks:
+            raise UserError(
+                "data.template: chat: the tokenizer's chat template ends no response, and the "
+                "tokenizer has no EOS token to end it with; use another template"
+            )
+        return template
     if tokenizer.eos_token is None:
         raise UserError(
             f"data.template: {data.template} ends a response with EOS, the tokenizer has none"
@@ -193,28 +208,22 @@ def check_columns(where: dict[str, Any], loaded: Rows) -> None:
             raise UserError(f"data.where: {name} has no column {column}, {found}")
 
 
-def fit(
-    whole: Examples, conversations: list[Conversation], tally: Tally
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The examples that fit max_length, or may be cut to it, and have a token left to train.
+def fit(whole: Examples, conversations: list[Conversation], tally: Tally) -> NDArray[np.int64]:
+    """(kept,) numbers of the examples that fit max_length and have a token left to train.
 
-    Returns their numbers (kept,), and for each (kept,) whether its last trained token is the end
-    mark of a response.
+    With data.overflow: cut all fit, of which only the first tokens count.
     """
     limit = tally.data.max_length
     is_long = whole.lengths > limit
     check_overflow(whole, np.flatnonzero(is_long), conversations, tally)
     is_dropped = is_long & (tally.data.overflow == "drop")
 
-    is_trained = whole.labels != IGNORE_INDEX
-    last = last_trained(is_trained, whole, limit)
-    has_response = last >= 0
+    has_response = last_trained(whole, limit) >= 0
     for number in np.flatnonzero(~has_response & ~is_dropped):
         tally.drop("no_response", conversations[number].place)
     kept = np.flatnonzero(has_response & ~is_dropped)
     tally.cut = int(is_long[kept].sum())
-    is_closed = (last + 1 == whole.ends) | ~np.append(is_trained, False)[last + 1]
-    return kept, is_closed[kept]
+    return kept
 
 
 def check_overflow(
@@ -230,16 +239,26 @@ def check_overflow(
             tally.drop("overflow", problem)
 
 
-def last_trained(is_trained: NDArray[np.bool_], whole: Examples, limit: int) -> NDArray[np.int64]:
+def last_trained(whole: Examples, limit: int) -> NDArray[np.int64]:
     """(examples,) place in the flat arrays of the last trained token; -1 without one.
 
     Of each example only the first `limit` tokens count.
     """
+    is_trained = whole.labels != IGNORE_INDEX
     places = np.where(is_trained, np.arange(len(is_trained)), -1)
     latest = np.append(np.maximum.accumulate(places), -1)  # up to and including each token
     starts = whole.ends - whole.lengths
     last = latest[starts + np.minimum(whole.lengths, limit) - 1]
     return np.where((last >= starts) & (whole.lengths > 0), last, -1)
+
+
+def ends_with_mark(
+    kept: Examples, template: Template, tokenizer: "PreTrainedTokenizerFast"
+) -> NDArray[np.bool_]:
+    """(kept,) whether the last token of an example's responses is an end mark."""
+    last = last_trained(kept, kept.lengths.max(initial=1))
+    tokens = np.append(kept.input_ids, -1)[last]  # -1 without a response
+    return np.isin(tokens, tokenizer.convert_tokens_to_ids(template.end_marks)) & (last >= 0)
 
 
 def evaluation_set(kept: list[Conversation], split: Eval | None) -> NDArray[np.bool_]:

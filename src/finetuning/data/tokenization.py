@@ -12,11 +12,11 @@ no search.
 import copy
 import json
 import re
+import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import IntEnum, auto
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain, groupby
+from itertools import chain, groupby, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -30,14 +30,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IGNORE_INDEX = -100  # label of a token that is left out of the loss; torch's default
+WINDOW = 64  # characters on either side of a border, in which a merge that crosses it is found
 BLOCK = 16384  # texts encoded in one call: enough for every core, small enough for a progress bar
 # A single space between two words: GPT-2's pre-tokenizer always begins a new piece there, whatever
 # stands around, and BPE never merges across pieces. Python counts a little more as white space than
 # the tokenizer does, which is the safe side.
 WORD_BORDER = re.compile(r"(?<=\S)(?= \S)")
 
+# In front of the names of special tokens, where texts are encoded: no row can spell it.
+SECRET = f"\ue002{secrets.token_hex(8)}"
+
 Ids = NDArray[np.int32]
 Counts = NDArray[np.int64]
+Context = tuple[str | None, str]
+"""TextSpan.before and after"""
+CONTINUED: Context = (None, "")
+SPECIAL: Context = (None, "special token")
+
+
+class Exceptions(NamedTuple):
+    """(examples,) which have other ids than the tokenizer gives their text as a whole, and why."""
+
+    spelled: NDArray[np.bool_]
+    """text of a row spells a special token, and stays text"""
+    merged: NDArray[np.bool_]
+    """a merge would cross the end of a prompt, which is kept as generation asks with it"""
 
 
 class Example(TypedDict):
@@ -82,31 +99,53 @@ class TextSpan(NamedTuple):
     text: str
     is_response: bool
     is_special: bool
-    is_first: bool
-    """no ordinary text stands before it in the example"""
+    before: str | None
+    """the special token (and the white space that it includes) in front of it, "" at the beginning
+    of the text; None if other text is in front of it"""
+    after: str
+    """the special token behind it, if that includes the white space in front of itself"""
 
 
-def tokenize(
-    conversations: list[list[Segment]],
-    tokenizer: "PreTrainedTokenizerFast",
-    loss_on: str = "response",
-) -> Examples:
-    """One example for each list of segments, uncut, in order.
+def tokenize(conversations: list[list[Segment]], tokenizer: "PreTrainedTokenizerFast") -> Examples:
+    """One example for each list of segments, uncut, in order; its responses are trained.
 
     The first token of an example is never predicted, so it is never trained.
     """
-    spans_of_each = [spans_of(segments) for segments in conversations]
+    encoder = encoder_of(tokenizer, str(tokenizer.added_tokens_decoder))
+    spans_of_each = [encoder.spans(segments) for segments in conversations]
     spans = list(chain.from_iterable(spans_of_each))
     spans_in_each = np.fromiter(map(len, spans_of_each), np.int64, len(spans_of_each))
-    input_ids, tokens_in_span = Encoder(tokenizer).encode(spans)
+    input_ids, tokens_in_span = encoder.encode(spans)
     lengths = sums(tokens_in_span, spans_in_each)
-    starts = np.cumsum(lengths) - lengths
 
-    is_trained_span = np.array([span.is_response or loss_on == "all" for span in spans], bool)
-    is_trained = np.repeat(is_trained_span, tokens_in_span)
-    is_trained[starts[lengths > 0]] = False
+    is_response = np.array([span.is_response for span in spans], bool)  # (spans,)
+    is_trained = np.repeat(is_response, tokens_in_span)  # (tokens,)
+    is_trained[first_tokens(lengths)] = False
     labels = np.where(is_trained, input_ids, np.int32(IGNORE_INDEX))
     return Examples(input_ids, labels, lengths, np.arange(len(conversations)))
+
+
+def exceptions(
+    conversations: list[list[Segment]], tokenizer: "PreTrainedTokenizerFast"
+) -> Exceptions:
+    """The examples that no other program makes of the saved tokenizer and its chat template."""
+    encoder = encoder_of(tokenizer, str(tokenizer.added_tokens_decoder))
+    spelled = [encoder.spells_special(segments) for segments in conversations]
+    merged = [encoder.merges(encoder.spans(segments)) for segments in conversations]
+    return Exceptions(np.array(spelled, bool), np.array(merged, bool))
+
+
+def train_on_all(examples: Examples) -> Examples:
+    """The same examples with every token trained but the first, which is never predicted."""
+    labels = examples.input_ids.copy()
+    labels[first_tokens(examples.lengths)] = IGNORE_INDEX
+    return replace(examples, labels=labels)
+
+
+def first_tokens(lengths: Counts) -> Counts:
+    """Where in the flat arrays the examples begin that have a token."""
+    starts: Counts = (np.cumsum(lengths) - lengths)[lengths > 0]
+    return starts
 
 
 def encode_prompts(
@@ -114,53 +153,87 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Token ids of each prompt: the first ids of every training example that starts with it."""
     encoder = encoder_of(tokenizer, str(tokenizer.added_tokens_decoder))
-    return [encoder.encode(spans_of(segments))[0].tolist() for segments in prompts]
+    return [encoder.encode(encoder.spans(segments))[0].tolist() for segments in prompts]
 
 
 @lru_cache(maxsize=1)
 def encoder_of(tokenizer: "PreTrainedTokenizerFast", added_tokens: str) -> "Encoder":
-    """The tokenizer's encoder, kept for the next prompt: 0.2 s for GPT-2, 3 s for 250,000 tokens.
+    """The tokenizer's encoder, kept for the next call: 0.2 s for GPT-2, 3 s for 250,000 tokens.
 
     `added_tokens` are the part of a tokenizer that may change in place: with others, a new encoder.
     """
     return Encoder(tokenizer)
 
 
-def spans_of(segments: list[Segment]) -> list[TextSpan]:
-    """Neighbouring ordinary segments of one kind joined; special tokens alone; no empty text."""
-    spans: list[TextSpan] = []
-    is_first = True
-    for (is_response, is_special), group in groupby(segments, key=lambda s: s[1:]):
-        texts = [segment.text for segment in group]
-        for text in texts if is_special else ["".join(texts)]:
-            if text:
-                spans.append(TextSpan(text, is_response, is_special, is_first))
-                is_first = is_first and is_special
-    return spans
-
-
-class Kind(IntEnum):
-    """How a text is encoded."""
-
-    SPECIAL = auto()
-    FIRST = auto()
-    """the first ordinary text of an example"""
-    CONTINUED = auto()
-    """an ordinary text that follows another"""
-
-
 class Encoder:
-    """Encodes texts without ever reading a special token out of them.
+    """Encodes texts as the tokenizer itself does, without reading special tokens out of row text.
 
-    Most SentencePiece-style tokenizers put a space before a text; in front of a response that
-    continues a prompt it would be a token of its own, so only the first text of an example gets it.
+    In the tokenizer's copy that encodes, special tokens have secret names: only the template can
+    write them. What a tokenizer does around a special token (a space in front of a text, white
+    space that the token includes) is left to it: a text is encoded together with the special token
+    in front of it. A response that continues ordinary text gets no space in front.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        self.token_to_id = tokenizer.backend_tokenizer.token_to_id
-        self.first = without_special_tokens(tokenizer.backend_tokenizer)
-        self.continued = without_prefix_space(self.first)
-        self.is_wordwise = self.first is self.continued and splits_at_spaces(self.continued)
+        backend = tokenizer.backend_tokenizer
+        self.added_tokens = {
+            token.content: token for token in backend.get_added_tokens_decoder().values()
+        }
+        self.token_to_id = backend.token_to_id
+        self.plain = with_secret_names(backend)
+        self.continued = without_prefix_space(self.plain)
+        self.spelled = spellings(backend)
+        self.known_merges: dict[tuple[str, str], bool] = {}
+        self.is_wordwise = self.plain is self.continued and splits_at_spaces(self.plain)
+
+    def spans(self, segments: list[Segment]) -> list[TextSpan]:
+        """Neighbouring ordinary segments of one kind joined; special tokens alone; no empty text."""
+        spans: list[TextSpan] = []
+        before: str | None = ""
+        for (is_response, is_special), group in groupby(segments, key=lambda s: s[1:]):
+            texts = [segment.text for segment in group]
+            for text in filter(None, texts if is_special else ["".join(texts)]):
+                if is_special and spans and self.added_tokens[text].lstrip:
+                    spans[-1] = spans[-1]._replace(after=self.secret_name(text))
+                spans.append(TextSpan(text, is_response, is_special, before, ""))
+                before = self.before_next(spans[-1])
+        return spans
+
+    def before_next(self, span: TextSpan) -> str | None:
+        """TextSpan.before of the next span."""
+        if span.is_special:
+            return self.secret_name(span.text)
+        if span.before is None or not span.text.isspace():
+            return None
+        before = span.before + span.text
+        is_included = len(self.plain_ids(before)) == len(self.plain_ids(span.before))
+        return before if is_included else None
+
+    def spells_special(self, segments: list[Segment]) -> bool:
+        """Whether text that is no special token spells one, which other programs would read."""
+        texts = [segment.text for segment in segments if not segment.is_special]
+        return any(self.spelled.search(text) for text in texts)
+
+    def merges(self, spans: list[TextSpan]) -> bool:
+        """Whether a merge would cross a border of prompt and response, were they one text."""
+        return any(
+            span.before is None and self.is_merged(previous.text, span.text)
+            for previous, span in pairwise(spans)
+            if not previous.is_special and not span.is_special
+        )
+
+    def is_merged(self, left: str, right: str) -> bool:
+        words = WORD_BORDER.split(left)[-1][-WINDOW:], WORD_BORDER.split(right)[0][:WINDOW]
+        if words not in self.known_merges:
+            apart = [*chain.from_iterable(self.ids(CONTINUED, [*words]))]
+            together = self.continued.encode("".join(words), add_special_tokens=False)
+            # A run of characters that a Unigram model does not know is one piece, whatever its ids.
+            crossing = any(start < len(words[0]) < end for start, end in together.offsets)
+            self.known_merges[words] = crossing or together.ids != apart
+        return self.known_merges[words]
+
+    def secret_name(self, token: str) -> str:
+        return SECRET + token if self.added_tokens[token].special else token
 
     def encode(self, spans: Sequence[TextSpan]) -> tuple[Ids, Counts]:
         """Token ids of all spans, one after another (tokens,), and how many each has (spans,).
@@ -168,48 +241,67 @@ class Encoder:
         A span is one piece of text, or with GPT-2's kind of tokenizer its words, and every distinct
         piece is encoded once: words repeat, and encoding takes most of the time of preparing.
         """
-        tables: dict[Kind, dict[str, int]] = {kind: {} for kind in Kind}  # piece -> its number
-        numbers: list[int] = []  # (pieces,) among those of its kind
-        kinds, pieces_in_span = [], []
+        tables: dict[Context, dict[str, int]] = {}  # piece -> its number
+        numbers: list[int] = []  # (pieces,) among those of its context
+        contexts, pieces_in_span = [], []
         for span in spans:
-            kind, pieces = self.split(span)
-            table = tables[kind]
+            context, pieces = self.split(span)
+            table = tables.setdefault(context, {})
             numbers += [table.setdefault(piece, len(table)) for piece in pieces]
-            kinds.append(kind)
+            contexts.append(context)
             pieces_in_span.append(len(pieces))
 
-        sizes = np.array([len(table) for table in tables.values()])
+        sizes = np.array([len(table) for table in tables.values()], np.int64)
         offsets = dict(zip(tables, np.cumsum(sizes) - sizes, strict=True))
-        offset_of_span = np.array([offsets[kind] for kind in kinds], np.int64)
+        offset_of_span = np.array([offsets[context] for context in contexts], np.int64)
         piece = np.array(numbers, np.int64) + np.repeat(offset_of_span, pieces_in_span)
 
-        ids_of = [ids for kind in Kind for ids in self.encode_pieces(kind, list(tables[kind]))]
+        ids_of = [ids for context in tables for ids in self.ids(context, list(tables[context]))]
         lengths = np.fromiter(map(len, ids_of), np.int64, len(ids_of))  # (distinct pieces,)
         starts = np.cumsum(lengths) - lengths
         flat = np.fromiter(chain.from_iterable(ids_of), np.int32, lengths.sum())
         tokens = flat[ranges(starts[piece], lengths[piece])]
         return tokens, sums(lengths[piece], np.array(pieces_in_span, np.int64))
 
-    def split(self, span: TextSpan) -> tuple[Kind, list[str]]:
-        """The pieces of a span that may be encoded apart."""
+    def split(self, span: TextSpan) -> tuple["Context", list[str]]:
+        """The pieces of a span that may be encoded apart, and what they are encoded with."""
         if span.is_special:
-            return Kind.SPECIAL, [span.text]
+            return SPECIAL, [span.text]
         if self.is_wordwise:
-            return Kind.CONTINUED, WORD_BORDER.split(span.text)
-        return Kind.FIRST if span.is_first else Kind.CONTINUED, [span.text]
+            return CONTINUED, WORD_BORDER.split(span.text)
+        return (span.before, span.after), [span.text]
 
-    def encode_pieces(self, kind: Kind, pieces: list[str]) -> list[list[int]]:
+    def ids(self, context: "Context", pieces: list[str]) -> list[list[int]]:
         """The ids of each piece."""
-        if kind is Kind.SPECIAL:
+        if context == SPECIAL:
             return [[self.special_id(piece)] for piece in pieces]
-        return encode_texts(self.first if kind is Kind.FIRST else self.continued, pieces)
+        before, after = context
+        if before is None:
+            encodings = encode_texts(self.continued, [piece + after for piece in pieces])
+        else:
+            encodings = encode_texts(self.plain, [before + piece + after for piece in pieces])
+        first = len(self.plain_ids(before or ""))
+        last = len(self.plain_ids(after))
+        return [ids[first : len(ids) - last] for ids in encodings]
 
-    def special_id(self, text: str) -> int:
-        for spelling in (text, text.strip()):  # some include the white space beside them
-            token = self.token_to_id(spelling)
-            if token is not None:
-                return token
-        raise AssertionError(f"the tokenizer has no token {text!r}")
+    def plain_ids(self, text: str) -> list[int]:
+        ids: list[int] = self.plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def special_id(self, token: str) -> int:
+        number = self.token_to_id(token)
+        assert number is not None, f"the tokenizer has no token {token!r}"
+        return number
+
+
+def spellings(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Text in which the tokenizer itself would find a special token, or a byte of a Unigram model."""
+    model = json.loads(tokenizer.to_str())["model"]
+    tokens = tokenizer.get_added_tokens_decoder().values()
+    texts = [re.escape(token.content) for token in tokens if token.special]
+    if model["type"] == "Unigram" and model.get("byte_fallback"):
+        texts.append("<0x[0-9A-F]{2}>")
+    return re.compile("|".join(texts) if texts else r"(?!)")
 
 
 def ranges(starts: Counts, lengths: Counts) -> Counts:
@@ -237,7 +329,11 @@ def splits_at_spaces(tokenizer: Tokenizer) -> bool:
         and step.use_regex
         and tokenizer.normalizer is None
     )
-    return is_gpt2 and all(token.special for token in tokenizer.get_added_tokens_decoder().values())
+    added_tokens = tokenizer.get_added_tokens_decoder().values()
+    return is_gpt2 and all(
+        token.special and not (token.lstrip or token.rstrip or token.single_word)
+        for token in added_tokens
+    )
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
@@ -250,32 +346,30 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for block in encodings for encoding in block]
 
 
-def without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy to which the spelling of a special token is ordinary text.
+def with_secret_names(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy whose special tokens have secret names, so that no text of a row spells one.
 
-    `encode_special_tokens` alone is not enough: a Unigram model has special tokens among its pieces
+    `encode_special_tokens` is not enough: a Unigram model has special tokens among its pieces
     (llm-jp's does) and finds them, and those of byte fallback (`<0x0A>`), in any text.
     """
     settings = json.loads(tokenizer.to_str())
     special = [token["content"] for token in settings["added_tokens"] if token["special"]]
-    hidden = {content: f"\ue002{content}" for content in special}
+    secret = {content: SECRET + content for content in special}
     for token in settings["added_tokens"]:
-        token["content"] = hidden.get(token["content"], token["content"])
+        token["content"] = secret.get(token["content"], token["content"])
     model = settings["model"]
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {hidden.get(piece, piece): id for piece, id in model["vocab"].items()}
+        model["vocab"] = {secret.get(piece, piece): id for piece, id in model["vocab"].items()}
     else:
-        model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
+        model["vocab"] = [[secret.get(piece, piece), score] for piece, score in model["vocab"]]
     if model.get("unk_token"):
-        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+        model["unk_token"] = secret.get(model["unk_token"], model["unk_token"])
     settings.update(post_processor=None, truncation=None, padding=None)
-    plain = Tokenizer.from_str(json.dumps(settings))
-    plain.encode_special_tokens = True
-    if model["type"] == "Unigram":
-        spelled = "\ue002|<(?=0x[0-9A-F]{2}>)" if model.get("byte_fallback") else "\ue002"
-        apart = pre_tokenizers.Split(Regex(spelled), "isolated")
-        plain.pre_tokenizer = pre_tokenizers.Sequence([*steps_of(plain.pre_tokenizer), apart])
-    return plain
+    renamed = Tokenizer.from_str(json.dumps(settings))
+    if model["type"] == "Unigram" and model.get("byte_fallback"):
+        apart = pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "isolated")
+        renamed.pre_tokenizer = pre_tokenizers.Sequence([*steps_of(renamed.pre_tokenizer), apart])
+    return renamed
 
 
 def without_prefix_space(tokenizer: Tokenizer) -> Tokenizer:
@@ -287,7 +381,6 @@ def without_prefix_space(tokenizer: Tokenizer) -> Tokenizer:
     ):
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.encode_special_tokens = True  # a copy forgets it
     tokenizer.normalizer = normalizers.Sequence(kept)
     splitting = steps_of(tokenizer.pre_tokenizer)  # of the copy: steps belong to their tokenizer
     for step in filter(may_prefix, splitting):

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,10 +22,15 @@ from finetuning.recipe.recipe import Recipe
 from finetuning.recipe.sections import Generation, Model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
 BATCH = 8  # questions asked at once
+# Fields of transformers.GenerationConfig that are refused, when it is saved, without do_sample.
+SAMPLING = {
+    *("temperature", "top_k", "top_p", "min_p", "top_h"),
+    *("typical_p", "epsilon_cutoff", "eta_cutoff"),
+}
 
 
 Conversation = Sequence[Message]
@@ -112,13 +118,10 @@ class Asker:
         from transformers import GenerationConfig
 
         longest = max(map(len, prompts))
-        settings = self.generation.model_dump(exclude_unset=True, exclude={"prompts", "seed"})
+        settings = generation_settings(self.generation, self.template, self.tokenizer)
         room = self.positions() - longest
         settings["max_new_tokens"] = min(self.generation.max_new_tokens, room)
-        ends = self.ends()
-        fill = self.tokenizer.pad_token_id
-        fill = ends[0] if fill is None else fill
-        tokens = {"eos_token_id": ends, "pad_token_id": fill}
+        fill = settings["pad_token_id"]
         padding = [longest - len(prompt) for prompt in prompts]
         input_ids = [[fill] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
         is_prompt = [[0] * n + [1] * (longest - n) for n in padding]
@@ -128,7 +131,7 @@ class Asker:
             output = model.generate(
                 input_ids=torch.tensor(input_ids, device=device),
                 attention_mask=torch.tensor(is_prompt, device=device),
-                generation_config=GenerationConfig(**{**tokens, "use_cache": True, **settings}),
+                generation_config=GenerationConfig(**settings),
                 streamer=streamer,
             )
         except ValueError as error:  # what transformers finds wrong with the settings
@@ -138,14 +141,62 @@ class Asker:
 
     def ends(self) -> list[int]:
         """The tokens that end a response."""
-        ends: Any = self.tokenizer.convert_tokens_to_ids(self.template.end_marks)
-        return list(ends)
+        return end_ids(self.template, self.tokenizer)
 
     def text(self, response: list[int]) -> str:
-        """The assistant's words in a generated response."""
-        words = cut_at_end(response, self.ends())
-        text = str(self.tokenizer.decode(words, skip_special_tokens=True))
+        """The assistant's content in a generated response."""
+        content = cut_at_end(response, self.ends())
+        if content[: len(self.lead)] == self.lead:
+            content = content[len(self.lead) :]
+        text = str(self.tokenizer.decode(content, skip_special_tokens=True))
         return self.template.strip_markers(text)
+
+    @cached_property
+    def lead(self) -> list[int]:
+        """What the template puts between the prompt and the content of a response."""
+        prompt = self.template.render_prompt([message("user", "a")])
+        segments = [prompt, [*prompt, *self.template.response_lead]]
+        before, with_lead = encode_prompts(segments, self.tokenizer)
+        return with_lead[len(before) :]
+
+
+def end_ids(template: Template, tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    """The tokens that end a response."""
+    ends: Any = tokenizer.convert_tokens_to_ids(template.end_marks)
+    return list(ends)
+
+
+def generation_settings(
+    generation: Generation, template: Template, tokenizer: "PreTrainedTokenizerFast"
+) -> dict[str, Any]:
+    """The fields of transformers.GenerationConfig that the recipe and its template decide."""
+    ends = end_ids(template, tokenizer)
+    fill = tokenizer.pad_token_id
+    return {
+        "eos_token_id": ends,
+        "pad_token_id": ends[0] if fill is None else fill,
+        "use_cache": True,
+        "max_new_tokens": generation.max_new_tokens,
+        **generation.model_dump(exclude_unset=True, exclude={"prompts", "seed"}),
+    }
+
+
+def saved_generation_config(asker: Asker) -> "GenerationConfig":
+    """What is saved with the weights, so that `model.generate(**inputs)` answers as `asker` does.
+
+    As in generate(), what the recipe leaves open is the base model's. Nothing but greedy search is
+    written out too: pipelines sample where do_sample is open.
+    """
+    from transformers import GenerationConfig
+
+    base = asker.model.generation_config.to_diff_dict()
+    ours = generation_settings(asker.generation, asker.template, asker.tokenizer)
+    settings = {"do_sample": False, **base, **ours}
+    unused = {"transformers_version", "max_length", "output_attentions", "output_hidden_states"}
+    if not settings["do_sample"]:
+        unused |= SAMPLING
+    unused |= {name for name in settings if name.startswith("_")}
+    return GenerationConfig(**{k: v for k, v in settings.items() if k not in unused})
 
 
 class WordStreamer:

@@ -1,6 +1,9 @@
 """The base model's tokenizer, or one trained from scratch."""
 
+import json
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.errors import UserError, one_line
@@ -12,6 +15,9 @@ if TYPE_CHECKING:
 
 
 END_OF_TEXT = "<|endoftext|>"  # the one special token of a tokenizer from scratch
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# Of these, and of an adapter's folder, AutoTokenizer does not mistrust the class that is named.
+PLAIN_MODELS = (None, "bloom", "gpt2", "gpt_neox", "llama")
 
 
 def load_tokenizer(model: Model, texts: Iterable[str]) -> "PreTrainedTokenizerFast":
@@ -21,41 +27,64 @@ def load_tokenizer(model: Model, texts: Iterable[str]) -> "PreTrainedTokenizerFa
     """
     if model.from_scratch:
         return train_tokenizer(model.from_scratch, texts)
-    return read_tokenizer(location(model), model.revision)
+    tokenizer = read_tokenizer(location(model), model.revision)
+    require_same_when_saved(tokenizer)
+    return tokenizer
 
 
 def read_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a local folder or Hub id."""
-    # AutoTokenizer imports torch (3 s) to find a class that knows what the files do not say.
-    from transformers import PreTrainedTokenizerFast
+    """The tokenizer of a local folder or Hub id, of the class that AutoTokenizer finds for it.
 
-    which: dict[str, Any] = {"revision": revision}
-    tokenizer: PreTrainedTokenizerFast
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **which)
-    except (OSError, ValueError, TypeError):
-        tokenizer = convert_tokenizer(name, revision)
-    # As in openai-community/gpt2, whose files name no special token.
-    if tokenizer.eos_token is None:
-        tokenizer = convert_tokenizer(name, revision)
+    Another class may give other ids: LlamaTokenizer does not do what its tokenizer.json says. Raises
+    UserError where there is none, or none that tokenizes in batches.
+    """
+    tokenizer = plain_tokenizer(name, revision) or auto_tokenizer(name, revision)
+    for name_of_loading in ("is_local", "local_files_only"):  # would be saved with it
+        tokenizer.init_kwargs.pop(name_of_loading, None)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
 
 
-def convert_tokenizer(name: str, revision: str | None) -> "PreTrainedTokenizerFast":
-    """A tokenizer as the Auto class makes it.
+def plain_tokenizer(name: str, revision: str | None) -> "PreTrainedTokenizerFast | None":
+    """The tokenizer where AutoTokenizer does no more than read tokenizer.json; None elsewhere.
 
-    It converts one without tokenizer.json (a SentencePiece model, say), and knows classes that have
-    special tokens of their own. Raises UserError where none can be read.
+    Because AutoTokenizer imports torch (3 s).
     """
+    from transformers import PreTrainedTokenizerFast
+
+    which: dict[str, Any] = {"revision": revision}
+    try:
+        settings = read_settings(name, "tokenizer_config.json", revision)
+        model_type = read_settings(name, "config.json", revision).get("model_type")
+        is_plain = settings.get("tokenizer_class") in PLAIN_CLASSES and "auto_map" not in settings
+        if is_plain and model_type in PLAIN_MODELS and settings.get("eos_token"):
+            tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+                name, **which
+            )
+            return tokenizer
+    except (OSError, ValueError, TypeError):
+        pass
+    return None
+
+
+def read_settings(name: str, file: str, revision: str | None) -> dict[str, Any]:
+    """A JSON file of a local folder or Hub id; {} if it is not there."""
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    settings: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    return settings
+
+
+def auto_tokenizer(name: str, revision: str | None) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise UserError(
             f"model.name: {name} has no tokenizer that can be read: {one_line(error)}"
         ) from None
@@ -72,6 +101,23 @@ def convert_tokenizer(name: str, revision: str | None) -> "PreTrainedTokenizerFa
         )
     fast: PreTrainedTokenizerFast = tokenizer
     return fast
+
+
+def require_same_when_saved(tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Raises UserError unless AutoTokenizer makes the same of the saved tokenizer."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if type(tokenizer) is PreTrainedTokenizerFast:  # all of it is in tokenizer.json
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        saved: Any = AutoTokenizer.from_pretrained(folder)
+    ours, theirs = tokenizer.backend_tokenizer.to_str(), saved.backend_tokenizer.to_str()
+    if type(saved) is not type(tokenizer) or theirs != ours:
+        raise UserError(
+            f"model.name: the tokenizer, a {type(tokenizer).__name__}, is another one when it is "
+            "saved and loaded: other programs would ask the trained model with other token ids"
+        )
 
 
 def train_tokenizer(settings: FromScratch, texts: Iterable[str]) -> "PreTrainedTokenizerFast":

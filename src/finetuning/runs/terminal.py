@@ -67,6 +67,15 @@ def print_funnel(console: Console, report: dict[str, Any]) -> None:
         f"{tokens['response']:,} response ({share:.1%}); longest example {tokens['max']:,}",
     )
     console.print(f"end mark trained in {report['end_mark_share']:.1%} of the kept rows")
+    if mark := report["added_end_mark"]:
+        console.print(f"the chat template ends no last response: {mark} is added, and saved in it")
+    if report["spelled"]:
+        console.print(f"{report['spelled']:,} rows spell a special token: it stays text there")
+    if report["merged"]:
+        console.print(
+            f"{report['merged']:,} rows have a token that would cross the end of a prompt: "
+            "the prompt's tokens are kept"
+        )
 
 
 def print_example(console: Console, example: Example, tokenizer: "PreTrainedTokenizerFast") -> None:

@@ -43,4 +43,6 @@ def prepare_run(recipe: Recipe, strategy: Strategy, *, trains_here: bool) -> Pre
     recipe = pin_base_model(recipe)
     tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
     examples = prepare(recipe.data, tokenizer, cache_folder())
+    # It is saved with the tokenizer, for other programs, instead of the base model's.
+    tokenizer.chat_template = load_template(recipe.data, tokenizer).jinja
     return PreparedRun(recipe, strategy, tokenizer, examples)

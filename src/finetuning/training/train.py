@@ -7,6 +7,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from finetuning.data.batching import Collator, ExampleSet
 from finetuning.errors import UserError, one_line
+from finetuning.inference.generation import Asker, saved_generation_config
 from finetuning.model.attention import use_packed_attention
 from finetuning.model.loading import fuse_gelu, leave_out_router_loss, load_model
 from finetuning.model.lora import add_adapter, lora_config
@@ -77,6 +78,7 @@ def make_trainer(run: PreparedRun) -> ResponseTrainer:
     leave_out_router_loss(model)
     if recipe.data.layout == "packed":
         use_packed_attention(model)
+    asker = Asker(model, run.tokenizer, run.template, recipe.generation)
     try:
         return ResponseTrainer(
             model=add_adapter(model, lora_config(recipe), args),
@@ -87,6 +89,7 @@ def make_trainer(run: PreparedRun) -> ResponseTrainer:
             processing_class=run.tokenizer,
             order=recipe.data.order,
             batch_tokens=recipe.data.batch_tokens,
+            generation_config=saved_generation_config(asker),
         )
     except ValueError as error:  # what transformers and peft find wrong with the settings
         section = "lora" if recipe.lora else "training"

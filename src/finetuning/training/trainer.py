@@ -33,7 +33,7 @@ from finetuning.training.loader import EpochLoader
 from finetuning.training.signals import SIGNALS, block_signals, worker_ignores_signals
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 Counters = dict[str, Any]
 
@@ -61,10 +61,19 @@ class ResponseTrainer(Trainer):
     """of a checkpoint: the evaluation of its step was cut short"""
 
     def __init__(
-        self, *, order: str = "random", batch_tokens: int | None = None, **kwargs: Any
+        self,
+        *,
+        order: str = "random",
+        batch_tokens: int | None = None,
+        generation_config: "GenerationConfig | None" = None,
+        **kwargs: Any,
     ) -> None:
+        use_cache = kwargs["model"].config.use_cache
         super().__init__(**kwargs)
+        # It turns it off there, and would save it so. A step here says use_cache=False itself.
+        kwargs["model"].config.use_cache = use_cache
         self.order, self.batch_tokens = order, batch_tokens
+        self.generation_config = generation_config
         self.head = ResponseHead(self.accelerator.unwrap_model(self.model))
         self.throughput = Throughput(self.model, self.args.device)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch
@@ -378,6 +387,8 @@ class ResponseTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.run_folder)
             (folder / "training_args.bin").unlink(missing_ok=True)
+            if self.generation_config:  # instead of the base model's
+                self.generation_config.to_json_file(folder / "generation_config.json")
             umask = os.umask(0)
             os.umask(umask)
             for file in folder.glob("*.safetensors"):
