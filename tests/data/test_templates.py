@@ -255,7 +255,8 @@ def test_a_template_without_an_end_mark_gets_eos_behind_every_response():
 GLM_TOKENS = ("<|user|>", "<|assistant|>", "<|observation|>")
 GLM = (
     "{% for m in messages %}"
-    "{{ {'user': '<|user|>\n', 'tool': '<|observation|>\n'}.get(m.role, '<|assistant|>\n<think></think>\n') }}"
+    "{% if m.role == 'assistant' %}{{ '<|assistant|>\n<think></think>\n' }}"
+    "{% else %}{{ {'user': '<|user|>\n', 'tool': '<|observation|>\n'}[m.role] }}{% endif %}"
     "{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}\n"
 )
 

@@ -187,7 +187,7 @@ class Encoder:
         self.is_wordwise = self.plain is self.continued and splits_at_spaces(self.plain)
 
     def spans(self, segments: list[Segment]) -> list[TextSpan]:
-        """Neighbouring ordinary segments of one kind joined; special tokens alone; no empty text."""
+        """Neighbouring ordinary segments of one kind joined; special tokens alone."""
         spans: list[TextSpan] = []
         before: str | None = ""
         for (is_response, is_special), group in groupby(segments, key=lambda s: s[1:]):
@@ -295,7 +295,7 @@ class Encoder:
 
 
 def spellings(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Text in which the tokenizer itself would find a special token, or a byte of a Unigram model."""
+    """What the tokenizer itself reads as a special token, or as a byte of a Unigram model."""
     model = json.loads(tokenizer.to_str())["model"]
     tokens = tokenizer.get_added_tokens_decoder().values()
     texts = [re.escape(token.content) for token in tokens if token.special]

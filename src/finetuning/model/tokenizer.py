@@ -35,8 +35,8 @@ def load_tokenizer(model: Model, texts: Iterable[str]) -> "PreTrainedTokenizerFa
 def read_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokenizerFast":
     """The tokenizer of a local folder or Hub id, of the class that AutoTokenizer finds for it.
 
-    Another class may give other ids: LlamaTokenizer does not do what its tokenizer.json says. Raises
-    UserError where there is none, or none that tokenizes in batches.
+    Another class may give other ids: LlamaTokenizer does not do what its tokenizer.json says.
+    Raises UserError where there is none, or none that tokenizes in batches.
     """
     tokenizer = plain_tokenizer(name, revision) or auto_tokenizer(name, revision)
     for name_of_loading in ("is_local", "local_files_only"):  # would be saved with it
@@ -105,10 +105,12 @@ def auto_tokenizer(name: str, revision: str | None) -> "PreTrainedTokenizerFast"
 
 def require_same_when_saved(tokenizer: "PreTrainedTokenizerFast") -> None:
     """Raises UserError unless AutoTokenizer makes the same of the saved tokenizer."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     if type(tokenizer) is PreTrainedTokenizerFast:  # all of it is in tokenizer.json
         return
+    from transformers import AutoTokenizer
+
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         saved: Any = AutoTokenizer.from_pretrained(folder)
