@@ -23,7 +23,7 @@ from transformers import get_scheduler, set_seed
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # finetuning need not be installed
 
 from finetuning.data.prepare import build, training_texts
-from finetuning.data.tokenization import Examples
+from finetuning.data.tokenization import Example
 from finetuning.model.loading import load_model
 from finetuning.model.tokenizer import load_tokenizer
 from finetuning.recipe.recipe import load_recipe
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
 
     # Rows become examples: token ids, and the same ids as labels where the response stands.
     tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
-    examples = build(recipe.data, tokenizer).train
+    examples = list(build(recipe.data, tokenizer).train)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(recipe.model, tokenizer, settings.seed).to(device)
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
 
 
 def padded_batches(
-    examples: Examples, size: int, seed: int
+    examples: list[Example], size: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(input_ids, labels), each (B, T), without end: every epoch all examples once, in a new
     order."""
@@ -86,7 +86,7 @@ def padded_batches(
         epoch += 1
 
 
-def pad(batch: list[dict[str, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """On the right, where causal attention never looks: a token sees only those before it."""
     longest = max(len(example["input_ids"]) for example in batch)
     input_ids = torch.zeros(len(batch), longest, dtype=torch.long)

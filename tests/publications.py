@@ -9,7 +9,7 @@ LORA = ("publish.base_model=elith/tiny-base",)
 MERGED = (*LORA, "publish.merged=true")
 BOTH = (*MERGED, "publish.adapter=true")
 ALWAYS = {"README.md", "manifest.json", "recipe.yaml", "samples.md", "metrics.jsonl", "loss.png"}
-TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 CONFIGS = {"config.json", "generation_config.json"}
 ADAPTER = {"adapter_model.safetensors", "adapter_config.json"}
 WHOLE = {*CONFIGS, "model.safetensors"}

@@ -64,6 +64,9 @@ def run_main(main: Callable[[list[str]], None], manual: str, when_interrupted: s
     except PermissionError as error:
         what = f"{error.filename}: {error.strerror}"
         return report(f"error: {what}; it has to be readable, and a folder writable", 2)
+    except IsADirectoryError as error:
+        name = error.filename2 or error.filename
+        return report(f"error: {name} is a folder where a file belongs; move it away", 2)
     except Exception as error:
         if is_of_interrupt(error):
             return report(f"interrupted{when_interrupted}", 130)

@@ -344,14 +344,21 @@ def test_padding_with_the_end_mark_changes_nothing(kind, messages):
     packed, padded = (
         Collator(layout, tokenizer.eos_token_id)(examples) for layout in ("packed", "padded")
     )
-    in_rows = []
-    for number, example in enumerate(examples):
-        length = len(example["input_ids"])
-        row = pairs(padded["input_ids"][number], padded["labels"][number])
-        assert row[:length] == pairs(example["input_ids"], example["labels"])
-        assert set(row[length:]) <= {(tokenizer.eos_token_id, IGNORE_INDEX)}
-        in_rows += row[:length]
-    assert in_rows == pairs(packed["input_ids"][0], packed["labels"][0])
+    rows = padded["input_ids"]
+    for row, example, length in zip(rows, examples, padded["lengths"], strict=True):
+        assert row[:length].tolist() == example["input_ids"][:length].tolist()
+        assert set(row[length:].tolist()) <= {tokenizer.eos_token_id}
+    # A position is that of the token before its target, in either layout.
+    trained = [pair for example in examples for pair in predicted(example)]
+    for batch in (packed, padded):
+        before = batch["input_ids"].flatten()[batch["positions"]]
+        assert pairs(before, batch["targets"]) == trained
+
+
+def predicted(example):
+    """(token before, target) of every trained token."""
+    ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
+    return [(ids[at - 1], label) for at, label in enumerate(labels) if label != IGNORE_INDEX]
 
 
 def pairs(ids, labels):

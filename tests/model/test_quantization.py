@@ -25,7 +25,7 @@ from finetuning.model.precision import precision
 from finetuning.model.quantization import hide_bitsandbytes
 from finetuning.model.tokenizer import read_tokenizer
 from finetuning.recipe.recipe import load_recipe
-from finetuning.runs.folder import read_samples
+from finetuning.runs.folder import RunFolder, read_samples
 from finetuning.training.prepared_run import PreparedRun
 from finetuning.training.train import make_trainer
 
@@ -127,7 +127,7 @@ def test_a_plain_base_takes_the_adapter_too(run):
 
 def test_merged_weights_are_base_and_adapter(run, tmp_path):
     _, _, base, before, folder = run
-    merge(folder, load_recipe(folder / "recipe.yaml"), tmp_path / "merged")
+    merge(RunFolder(folder), load_recipe(folder / "recipe.yaml"), tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     adapter = load_file(folder / "adapter_model.safetensors")
     changed = 0
@@ -218,7 +218,7 @@ def test_a_run_without_use_for_bitsandbytes_does_not_import_it(tmp_path):
         "import sys, sft; sft.main(sys.argv[1:]); "
         "print('bitsandbytes is', 'there' if sys.modules.get('bitsandbytes') else 'not there')"
     )
-    overrides = ["training.max_steps=1", "generation.prompts=[]", f"training.output_dir={tmp_path}"]
+    overrides = ["training.max_steps=2", "generation.prompts=[]", f"training.output_dir={tmp_path}"]
     command = [
         "-c",
         code,

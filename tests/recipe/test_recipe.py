@@ -250,7 +250,7 @@ def test_resolved_names_our_defaults_and_only_the_given_settings_of_the_librarie
     assert list(resolved) == ["model", "data", "training", "publish"]
     assert resolved["training"] == {"output_dir": "out"}
     assert resolved["publish"] is None
-    assert resolved["model"]["dtype"] == "float32"
+    assert resolved["model"]["dtype"] == "auto"
     assert (resolved["data"]["max_length"], resolved["data"]["overflow"]) == (512, "drop")
     assert resolved["data"]["eval"] is None
     assert json.loads(json.dumps(resolved)) == resolved

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -146,7 +147,7 @@ def ending(tmp_path):
                 assert process.poll() is None
                 process.terminate()
             stderr = process.communicate(timeout=60)[1]
-        file = folder / rank
+        file = folder / f"{socket.gethostname()}-{process.pid}"
         left = file.read_text().rstrip("\n").split(" ", 2) if file.exists() else ["", "", ""]
         return process.returncode, stderr, [left[0], left[2]]
 

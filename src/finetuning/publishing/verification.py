@@ -1,6 +1,7 @@
 """Does a published model, pulled anew, answer as its run folder does?"""
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,9 +61,14 @@ def ask_pipeline(model: Trained, questions: list[str]) -> list[str]:
 
     folder = str(model.run.path)
     ask = pipeline("text-generation", model=folder, tokenizer=folder, device="cpu")
+    positions = getattr(ask.model.config, "max_position_embeddings", None) or sys.maxsize
     answers = []
     for question in questions:
-        chat = ask([{"role": "user", "content": question}], do_sample=False)[0]["generated_text"]
+        asked = [{"role": "user", "content": question}]
+        prompt = ask.tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+        # An answer longer than the model reads is an IndexError in transformers, cut in ours.
+        longest = min(model.recipe.generation.max_new_tokens, positions - len(prompt))
+        chat = ask(asked, do_sample=False, max_new_tokens=longest)[0]["generated_text"]
         answers.append(model.template.strip_markers(chat[-1]["content"]))
     return answers
 

@@ -107,8 +107,6 @@ class Recipe(Section):
         were given."""
         own = self.model_dump(include={"model", "data", "publish"})
         given = self.model_dump(include={"lora", "training", "generation"}, exclude_unset=True)
-        if self.lora is None and own["model"]["dtype"] == "auto":
-            own["model"]["dtype"] = "float32"  # what auto is but for the frozen base of an adapter
         if isinstance(self.data.path, list):
             own["data"]["path"] = [
                 source.model_dump(exclude_unset=True) for source in self.data.path
