@@ -57,7 +57,7 @@ def test_a_checkpoint_of_an_unfinished_run_is_asked(kind, runs, ask, tmp_path):
     whole = ask(run, QUESTION)
     for file in [*run.glob("*.safetensors"), *run.glob("adapter_config.json")]:
         file.unlink()
-    with pytest.raises(UserError, match="has no trained model"):
+    with pytest.raises(UserError, match="is missing"):
         ask(run, QUESTION)
     assert ask(run, QUESTION, "--checkpoint", "last") == whole
     assert ask(run / "checkpoint-30", QUESTION) == ask(run, QUESTION, "--checkpoint", "30") == whole

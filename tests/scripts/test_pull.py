@@ -29,7 +29,7 @@ from finetuning.recipe.recipe import load_recipe
 
 SAID = (
     rf"^hub:{REPO}/{S}@[0-9a-f]{{40}}\n"
-    r"11 files, [0-9,]+ bytes: every sha256 is the one in manifest\.json$"
+    r"12 files, [0-9,]+ bytes: every sha256 is the one in manifest\.json$"
 )
 LARGE = np.random.default_rng(0).integers(
     0, 256, 25_000_000, dtype=np.uint8
@@ -84,6 +84,7 @@ def test_a_revision_is_a_tag_a_branch_or_a_commit(crowded, call, tmp_path):
     with torch.no_grad():
         model.transformer.wte.weight += 1
     model.save_pretrained(run)
+    (run / "sealed.json").unlink()  # these weights are meant
     assert call(publish, run, "--unasked").code == 0
     assert old != weights(hub)
     for revision, expected in (
@@ -207,7 +208,7 @@ def test_offline_a_card_that_was_taken_away_on_the_hub_is_not_missed(
     served.add_commit(record, "main", tree, "mallory", "without the card")
     pulled(call)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "10 files" in pulled(call, folder=tmp_path / "mine").out
+    assert "11 files" in pulled(call, folder=tmp_path / "mine").out
 
 
 def flip(path: str) -> None:

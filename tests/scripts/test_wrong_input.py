@@ -666,9 +666,9 @@ FOLDERS = [
     ),
     case(
         "run of another recipe",
-        "FOLDER/run belongs to another run: training.max_steps was 2, is 3",
+        "FOLDER/run belongs to another run: training.seed was ",
         files=RUN,
-        command=f"{TRAIN} training.max_steps=3",
+        command=f"{TRAIN} training.seed=3",
     ),
     case(
         "run of other data",

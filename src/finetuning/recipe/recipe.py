@@ -170,7 +170,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         apply_override(settings, places, override)
     try:
-        json.dumps(settings, ensure_ascii=False, default=str).encode()
+        json.dumps(settings, ensure_ascii=False, default=str, skipkeys=True).encode()
         return Recipe.model_validate(settings)
     except UnicodeEncodeError:
         raise UserError(

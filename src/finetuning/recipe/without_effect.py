@@ -43,7 +43,7 @@ CONDITIONS = {
         ),
         Condition(
             ("num_train_epochs",),
-            "training.max_steps left out, which ends the run first",
+            "training.max_steps left out",
             lambda recipe: recipe.training.max_steps == -1,
         ),
         Condition(
