@@ -126,7 +126,8 @@ class ChatTemplate:
     @property
     def added_end_mark(self) -> str | None:
         if self.closing is None:
-            return self.tokenizer.eos_token
+            eos: str | None = self.tokenizer.eos_token
+            return eos
         return self.closing.marks[0][1] if self.closing.is_next_turn else None
 
     @cached_property

@@ -65,7 +65,9 @@ def ask_pipeline(model: Trained, questions: list[str]) -> list[str]:
     answers = []
     for question in questions:
         asked = [{"role": "user", "content": question}]
-        prompt = ask.tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+        prompt = model.tokenizer.apply_chat_template(
+            asked, add_generation_prompt=True, return_dict=False
+        )
         # An answer longer than the model reads is an IndexError in transformers, cut in ours.
         longest = min(model.recipe.generation.max_new_tokens, positions - len(prompt))
         chat = ask(asked, do_sample=False, max_new_tokens=longest)[0]["generated_text"]
