@@ -2,6 +2,8 @@
 GPUs and without.
 """
 
+import json
+
 import pytest
 import torch
 from conftest import ROOT
@@ -81,7 +83,7 @@ def test_what_the_schema_tells_an_editor_is_what_a_run_has(tmp_path, launched, o
     launched({})
     args = arguments_of(tmp_path, *[f"training.{override}" for override in overrides])
     assert (args.per_device_eval_batch_size, args.logging_nan_inf_filter) == expected
-    schema = recipe_schema()["$defs"]["Training"]["properties"]
+    schema = json.loads(recipe_schema())["$defs"]["Training"]["properties"]
     assert schema["per_device_eval_batch_size"]["default"] is None  # as in training
     assert schema["logging_nan_inf_filter"]["default"] is False
 
