@@ -118,7 +118,7 @@ from finetuning.errors import Stopped, UserError
 from finetuning.script import run
 
 def main(arguments):
-    exec(arguments[0], globals())
+    exec(arguments[0], {**globals(), "arguments": arguments})
 
 run(main, "the manual", when_interrupted="; the same command resumes")
 """
