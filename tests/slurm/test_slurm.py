@@ -393,7 +393,7 @@ def sweep(site):
     lines = ["# learning rates", "training.learning_rate=1e-4", "", "training.learning_rate=1e-3"]
     lines += [
         "training.learning_rate=1e-2 'training.run_name=a quoted name'",
-        "training.learning_rate=0",
+        "training.learning_rate=1e-5",
     ]
     (site.folder / "rates.txt").write_text("\n".join(lines) + "\n")
     common = ["training.max_steps=20", "training.save_strategy=no"]
@@ -420,7 +420,7 @@ def test_a_sweep_trains_every_line_and_ends_in_a_table(job):
     rates = [
         load_recipe(folder / str(n) / "recipe.yaml").training.learning_rate for n in range(1, 5)
     ]
-    assert rates == [1e-4, 1e-3, 1e-2, 0]
+    assert rates == [1e-4, 1e-3, 1e-2, 1e-5]
     assert load_recipe(folder / "3" / "recipe.yaml").training.run_name == "a quoted name"
     assert table.facts["JobState"] == "COMPLETED", table.log
     printed = [line for line in table.log.splitlines() if "finished" in line]
