@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from finetuning.data.chat_template import ChatTemplate
-from finetuning.data.readers import READERS
-from finetuning.data.row import BadRow, Message, Row
+from finetuning.data.rendering import Conversation, read_row, render_row
+from finetuning.data.row import BadRow, Row
 from finetuning.data.section import Data, Eval, Source
 from finetuning.data.sources import Rows, load_rows
 from finetuning.data.templates import CHAT, TEMPLATES, MarkerTemplate, Segment, Template
@@ -43,13 +43,13 @@ class Prepared:
     """digest of the examples: changes with any token, label or row number"""
 
 
-class Conversation(NamedTuple):
+class ReadRow(NamedTuple):
     """A row that was read."""
 
     row: int
     source: int
     is_eval: bool
-    messages: list[Message]
+    conversation: Conversation
     place: str
 
 
@@ -81,16 +81,16 @@ def build(data: Data, tokenizer: "PreTrainedTokenizerFast") -> Prepared:
     """
     tally = Tally(data)
     template = load_template(data, tokenizer)
-    conversations, segments = render_all(data, template, tally)
+    read, segments = render_all(data, template, tally)
     responses = tokenize(segments, tokenizer)
     whole = responses if data.loss_on == "response" else train_on_all(responses)
-    kept = fit(whole, conversations, tally)
+    kept = fit(whole, read, tally)
     is_closed = ends_with_mark(responses.select(kept, data.max_length), template, tokenizer)
-    kept_rows = [conversations[number] for number in kept]
+    kept_rows = [read[number] for number in kept]
     is_eval = evaluation_set(kept_rows, data.eval)
     copies = copies_by_weight(kept_rows, data.sources)
 
-    rows = np.array([conversation.row for conversation in kept_rows], np.int64)
+    rows = np.array([each.row for each in kept_rows], np.int64)
     examples = replace(whole.select(kept, data.max_length), rows=rows)
     train = examples.select(np.repeat(np.arange(len(kept)), copies * ~is_eval))
     held_out = examples.select(np.flatnonzero(is_eval)) if data.eval else None
@@ -148,27 +148,29 @@ def training_texts(data: Data) -> Iterator[str]:
     fit the template, unless such rows are dropped.
     """
     template = MarkerTemplate(TEMPLATES[data.template], eos="", newline=data.newline)
-    for conversation, segments in zip(*render_all(data, template, Tally(data)), strict=True):
-        if not conversation.is_eval:
+    for read, segments in zip(*render_all(data, template, Tally(data)), strict=True):
+        if not read.is_eval:
             yield from (segment.text for segment in segments if not segment.is_special)
 
 
 def render_all(
     data: Data, template: Template, tally: Tally
-) -> tuple[list[Conversation], list[list[Segment]]]:
-    """The conversations that fit the template, and the segments of each."""
-    conversations, segments = [], []
-    read = read_conversations(data, tally)
-    for conversation in tqdm(read, desc="rendering", disable=None, leave=False, delay=1):
+) -> tuple[list[ReadRow], list[list[Segment]]]:
+    """The segments of every example, and the row that each was made of."""
+    rows, segments = [], []
+    read = read_rows(data, tally)
+    for each in tqdm(read, desc="rendering", disable=None, leave=False, delay=1):
         try:
-            segments.append(template.render(conversation.messages))
-            conversations.append(conversation)
+            examples = render_row(each.conversation, template, data)
         except BadRow as error:
-            tally.refuse(conversation.place, error)
-    return conversations, segments
+            tally.refuse(each.place, error)
+            continue
+        segments += examples
+        rows += [each] * len(examples)
+    return rows, segments
 
 
-def read_conversations(data: Data, tally: Tally) -> Iterator[Conversation]:
+def read_rows(data: Data, tally: Tally) -> Iterator[ReadRow]:
     """Every row that `where` keeps, read into messages. Rows are numbered in order of loading."""
     for number, source in enumerate(data.sources):
         yield from read_split(source, number, False, tally)
@@ -177,21 +179,19 @@ def read_conversations(data: Data, tally: Tally) -> Iterator[Conversation]:
             yield from read_split(other, number, True, tally)
 
 
-def read_split(source: Source, number: int, is_eval: bool, tally: Tally) -> Iterator[Conversation]:
+def read_split(source: Source, number: int, is_eval: bool, tally: Tally) -> Iterator[ReadRow]:
     loaded = load_rows(source)
     check_columns(source.where, loaded)
-    assert source.reader is not None  # Data.check_data
-    read = READERS[source.reader]
     for index, row in enumerate(loaded.rows):
         if matches(row, source.where):
             tally.where += 1
             place = loaded.place(index)
             try:
-                messages = read(row)
+                conversation = read_row(row, source)
             except BadRow as error:
                 tally.refuse(place, error)
                 continue
-            yield Conversation(tally.loaded + index, number, is_eval, messages, place)
+            yield ReadRow(tally.loaded + index, number, is_eval, conversation, place)
     tally.loaded += len(loaded.rows)
 
 
@@ -208,31 +208,31 @@ def check_columns(where: dict[str, Any], loaded: Rows) -> None:
             raise UserError(f"data.where: {name} has no column {column}, {found}")
 
 
-def fit(whole: Examples, conversations: list[Conversation], tally: Tally) -> NDArray[np.int64]:
+def fit(whole: Examples, read: list[ReadRow], tally: Tally) -> NDArray[np.int64]:
     """(kept,) numbers of the examples that fit max_length and have a token left to train.
 
     With data.overflow: cut all fit, of which only the first tokens count.
     """
     limit = tally.data.max_length
     is_long = whole.lengths > limit
-    check_overflow(whole, np.flatnonzero(is_long), conversations, tally)
+    check_overflow(whole, np.flatnonzero(is_long), read, tally)
     is_dropped = is_long & (tally.data.overflow == "drop")
 
     has_response = last_trained(whole, limit) >= 0
     for number in np.flatnonzero(~has_response & ~is_dropped):
-        tally.drop("no_response", conversations[number].place)
+        tally.drop("no_response", read[number].place)
     kept = np.flatnonzero(has_response & ~is_dropped)
     tally.cut = int(is_long[kept].sum())
     return kept
 
 
 def check_overflow(
-    whole: Examples, too_long: NDArray[np.int64], conversations: list[Conversation], tally: Tally
+    whole: Examples, too_long: NDArray[np.int64], read: list[ReadRow], tally: Tally
 ) -> None:
     limit, overflow = tally.data.max_length, tally.data.overflow
     for number in too_long:
         found = f"{whole.lengths[number]} tokens, data.max_length is {limit}"
-        problem = f"{conversations[number].place}: {found}"
+        problem = f"{read[number].place}: {found}"
         if overflow == "error":
             raise UserError(f"{problem} (data.overflow: drop or cut)")
         if overflow == "drop":
@@ -261,7 +261,7 @@ def ends_with_mark(
     return np.isin(tokens, tokenizer.convert_tokens_to_ids(template.end_marks)) & (last >= 0)
 
 
-def evaluation_set(kept: list[Conversation], split: Eval | None) -> NDArray[np.bool_]:
+def evaluation_set(kept: list[ReadRow], split: Eval | None) -> NDArray[np.bool_]:
     """(kept,) which of the kept rows are evaluated on. The same on every machine and run."""
     numbers = np.arange(len(kept))
     if split is None:
@@ -273,12 +273,12 @@ def evaluation_set(kept: list[Conversation], split: Eval | None) -> NDArray[np.b
         count = max(1, round(len(kept) * split.fraction))
         drawn = np.random.default_rng(split.seed or 0).permutation(len(kept))[:count]
         return np.isin(numbers, drawn)
-    return np.array([conversation.is_eval for conversation in kept], bool)
+    return np.array([each.is_eval for each in kept], bool)
 
 
-def copies_by_weight(kept: list[Conversation], sources: list[Source]) -> NDArray[np.int64]:
+def copies_by_weight(kept: list[ReadRow], sources: list[Source]) -> NDArray[np.int64]:
     """(kept,) how often each row is used; the fractional part of a weight is a seeded draw."""
-    weights = np.array([sources[conversation.source].weight for conversation in kept])
+    weights = np.array([sources[each.source].weight for each in kept])
     draw = np.random.default_rng(0).random(len(kept))
     copies: NDArray[np.int64] = np.floor(weights).astype(np.int64) + (draw < weights % 1)
     return copies
