@@ -2,14 +2,17 @@
 
 import gzip
 import json
+import random
+import tracemalloc
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from finetuning.data.section import Source
-from finetuning.data.sources import fingerprint, load_rows, looks_local, read_bytes
+from finetuning.data.sources import fingerprint, load_rows, looks_local, stream_rows
 from finetuning.errors import UserError
 
 ROWS = [
@@ -233,6 +236,36 @@ def test_what_the_hub_s_data_lacks_is_told_in_one_line(monkeypatch, error, reaso
     assert str(caught.value).endswith(reason) and "\n" not in str(caught.value)
 
 
+def test_a_data_set_of_the_hub_is_read_in_order_and_whole(monkeypatch):
+    rows = [{"prompt": f"a{number}", "turns": [{"n": number}]} for number in range(2500)]
+    table = datasets.Dataset.from_list(rows)
+    monkeypatch.setattr("datasets.load_dataset", lambda *arguments, **settings: table)
+    loaded = load_rows(Source(path="owner/name"))
+    assert loaded.rows == rows
+    assert loaded.files == [("owner/name (train)", 2500)]
+
+
+# Rows as they are asked for
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".jsonl.gz", ".parquet"])
+def test_a_file_is_read_no_further_than_is_asked_for(tmp_path, suffix):
+    rows = [{"prompt": f"{number} " + random.Random(number).randbytes(200).hex()}
+            for number in range(20_000)]  # fmt: skip
+    content = {
+        ".csv": "prompt\n" + "\n".join(row["prompt"] for row in rows),
+        ".parquet": parquet(rows),
+    }.get(suffix, "\n".join(map(json.dumps, rows)))
+    source = write(tmp_path / f"rows{suffix}", content)
+    ((_, of_file),) = stream_rows(source)
+    tracemalloc.start()
+    assert next(of_file) == rows[0]
+    assert sum(1 for _ in of_file) == len(rows) - 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(content) / 5
+
+
 # Places and fingerprints
 
 
@@ -318,4 +351,4 @@ def test_rows_that_unpack_to_far_more_than_their_size_are_refused(tmp_path):
     file = tmp_path / "rows.jsonl.gz"
     file.write_bytes(gzip.compress(b'{"a": "' + b" " * 2**24 + b'"}'))
     with pytest.raises(UserError, match="unpacks to more than 100 times its size"):
-        read_bytes(file)
+        load_rows(Source(path=str(file)))

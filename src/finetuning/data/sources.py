@@ -15,8 +15,9 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from finetuning.data.readers import FILE_READERS
 from finetuning.data.row import BadRow, Row
@@ -31,6 +32,8 @@ SPLIT_NAME = re.compile(
 METADATA_FILES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 
 MAX_RATIO = 100  # of a .gz; texts compress by 3 to 20
+BATCH = 1024  # rows of a table that are Python objects at a time
+UNREADABLE = (OSError, EOFError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -54,19 +57,32 @@ class Rows:
 
 
 def load_rows(source: Source) -> Rows:
-    """All rows of the source's split. Raises UserError where it is not there or cannot be read."""
-    if not is_local(source):
-        table = load_hub(source)
-        return Rows(table.to_list(), [(f"{source.path} ({source.split})", len(table))])
+    """All rows of the source's split in memory. Raises UserError as stream_rows does."""
     rows: list[Row] = []
     files = []
-    for file in files_of_split(local_path(source), source.split):
-        found = list(read_rows(file, read_bytes(file), source))
-        files.append((str(file), len(found)))
+    for name, of_file in stream_rows(source):
+        found = list(of_file)
+        files.append((name, len(found)))
         rows += found
-    if not rows:
-        raise UserError(f"data.path: {source.path}: no rows")
     return Rows(rows, files)
+
+
+def stream_rows(source: Source) -> Iterator[tuple[str, Iterator[Row]]]:
+    """The name of each file (or data set) of the split and its rows, read as they are asked for.
+
+    Raises UserError where the split is not there, cannot be read or has no row.
+    """
+    if not is_local(source):
+        yield f"{source.path} ({source.split})", hub_rows(source)
+        return
+    is_empty = True
+    for file in files_of_split(local_path(source), source.split):
+        rows = read_rows(file, source)
+        first = next(rows, None)
+        is_empty = is_empty and first is None
+        yield str(file), chain([] if first is None else [first], rows)
+    if is_empty:
+        raise UserError(f"data.path: {source.path}: no rows")
 
 
 def fingerprint(source: Source) -> str:
@@ -75,8 +91,17 @@ def fingerprint(source: Source) -> str:
         return str(load_hub(source)._fingerprint)
     digest = hashlib.sha256()
     for file in files_of_split(local_path(source), source.split):
-        digest.update(hashlib.sha256(read_bytes(file)).digest())
+        digest.update(digest_of(file))
     return digest.hexdigest()
+
+
+def digest_of(file: Path) -> bytes:
+    """SHA-256 of the file's content, unpacked."""
+    try:
+        with open_data(file) as stream:
+            return hashlib.file_digest(stream, "sha256").digest()
+    except UNREADABLE as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
 
 
 def is_local(source: Source) -> bool:
@@ -136,29 +161,42 @@ def suffix_of(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
-def read_gzip(path: Path) -> bytes:
-    """What the file unpacks to. Raises UserError where that is more than rows compress by."""
-    most = MAX_RATIO * path.stat().st_size + 2**20
-    with gzip.open(path) as stream:
-        content = stream.read(most + 1)
-    if len(content) > most:
-        raise UserError(f"{path}: unpacks to more than {MAX_RATIO} times its size; unpack it first")
-    return content
+def open_data(path: Path) -> io.BufferedReader:
+    """The file's content, unpacked as it is read."""
+    return io.BufferedReader(Unpacked(path) if path.suffix == ".gz" else io.FileIO(path))
 
 
-def read_bytes(path: Path) -> bytes:
+class Unpacked(io.RawIOBase):
+    """What a .gz unpacks to. Raises UserError where that is more than rows compress by."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.stream = path, gzip.GzipFile(path)
+        self.left = MAX_RATIO * path.stat().st_size + 2**20
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self.stream.readinto(buffer)
+        self.left -= count
+        if self.left < 0:
+            found = f"unpacks to more than {MAX_RATIO} times its size"
+            raise UserError(f"{self.path}: {found}; unpack it first")
+        return count
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
+def read_rows(path: Path, source: Source) -> Iterator[Row]:
+    """The file's rows. Raises UserError where it cannot be read."""
     try:
-        return read_gzip(path) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-
-
-def read_rows(path: Path, content: bytes, source: Source) -> Iterator[Row]:
-    try:
-        if read_file := FILE_READERS.get(source.reader or ""):
-            yield from read_file(json.loads(content), source.sessions)
-        else:
-            yield from PARSERS[suffix_of(path)](content)
+        with open_data(path) as stream:
+            if read_file := FILE_READERS.get(source.reader or ""):
+                yield from read_file(json.loads(stream.read()), source.sessions)
+            else:
+                yield from PARSERS[suffix_of(path)](stream)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: is not JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
@@ -167,34 +205,53 @@ def read_rows(path: Path, content: bytes, source: Source) -> Iterator[Row]:
         raise UserError(f"{path}: is nested too deeply") from None
     except BadRow as error:
         raise UserError(f"{path}: {error}") from None
+    except UNREADABLE as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-def parse_json(content: bytes) -> Iterator[Row]:
+def parse_json(stream: BinaryIO) -> Iterator[Row]:
     """One JSON array of objects; lines of JSON under the wrong file name are read too."""
-    content = content.removeprefix(codecs.BOM_UTF8)
-    if content.lstrip()[:1] == b"[":
-        rows = json.loads(content)
-        for number, row in enumerate(rows):
+    head = b""
+    for line in stream:
+        head += line
+        if line.removeprefix(codecs.BOM_UTF8).strip():
+            break
+    if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        content = (head + stream.read()).removeprefix(codecs.BOM_UTF8)
+        for number, row in enumerate(json.loads(content)):
             yield checked_row(row, f"row {number}")
     else:
-        yield from parse_jsonl(content)
+        yield from parse_jsonl(chain(io.BytesIO(head), stream))
 
 
-def parse_jsonl(content: bytes) -> Iterator[Row]:
-    for number, line in enumerate(content.decode("utf-8-sig").split("\n"), start=1):
-        if line.strip():
+def parse_jsonl(lines: Iterable[bytes]) -> Iterator[Row]:
+    before = 0  # bytes of the lines above
+    for number, line in enumerate(lines, start=1):
+        text = decoded(line, before)
+        before += len(line)
+        if text.strip():
             try:
-                yield checked_row(json.loads(line), f"line {number}")
+                yield checked_row(json.loads(text), f"line {number}")
             except json.JSONDecodeError as error:
                 raise json.JSONDecodeError(
-                    error.msg, "\n" * (number - 1) + line, number - 1 + error.pos
+                    error.msg, "\n" * (number - 1) + text, number - 1 + error.pos
                 ) from None
 
 
-def parse_csv(content: bytes) -> Iterator[Row]:
+def decoded(line: bytes, before: int) -> str:
+    """The line as text. An error names the byte in the file, `before` of which are above it."""
+    try:
+        return line.decode("utf-8" if before else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        places = before + error.start, before + error.end
+        raise UnicodeDecodeError("utf-8", line, *places, error.reason) from None
+
+
+def parse_csv(stream: BinaryIO) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default refuses a field of more than 131,072 characters
+    text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
     # strict: a quote that is never closed is an error, instead of one field to the end of the file.
-    lines = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+    lines = csv.DictReader(text, strict=True)
     try:
         names = lines.fieldnames or []
         if len(set(names)) < len(names):
@@ -205,17 +262,21 @@ def parse_csv(content: bytes) -> Iterator[Row]:
             yield row
     except csv.Error as error:
         raise BadRow(f"line {lines.reader.line_num}: {error}") from None
+    except UnicodeDecodeError:  # its place is counted from what was read last
+        raise BadRow(f"line {lines.reader.line_num + 1} or below: is not UTF-8 text") from None
 
 
-def parse_parquet(content: bytes) -> Iterable[Row]:
+def parse_parquet(stream: BinaryIO) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        rows: list[Row] = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+        # Its parts are read in any order, which a packed stream cannot do.
+        content = stream if stream.seekable() else pyarrow.BufferReader(stream.read())
+        for batch in pyarrow.parquet.ParquetFile(content).iter_batches(BATCH):
+            yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise BadRow(f"is not parquet: {error}") from None
-    return rows
 
 
 def checked_row(row: Any, place: str) -> Row:
@@ -224,13 +285,19 @@ def checked_row(row: Any, place: str) -> Row:
     return row
 
 
-PARSERS: dict[str, Callable[[bytes], Iterable[Row]]] = {
+PARSERS: dict[str, Callable[[BinaryIO], Iterable[Row]]] = {
     ".jsonl": parse_jsonl,
     ".json": parse_json,
     ".csv": parse_csv,
     ".parquet": parse_parquet,
 }
 FILE_KINDS = f"{', '.join(PARSERS)}, also with .gz"
+
+
+def hub_rows(source: Source) -> Iterator[Row]:
+    table = load_hub(source)
+    for start in range(0, len(table), BATCH):
+        yield from table.select(range(start, min(start + BATCH, len(table)))).to_list()
 
 
 def load_hub(source: Source) -> Any:
