@@ -180,6 +180,7 @@ def test_transformers_names_its_loggers():
     assert {"tensorboard", "wandb"} <= INTEGRATION_TO_CALLBACK.keys()
 
 
+@pytest.mark.cluster
 def test_deepspeed_s_engine_has_what_strategy_and_checkpoints_ask_of_it():
     if importlib.util.find_spec("deepspeed") is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("deepspeed is not installed")
