@@ -119,7 +119,7 @@ def is_set(name: str) -> bool:
 def zero_settings() -> dict[str, Any]:
     """The part zero_optimization of DeepSpeed's own file, or what an accelerate config says in its
     place."""
-    zero = {"stage": os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")}
+    zero: dict[str, Any] = {"stage": os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")}
     for what in ("optimizer", "param"):
         zero[f"offload_{what}"] = {
             "device": os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")
@@ -146,7 +146,7 @@ def actual_strategy(trainer: "Trainer") -> Strategy:
     accelerator = trainer.accelerator
     kind = accelerator.distributed_type.value
     if kind == "DEEPSPEED":
-        engine = trainer.model_wrapped
+        engine: Any = trainer.model_wrapped
         offload = offloads(engine.config["zero_optimization"])
         return Strategy(
             f"zero{engine.zero_optimization_stage()}", accelerator.num_processes, offload
