@@ -11,7 +11,7 @@ import tiny
 import torch
 from conftest import ROOT
 from peft import PeftModel
-from run_folders import run_folder
+from run_folders import interrupted, run_folder
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -163,10 +163,7 @@ def stopped_and_whole(folder: Path, *overrides: str) -> tuple[Path, Path]:
     ]
     whole = run_folder(folder / "whole", *overrides, *steps)
     again = run_folder(folder / "stopped", *overrides, *steps)
-    for name in ("checkpoint-10", "adapter_model.safetensors"):
-        subprocess.run(["rm", "-r", str(again / name)], check=True)
-    environment = json.loads((again / "environment.json").read_text())
-    (again / "environment.json").write_text(json.dumps({**environment, "finished": None}))
+    interrupted(again, "checkpoint-10", "adapter_model.safetensors")
     return whole, run_folder(folder / "stopped", *overrides, *steps)
 
 

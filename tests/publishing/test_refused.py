@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hub_server import OWNER, REPO
 from publications import ALWAYS, BOTH, TOKENIZER, WHOLE, names, published
-from run_folders import S, copied, error_of, files_below, retrained
+from run_folders import S, copied, error_of, files_below, interrupted, retrained
 
 import publish
 
@@ -47,8 +47,7 @@ def spoil_config(run: Path) -> None:
 
 
 def spoil_finish(run: Path) -> None:
-    environment = json.loads((run / "environment.json").read_text())
-    (run / "environment.json").write_text(json.dumps({**environment, "finished": None}))
+    interrupted(run)
 
 
 def spoil_samples(run: Path) -> None:

@@ -1,8 +1,10 @@
 """What happens beside the steps: metrics written down, stopping together, saying where one
 waits."""
 
+import io
 import json
 import socket
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -206,9 +208,10 @@ def test_two_processes_stop_after_the_same_step_whoever_was_asked(tmp_path, sign
 # Waiting
 
 
-def watched(patience: float, rank: int = 1) -> Watchdog:
+def watched(patience: float) -> Watchdog:
+    """A watchdog of rank 1 that speaks after `patience` seconds without a move."""
     watch = Watchdog()
-    args = SimpleNamespace(world_size=2, ddp_timeout=3 * patience, process_index=rank)
+    args = SimpleNamespace(world_size=2, ddp_timeout=3 * patience, process_index=1)
     watch.on_train_begin(args, TrainerState(), None)
     return watch
 
@@ -222,36 +225,47 @@ def no_thread_left():
         assert not thread.is_alive()
 
 
-def wait_for_the_others(seconds: float) -> None:
-    time.sleep(seconds)
+def wait_for_the_others(said: io.StringIO) -> str:
+    """Stands still until the watchdog has said a line, which is returned."""
+    while not said.getvalue().endswith("\n"):
+        threading.Event().wait(0.01)
+    line = said.getvalue()
+    said.truncate(said.seek(0))
+    return line
 
 
 def test_a_process_that_is_stuck_says_where_once_and_again_when_it_is_stuck_again(
-    no_thread_left, capsys
+    no_thread_left, monkeypatch
 ):
-    watch = watched(patience=0.2)
-    wait_for_the_others(1.5)
-    place = f"rank 1 on {socket.gethostname()} has waited 0 s, "
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(
-        f"{place}before the first step, in wait_for_the_others (test_callbacks.py:"
-    )
+    monkeypatch.setattr(sys, "stderr", said := io.StringIO())
+    watch = watched(patience=0.6)
+    line = wait_for_the_others(said)
+    place = f"rank 1 on {socket.gethostname()} has waited 1 s, "
+    assert line.startswith(f"{place}before the first step, in ")
+    assert "wait_for_the_others (test_callbacks.py:" in line
     assert "<- test_a_process_that_is_stuck" in line
     watch.on_step_end(ONE_OF_TWO, TrainerState(global_step=7), None)
-    wait_for_the_others(1.5)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{place}after step 7, in wait_for_the_others (")
+    line = wait_for_the_others(said)
+    assert line.startswith(f"{place}after step 7, in ")
     watch.on_train_end(ONE_OF_TWO, None, None)
+    assert said.getvalue() == ""
 
 
 @pytest.mark.parametrize("moves", ["on_step_end", "on_substep_end", "on_prediction_step"])
 def test_a_process_that_moves_says_nothing(no_thread_left, capsys, moves):
-    watch = watched(patience=1.5)
-    for step in range(50):
-        getattr(watch, moves)(ONE_OF_TWO, TrainerState(global_step=step), None)
-        time.sleep(0.04)
-    watch.on_train_end(ONE_OF_TWO, None, None)
-    assert capsys.readouterr().err == ""
+    watch = Watchdog()
+    asked = iter([True, True, True, False])
+
+    def moved_in_time(patience: float) -> bool:
+        """Moves as often as there are answers; the fourth time training ends."""
+        if not next(asked):
+            watch.on_train_end(ONE_OF_TWO, None, None)
+        getattr(watch, moves)(ONE_OF_TWO, TrainerState(global_step=1), None)
+        return watch.moved.is_set()
+
+    watch.moved.wait = moved_in_time
+    watch.watch(60, 1, threading.get_ident())
+    assert next(asked, None) is None and capsys.readouterr().err == ""
 
 
 def test_a_process_alone_waits_for_nobody():

@@ -4,7 +4,6 @@ line.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from run_folders import interrupted
 from safetensors.torch import load_file
 
 import finetuning.training.memory_check as rehearsal
@@ -246,10 +246,7 @@ def test_memory_that_ends_is_one_line_and_a_checkpoint_is_as_it_was(tmp_path):
         "data.eval=null",
     ]
     folder = trained(tmp_path, *wide)
-    shutil.rmtree(folder / "checkpoint-2")
-    (folder / "model.safetensors").unlink()
-    environment = json.loads((folder / "environment.json").read_text())
-    (folder / "environment.json").write_text(json.dumps({**environment, "finished": None}))
+    interrupted(folder, "checkpoint-2", "model.safetensors")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     done = with_little_memory(f"training.output_dir={folder}", *wide)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
