@@ -105,12 +105,14 @@ def test_training_is_the_same_with_and_without(tmp_path, monkeypatch, more):
     assert losses_in(with_it) == losses_in(without)
 
 
-WITHOUT = (
-    "import finetuning.training.start_checks as start_checks; "
-    "start_checks.CHECKS = start_checks.CHECKS[:-1]; "
-)
-LAUNCHED = "import sys; sys.path.insert(0, 'src'); import finetuning.script as script, sft; "
-"{}script.run(sft.main, '')"
+WITHOUT = "start_checks.CHECKS = start_checks.CHECKS[:-1]"
+LAUNCHED = """
+import sys
+sys.path.insert(0, "src")
+import finetuning.script as script, finetuning.training.start_checks as start_checks, sft
+{}
+script.run(sft.main, "")
+"""
 
 
 @pytest.mark.cluster
