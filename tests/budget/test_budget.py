@@ -28,7 +28,7 @@ from finetuning.budget.step_memory import (
     run_step,
 )
 from finetuning.data.batching import Collator
-from finetuning.data.prepare import Prepared
+from finetuning.data.storage import Prepared
 from finetuning.data.tokenization import Examples
 from finetuning.errors import UserError
 from finetuning.launch import devices

@@ -7,7 +7,8 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from finetuning.data.prepare import build, load_template
+from finetuning.data.cache import prepare
+from finetuning.data.prepare import load_template
 from finetuning.recipe.recipe import load_recipe
 
 # Invented, in the shape of Harry-Potter-Dialogue-Dataset's en_train_set.json.
@@ -55,7 +56,7 @@ def recipe(request, tmp_path_factory):
 
 def test_the_examples_are_those_written_by_hand_and_every_fifth_is_held_out(recipe):
     tokenizer = tiny.byte_level()
-    made = build(recipe.data, tokenizer)
+    made = prepare(recipe.data, tokenizer)
     texts = {}
     for part in (made.train, made.eval):
         for row, example in zip(part.rows, part, strict=True):
@@ -82,7 +83,7 @@ def test_the_question_that_is_asked_is_the_one_that_was_trained(recipe):
     template = load_template(recipe.data, tokenizer)
     (segments,) = [template.render_prompt([{"role": "user", "content": "Wait!\nPlease."}])]
     asked = "".join(segment.text for segment in segments)
-    made = build(recipe.data, tokenizer)
+    made = prepare(recipe.data, tokenizer)
     texts = [tokenizer.decode(example["input_ids"]) for example in (*made.train, *made.eval)]
     assert f"{asked}Why?{END}" in texts
     assert template.strip_markers("Two people wait.<NL>It rains.") == "Two people wait.\nIt rains."
@@ -107,7 +108,7 @@ def test_a_scene_that_is_too_long_is_kept_without_a_false_end(recipe, tmp_path):
     file.write_text(
         json.dumps({"Session-1": {"scene": "word " * 500, "dialogue": ["Mira: a", "Harry: b"]}})
     )
-    made = build(recipe.data.model_copy(update={"path": str(file)}), tiny.byte_level())
+    made = prepare(recipe.data.model_copy(update={"path": str(file)}), tiny.byte_level())
     (scene,) = [example for example in made.eval if len(example["input_ids"]) == 256]
     assert made.report["cut"] == 1 and scene["labels"][-1] != -100
     assert tiny.byte_level().eos_token_id not in np.array(scene["labels"])

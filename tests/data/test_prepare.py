@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from tiny import TOKENIZERS, byte_level
 
-from finetuning.data.cache import PIPELINE, cache_key, prepare, read_cache, write_cache
+from finetuning.data.cache import PIPELINE, cache_key, prepare
 from finetuning.data.prepare import training_texts
 from finetuning.data.section import Data
+from finetuning.data.storage import INDEX, read_prepared, seal
 from finetuning.data.templates import TEMPLATES
 from finetuning.data.tokenization import IGNORE_INDEX
 from finetuning.errors import UserError
@@ -468,8 +469,8 @@ def data(data_of):
 
 
 def cached(folder):
-    (file,) = folder.glob("*.npz")
-    return file
+    (sealed,) = folder.glob(f"*/{INDEX}")
+    return sealed.parent
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -493,27 +494,37 @@ def test_with_and_without_a_cache_all_is_the_same(data, tmp_path, kind, settings
 def test_the_second_call_is_answered_from_the_file(data, tmp_path):
     first = prepare(data, TOKENIZER, tmp_path / "cache")
     written = cached(tmp_path / "cache")
-    assert written.name == f"{cache_key(data, TOKENIZER)}.npz"
-    write_cache(written, replace(first, report={"written by": "this test"}))
+    assert written.name == cache_key(data, TOKENIZER)
+    (written / INDEX).unlink()
+    seal(written, {"written by": "this test"}, first.fingerprint)
     assert prepare(data, TOKENIZER, tmp_path / "cache").report == {"written by": "this test"}
 
 
-def test_a_damaged_cache_file_is_made_again(data, tmp_path):
+def damaged(content):
+    """The content with a byte more, bytes less, or any byte changed."""
+    for length in (0, 1, 31, 64, 100, len(content) // 2, len(content) - 1):
+        yield content[:length]
+    for place in [
+        *range(0, len(content), 97),
+        *range(max(0, len(content) - 900), len(content), 11),
+    ]:
+        yield content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
+    yield content + b"more"
+
+
+def test_prepared_rows_that_are_damaged_are_made_again(data, tmp_path):
     right = plain(prepare(data, TOKENIZER, tmp_path / "cache"))
-    file = cached(tmp_path / "cache")
-    content = file.read_bytes()
-    broken = [
-        content[:length] for length in (0, 1, 31, 32, 100, len(content) // 2, len(content) - 1)
-    ]
-    for place in [*range(0, len(content), 97), *range(len(content) - 900, len(content), 11)]:
-        broken.append(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
-    assert plain(read_cache(file)) == right
-    for wrong in [*broken, b"not a zip", content + b"more"]:
-        file.write_bytes(wrong)
-        assert read_cache(file) is None
-    assert plain(prepare(data, TOKENIZER, tmp_path / "cache")) == right
-    assert file.read_bytes() == content
-    assert not list(file.parent.glob("*.tmp"))
+    folder = cached(tmp_path / "cache")
+    for file in sorted(folder.iterdir()):
+        content = file.read_bytes()
+        for wrong in damaged(content):
+            file.write_bytes(wrong)
+            assert read_prepared(folder) is None, file.name
+        file.unlink()
+        assert read_prepared(folder) is None, file.name
+        assert plain(prepare(data, TOKENIZER, tmp_path / "cache")) == right
+        assert file.read_bytes() == content
+    assert not list(folder.parent.glob("*.tmp"))
 
 
 def test_an_edited_data_file_is_read_anew(data, tmp_path):
@@ -543,7 +554,7 @@ OTHER = {
     "loss_on": "all",
     "eval": {"every": 5},
 }
-NO_MATTER = {"layout": "padded", "order": "sequential", "batch_tokens": 1000}
+NO_MATTER = {"layout": "padded", "order": "sequential", "batch_tokens": 1000, "num_proc": 3}
 
 
 @pytest.fixture
@@ -612,6 +623,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from finetuning.data.cache import prepare
 from finetuning.data.section import Data
+from finetuning.data.storage import INDEX, read_prepared, seal
 
 folder = Path(sys.argv[1])
 data = Data(**json.loads((folder / "data.json").read_text()))
@@ -620,7 +632,7 @@ tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
 while len(list(folder.glob("ready.*"))) < 2:
     time.sleep(0.001)
 prepared = prepare(data, tokenizer, folder / "cache")
-file = next((folder / "cache").glob("*.npz"))
+file = next((folder / "cache").glob("*/prepared.json"))
 parts = [
     {name: array.tolist() for name, array in vars(part).items()}
     for part in (prepared.train, prepared.eval)
@@ -646,7 +658,7 @@ def test_two_processes_at_once_share_the_work_of_one(data_of, tmp_path):
     assert first == second  # the file's inode and time too: it was written once
     train, held, report, fingerprint = plain(prepare(data, TOKENIZER))
     assert first[:3] == [[train, held], report, fingerprint]
-    assert [file.suffix for file in sorted((tmp_path / "cache").iterdir())] == [".lock", ".npz"]
+    assert [file.suffix for file in sorted((tmp_path / "cache").iterdir())] == ["", ".lock"]
 
 
 # The fingerprint

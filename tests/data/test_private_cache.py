@@ -9,8 +9,9 @@ import tiny
 from filelock import FileLock, Timeout
 
 from finetuning.data import cache
-from finetuning.data.cache import prepare, read_cache
+from finetuning.data.cache import prepare
 from finetuning.data.section import Data
+from finetuning.data.storage import INDEX, read_prepared
 
 ROWS = '{"prompt": "a", "response": "b"}\n' * 4
 
@@ -32,16 +33,19 @@ def test_the_cache_is_readable_by_its_owner_only(data, tmp_path):
     folder.mkdir(mode=0o777)
     prepare(data, tiny.byte_level(), folder)
     assert mode(folder) == 0o700
-    assert {mode(path) for path in folder.iterdir()} == {0o600}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) == 6
+    assert {mode(path) for path in files} == {0o600}
+    assert {mode(path) for path in folder.iterdir() if path.is_dir()} == {0o700}
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can make files of another user")
 def test_what_another_user_put_there_is_not_read(data, tmp_path, capsys):
     tokenizer, folder = tiny.byte_level(), tmp_path / "cache"
     prepare(data, tokenizer, folder)
-    file = next(folder.glob("*.npz"))
-    os.chown(file, 65534, -1)
-    assert read_cache(file) is None
+    prepared = next(folder.glob(f"*/{INDEX}")).parent
+    os.chown(prepared, 65534, -1)
+    assert read_prepared(prepared) is None
     os.chown(folder, 65534, -1)
     assert prepare(data, tokenizer, folder).train is not None
     assert "the folder belongs to somebody else" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from finetuning.budget.step_memory import (
     optimizer_bytes,
 )
 from finetuning.data.batching import BatchSampler, Collator
-from finetuning.data.prepare import Prepared
+from finetuning.data.storage import Prepared
 from finetuning.data.tokenization import IGNORE_INDEX
 from finetuning.launch.devices import Device
 from finetuning.launch.step_size import StepSize, step_size

@@ -2,28 +2,29 @@
 
 import errno
 import hashlib
-import io
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from finetuning.data.prepare import Prepared, build
+from finetuning.data.prepare import build
 from finetuning.data.section import Data
 from finetuning.data.sources import fingerprint
-from finetuning.data.tokenization import Examples
+from finetuning.data.storage import Prepared, read_prepared
+from finetuning.errors import UserError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
     from transformers import PreTrainedTokenizerFast
 
 SILENT, MAX_WAIT = 5, 7200  # seconds until the wait for a lock is reported, and ends
-DIGEST_BYTES = hashlib.sha256().digest_size
-NOT_THE_EXAMPLES = {"layout", "order", "batch_tokens"}  # settings that only arrange examples
+# Settings that do not change the examples
+NOT_THE_EXAMPLES = {"layout", "order", "batch_tokens", "num_proc"}
 # Modules of this package that no example depends on; an edit of any other makes the cache stale.
 NOT_THE_PIPELINE = {"__init__", "batching", "bin_packing", "cache"}
 PIPELINE = sorted(
@@ -34,30 +35,64 @@ PIPELINE = sorted(
 def prepare(
     data: Data, tokenizer: "PreTrainedTokenizerFast", cache: Path | None = None
 ) -> Prepared:
-    """The examples of the recipe's data section.
+    """The examples of the recipe's data section, mapped from disk.
 
     With a cache folder, the first process of a machine does the work and the others read its
-    result. Raises UserError where rows do not fit or nothing is left to train on.
+    result. Raises UserError where rows do not fit, nothing is left to train on or the disk is full.
     """
     if cache is None:
-        return build(data, tokenizer)
+        return prepare_aside(data, tokenizer)
     from filelock import FileLock, Timeout
 
     key = cache_key(data, tokenizer)
-    file, lock = cache / f"{key}.npz", FileLock(cache / f"{key}.lock", mode=0o600)
+    folder, lock = cache / key, FileLock(cache / f"{key}.lock", mode=0o600)
     try:
         make_private(cache)
         wait_for(lock)
     except (OSError, Timeout) as error:  # a read-only home, say
         tqdm.write(f"not cached: {cache}: {getattr(error, 'strerror', 'the lock is still held')}")
-        return build(data, tokenizer)
+        return prepare_aside(data, tokenizer)
     try:
-        if (prepared := read_cache(file)) is None:
-            prepared = build(data, tokenizer)
-            write_cache(file, prepared)
+        if (prepared := read_prepared(folder)) is None:
+            build_in(folder, data, tokenizer)
+            if cache_key(data, tokenizer) != key:
+                shutil.rmtree(folder)
+                raise UserError("the rows were changed while they were read; start again")
+            prepared = read_prepared(folder)
     finally:
         lock.release()
+    assert prepared is not None
     return prepared
+
+
+def prepare_aside(data: Data, tokenizer: "PreTrainedTokenizerFast") -> Prepared:
+    """Without a cache: the files have no name any more, and are gone when nobody maps them."""
+    with tempfile.TemporaryDirectory(prefix="finetuning-") as folder:
+        build_in(Path(folder, "prepared"), data, tokenizer)
+        prepared = read_prepared(Path(folder, "prepared"))
+    assert prepared is not None
+    return prepared
+
+
+def build_in(folder: Path, data: Data, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Whole or not at all: what is not whole has another name, and the next call removes it."""
+    unfinished = folder.with_name(f"{folder.name}.tmp")
+    try:
+        for leftover in (folder, unfinished):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        unfinished.mkdir(mode=0o700)
+        build(data, tokenizer, unfinished)
+        unfinished.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f"{folder.parent}: {error.strerror}"
+            raise UserError(
+                f"{where}; prepared rows take 8 bytes a token there, and as much "
+                "again while they are written (HF_HOME names another place)"
+            ) from None
+        raise
 
 
 def make_private(folder: Path) -> None:
@@ -101,52 +136,3 @@ def cache_key(data: Data, tokenizer: "PreTrainedTokenizerFast") -> str:
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(json.dumps([rows, settings, code, tokens], sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def read_cache(file: Path) -> Prepared | None:
-    """What write_cache wrote; None if there is no file or any byte of it has changed."""
-    try:
-        if file.stat().st_uid != os.getuid():
-            return None
-        whole = file.read_bytes()
-    except OSError:
-        return None
-    content, digest = whole[:-DIGEST_BYTES], whole[-DIGEST_BYTES:]
-    if hashlib.sha256(content).digest() != digest:
-        return None
-    with np.load(io.BytesIO(content)) as arrays:
-        has_eval = "eval.rows" in arrays
-        return Prepared(
-            train=read_examples(arrays, "train"),
-            eval=read_examples(arrays, "eval") if has_eval else None,
-            report=json.loads(str(arrays["report"])),
-            fingerprint=str(arrays["fingerprint"]),
-        )
-
-
-def read_examples(arrays: "np.lib.npyio.NpzFile", part: str) -> Examples:
-    return Examples(**{name: arrays[f"{part}.{name}"] for name in Examples.__dataclass_fields__})
-
-
-def write_cache(file: Path, prepared: Prepared) -> None:
-    """An .npz file with its SHA-256 at the end: zip does not check the names and places of members.
-
-    A file that cannot be written is reported and costs the next run some seconds, not this run.
-    """
-    parts = {"train": prepared.train, **({"eval": prepared.eval} if prepared.eval else {})}
-    arrays = {
-        f"{part}.{name}": array
-        for part, examples in parts.items()
-        for name, array in vars(examples).items()
-    }
-    stream = io.BytesIO()
-    np.savez(stream, report=json.dumps(prepared.report), fingerprint=prepared.fingerprint, **arrays)
-    content = stream.getvalue()
-    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-            out.write(content + hashlib.sha256(content).digest())
-        unfinished.replace(file)
-    except OSError as error:  # a full disk, say
-        unfinished.unlink(missing_ok=True)
-        tqdm.write(f"not cached: {file}: {error.strerror}")

@@ -1,13 +1,19 @@
 """Recipe and tokenizer -> training and evaluation examples, every row accounted for.
 
 load -> where -> read -> render -> tokenize -> overflow -> eval split -> weight
+
+Rows are read and worked on in blocks, by as many processes as there are cores, and what becomes of
+them is on disk at once: memory does not grow with the number of rows.
 """
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,97 +21,208 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from finetuning.data.chat_template import ChatTemplate
-from finetuning.data.rendering import Conversation, read_row, render_row
+from finetuning.data.rendering import read_row, render_row
 from finetuning.data.row import BadRow, Row
 from finetuning.data.section import Data, Eval, Source
-from finetuning.data.sources import Rows, load_rows
+from finetuning.data.sources import stream_rows
+from finetuning.data.storage import Arrays, GrowingArrays, seal, write_examples
 from finetuning.data.templates import CHAT, TEMPLATES, MarkerTemplate, Segment, Template
 from finetuning.data.tokenization import IGNORE_INDEX, Examples, exceptions, tokenize, train_on_all
+from finetuning.data.workers import cores, map_in_order
 from finetuning.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SHOWN_PLACES = 5  # dropped rows of a reason that the report names
+BLOCK_ROWS, BLOCK_TEXT = 2048, 2**22  # rows and characters that are worked on at once, about
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What a run trains and evaluates on."""
+class LoadedRow(NamedTuple):
+    """A row that `where` keeps."""
 
-    train: Examples
-    eval: Examples | None
-    report: dict[str, Any]
-    """rows: {loaded, where, kept, train, eval}; dropped: {reason: rows}; cut: rows; of the kept
-    rows tokens: {prompt, response, total, max} and end_mark_share (0..1); places: of the first few
-    dropped rows of each reason; added_end_mark: of Template; spelled, merged: rows of Exceptions"""
-    fingerprint: str
-    """digest of the examples: changes with any token, label or row number"""
-
-
-class ReadRow(NamedTuple):
-    """A row that was read."""
-
-    row: int
+    number: int
+    """in order of loading, from 0"""
     source: int
     is_eval: bool
-    conversation: Conversation
+    """of the split that data.eval.split names"""
     place: str
+    columns: Row
 
 
+@dataclass
 class Tally:
-    """Counts what becomes of the rows; `refuse` raises or drops, as data.invalid_rows says."""
+    """Counts what becomes of rows."""
 
-    def __init__(self, data: Data) -> None:
-        self.data = data
-        self.loaded = self.where = self.cut = 0
-        self.dropped: Counter[str] = Counter()
-        self.places: list[str] = []
-
-    def refuse(self, place: str, error: BadRow) -> None:
-        if self.data.invalid_rows == "error":
-            hint = "data.invalid_rows: drop leaves such rows out and counts them"
-            raise UserError(f"{place}: {error} ({hint})")
-        self.drop("invalid", f"{place}: {error}")
+    counts: Counter[str] = field(default_factory=Counter)
+    """loaded, where, kept, cut, closed, spelled, merged: rows; prompt, response: tokens"""
+    dropped: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    """of the first few dropped rows of each reason"""
+    longest: int = 0
+    """tokens"""
 
     def drop(self, reason: str, place: str) -> None:
         self.dropped[reason] += 1
-        if self.dropped[reason] <= SHOWN_PLACES:
-            self.places.append(f"{reason}: {place}")
+        places = self.places.setdefault(reason, [])
+        if len(places) < SHOWN_PLACES:
+            places.append(f"{reason}: {place}")
+
+    def add(self, other: "Tally") -> None:
+        self.counts += other.counts
+        self.dropped += other.dropped
+        self.longest = max(self.longest, other.longest)
+        for reason, places in other.places.items():
+            self.places[reason] = (self.places.get(reason, []) + places)[:SHOWN_PLACES]
 
 
-def build(data: Data, tokenizer: "PreTrainedTokenizerFast") -> Prepared:
-    """The examples of the recipe's data section.
+class Block(NamedTuple):
+    """What became of a block of rows."""
+
+    arrays: Arrays
+    """input_ids, labels, lengths and rows of Examples; sources and is_eval of LoadedRow"""
+    tally: Tally
+
+
+def build(data: Data, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Writes the examples of the recipe's data section, for read_prepared, into an empty folder.
 
     Raises UserError where rows do not fit or nothing is left to train or evaluate on.
     """
-    tally = Tally(data)
-    template = load_template(data, tokenizer)
-    read, segments = render_all(data, template, tally)
-    responses = tokenize(segments, tokenizer)
-    whole = responses if data.loss_on == "response" else train_on_all(responses)
-    kept = fit(whole, read, tally)
-    is_closed = ends_with_mark(responses.select(kept, data.max_length), template, tokenizer)
-    kept_rows = [read[number] for number in kept]
-    is_eval = evaluation_set(kept_rows, data.eval)
-    copies = copies_by_weight(kept_rows, data.sources)
+    preparation = Preparation(data, tokenizer)
+    preparation([])  # makes here what every process needs, before they are forked from this one
+    tally, kept = Tally(), GrowingArrays(folder)
+    blocks = blocks_of_rows(data, tally)
+    for block in map_in_order(preparation, blocks, data.num_proc or cores()):
+        kept.append(block.arrays)
+        tally.add(block.tally)
+    if not tally.counts["kept"]:
+        raise nothing_to("train", tally, 0, 0)
 
-    rows = np.array([each.row for each in kept_rows], np.int64)
-    examples = replace(whole.select(kept, data.max_length), rows=rows)
-    train = examples.select(np.repeat(np.arange(len(kept)), copies * ~is_eval))
-    held_out = examples.select(np.flatnonzero(is_eval)) if data.eval else None
-    other = exceptions([segments[number] for number in kept], tokenizer)
-    report = {
-        **make_report(tally, examples, is_closed, train, held_out),
-        "added_end_mark": template.added_end_mark,
-        "spelled": int(other.spelled.sum()),
-        "merged": int(other.merged.sum()),
-    }
-    if len(train) == 0 or (held_out is not None and len(held_out) == 0):
+    arrays = kept.mapped()
+    is_eval = evaluation_set(arrays["is_eval"], data.eval)
+    copies = copies_by_weight(arrays["sources"], data.sources)
+    train = np.repeat(np.arange(len(is_eval)), copies * ~is_eval)
+    held_out = np.flatnonzero(is_eval)
+    if len(train) == 0 or (data.eval and len(held_out) == 0):
         which = "train" if len(train) == 0 else "evaluate"
-        counts = f"{json.dumps(report['rows'])}, dropped {json.dumps(report['dropped'])}"
-        raise UserError(f"nothing to {which} on: {counts}")
-    return Prepared(train, held_out, report, digest_of(train, held_out))
+        raise nothing_to(which, tally, len(train), len(held_out))
+
+    digest = hashlib.sha256()
+    write_examples(folder, "train", arrays, train, digest)
+    if data.eval:
+        write_examples(folder, "eval", arrays, held_out, digest)
+    report = make_report(tally, len(train), len(held_out))
+    report["added_end_mark"] = preparation.template.added_end_mark
+    seal(folder, report, digest.hexdigest())
+
+
+def nothing_to(which: str, tally: Tally, train: int, held_out: int) -> UserError:
+    report = make_report(tally, train, held_out)
+    counts = f"{json.dumps(report['rows'])}, dropped {json.dumps(report['dropped'])}"
+    return UserError(f"nothing to {which} on: {counts}")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A block of rows -> its examples."""
+
+    data: Data
+    tokenizer: "PreTrainedTokenizerFast"
+
+    @cached_property
+    def template(self) -> Template:
+        return load_template(self.data, self.tokenizer)
+
+    @cached_property
+    def sources(self) -> list[Source]:
+        return self.data.sources
+
+    def __call__(self, rows: list[LoadedRow]) -> Block:
+        """Raises UserError where a row does not fit, unless such rows are dropped."""
+        tally = Tally()
+        rendered = list(self.render(rows, tally))
+        segments = [of_example for _, of_example in rendered]
+        responses = tokenize(segments, self.tokenizer)
+        whole = responses if self.data.loss_on == "response" else train_on_all(responses)
+        kept = self.fit(whole, [row.place for row, _ in rendered], tally)
+
+        examples = whole.select(kept, self.data.max_length)
+        is_closed = ends_with_mark(
+            responses.select(kept, self.data.max_length), self.template, self.tokenizer
+        )
+        other = exceptions([segments[number] for number in kept], self.tokenizer)
+        trained = int((examples.labels != IGNORE_INDEX).sum())
+        tally.longest = int(examples.lengths.max(initial=0))
+        tally.counts += Counter(
+            kept=len(kept),
+            closed=int(is_closed.sum()),
+            spelled=int(other.spelled.sum()),
+            merged=int(other.merged.sum()),
+            prompt=len(examples.input_ids) - trained,
+            response=trained,
+        )
+        return Block(arrays_of(examples, [rendered[number][0] for number in kept]), tally)
+
+    def render(
+        self, rows: list[LoadedRow], tally: Tally
+    ) -> Iterator[tuple[LoadedRow, list[Segment]]]:
+        """The segments of every example, and the row that it is made of."""
+        for row in rows:
+            try:
+                conversation = read_row(row.columns, self.sources[row.source])
+                examples = render_row(conversation, self.template, self.data)
+            except BadRow as error:
+                refuse(row.place, error, self.data, tally)
+                continue
+            for segments in examples:
+                yield row, segments
+
+    def fit(self, whole: Examples, places: list[str], tally: Tally) -> NDArray[np.int64]:
+        """(kept,) numbers of the examples that fit max_length and have a token left to train.
+
+        With data.overflow: cut all fit, of which only the first tokens count.
+        """
+        limit = self.data.max_length
+        is_long = whole.lengths > limit
+        self.check_overflow(whole, np.flatnonzero(is_long), places, tally)
+        is_dropped = is_long & (self.data.overflow == "drop")
+
+        has_response = last_trained(whole, limit) >= 0
+        for number in np.flatnonzero(~has_response & ~is_dropped):
+            tally.drop("no_response", places[number])
+        kept = np.flatnonzero(has_response & ~is_dropped)
+        tally.counts["cut"] += int(is_long[kept].sum())
+        return kept
+
+    def check_overflow(
+        self, whole: Examples, too_long: NDArray[np.int64], places: list[str], tally: Tally
+    ) -> None:
+        for number in too_long:
+            found = f"{whole.lengths[number]} tokens, data.max_length is {self.data.max_length}"
+            problem = f"{places[number]}: {found}"
+            if self.data.overflow == "error":
+                raise UserError(f"{problem} (data.overflow: drop or cut)")
+            if self.data.overflow == "drop":
+                tally.drop("overflow", problem)
+
+
+def refuse(place: str, error: BadRow, data: Data, tally: Tally) -> None:
+    """Raises UserError or drops the row, as data.invalid_rows says."""
+    if data.invalid_rows == "error":
+        hint = "data.invalid_rows: drop leaves such rows out and counts them"
+        raise UserError(f"{place}: {error} ({hint})")
+    tally.drop("invalid", f"{place}: {error}")
+
+
+def arrays_of(examples: Examples, rows: list[LoadedRow]) -> Arrays:
+    """What is kept of each example and of the row that it was made of."""
+    numbers = np.array([row.number for row in rows], np.int64)
+    return {
+        **vars(replace(examples, rows=numbers)),
+        "sources": np.array([row.source for row in rows], np.int32),
+        "is_eval": np.array([row.is_eval for row in rows], bool),
+    }
 
 
 def load_template(data: Data, tokenizer: "PreTrainedTokenizerFast") -> Template:
@@ -148,95 +265,75 @@ def training_texts(data: Data) -> Iterator[str]:
     fit the template, unless such rows are dropped.
     """
     template = MarkerTemplate(TEMPLATES[data.template], eos="", newline=data.newline)
-    for read, segments in zip(*render_all(data, template, Tally(data)), strict=True):
-        if not read.is_eval:
-            yield from (segment.text for segment in segments if not segment.is_special)
-
-
-def render_all(
-    data: Data, template: Template, tally: Tally
-) -> tuple[list[ReadRow], list[list[Segment]]]:
-    """The segments of every example, and the row that each was made of."""
-    rows, segments = [], []
-    read = read_rows(data, tally)
-    for each in tqdm(read, desc="rendering", disable=None, leave=False, delay=1):
+    sources = data.sources
+    for row in chain.from_iterable(blocks_of_rows(data, Tally())):
         try:
-            examples = render_row(each.conversation, template, data)
+            conversation = read_row(row.columns, sources[row.source])
+            examples = render_row(conversation, template, data)
         except BadRow as error:
-            tally.refuse(each.place, error)
+            refuse(row.place, error, data, Tally())
             continue
-        segments += examples
-        rows += [each] * len(examples)
-    return rows, segments
+        if not row.is_eval:
+            for segments in examples:
+                yield from (segment.text for segment in segments if not segment.is_special)
 
 
-def read_rows(data: Data, tally: Tally) -> Iterator[ReadRow]:
-    """Every row that `where` keeps, read into messages. Rows are numbered in order of loading."""
+def blocks_of_rows(data: Data, tally: Tally) -> Iterator[list[LoadedRow]]:
+    """Every row that `where` keeps, in order of loading, some at a time."""
+    block: list[LoadedRow] = []
+    text = 0
+    rows = load_rows(data, tally)
+    for row in tqdm(rows, desc="preparing", unit=" rows", disable=None, leave=False, delay=1):
+        block.append(row)
+        text += text_in(row.columns)
+        if len(block) == BLOCK_ROWS or text > BLOCK_TEXT:
+            yield block
+            block, text = [], 0
+    if block:
+        yield block
+
+
+def text_in(value: Any) -> int:
+    """Characters in a value of a row, about."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(text_in, value.values()))
+    return sum(map(text_in, value)) if isinstance(value, list) else 0
+
+
+def load_rows(data: Data, tally: Tally) -> Iterator[LoadedRow]:
+    """Every row that `where` keeps. Rows are numbered in order of loading."""
     for number, source in enumerate(data.sources):
-        yield from read_split(source, number, False, tally)
+        yield from load_split(source, number, False, tally)
         if data.eval and data.eval.split:
             other = source.model_copy(update={"split": data.eval.split})
-            yield from read_split(other, number, True, tally)
+            yield from load_split(other, number, True, tally)
 
 
-def read_split(source: Source, number: int, is_eval: bool, tally: Tally) -> Iterator[ReadRow]:
-    loaded = load_rows(source)
-    check_columns(source.where, loaded)
-    for index, row in enumerate(loaded.rows):
-        if matches(row, source.where):
-            tally.where += 1
-            place = loaded.place(index)
-            try:
-                conversation = read_row(row, source)
-            except BadRow as error:
-                tally.refuse(place, error)
-                continue
-            yield ReadRow(tally.loaded + index, number, is_eval, conversation, place)
-    tally.loaded += len(loaded.rows)
+def load_split(source: Source, number: int, is_eval: bool, tally: Tally) -> Iterator[LoadedRow]:
+    unseen, first = set(source.where), ("", Row())
+    for name, rows in stream_rows(source):
+        for index, row in enumerate(rows):
+            first = first if first[0] else (name, row)
+            unseen -= row.keys()
+            tally.counts["loaded"] += 1
+            if matches(row, source.where):
+                tally.counts["where"] += 1
+                place = f"{name}: row {index}"
+                yield LoadedRow(tally.counts["loaded"] - 1, number, is_eval, place, row)
+    for column in source.where:
+        if column in unseen:
+            raise no_such_column(column, *first)
 
 
 def matches(row: Row, where: dict[str, Any]) -> bool:
     return all(row.get(column) == value for column, value in where.items())
 
 
-def check_columns(where: dict[str, Any], loaded: Rows) -> None:
-    for column in where:
-        if not any(column in row for row in loaded.rows):
-            columns = list(loaded.rows[0])
-            name, _ = loaded.files[0]
-            found = f"it has {', '.join(columns)}{did_you_mean(column, columns)}"
-            raise UserError(f"data.where: {name} has no column {column}, {found}")
-
-
-def fit(whole: Examples, read: list[ReadRow], tally: Tally) -> NDArray[np.int64]:
-    """(kept,) numbers of the examples that fit max_length and have a token left to train.
-
-    With data.overflow: cut all fit, of which only the first tokens count.
-    """
-    limit = tally.data.max_length
-    is_long = whole.lengths > limit
-    check_overflow(whole, np.flatnonzero(is_long), read, tally)
-    is_dropped = is_long & (tally.data.overflow == "drop")
-
-    has_response = last_trained(whole, limit) >= 0
-    for number in np.flatnonzero(~has_response & ~is_dropped):
-        tally.drop("no_response", read[number].place)
-    kept = np.flatnonzero(has_response & ~is_dropped)
-    tally.cut = int(is_long[kept].sum())
-    return kept
-
-
-def check_overflow(
-    whole: Examples, too_long: NDArray[np.int64], read: list[ReadRow], tally: Tally
-) -> None:
-    limit, overflow = tally.data.max_length, tally.data.overflow
-    for number in too_long:
-        found = f"{whole.lengths[number]} tokens, data.max_length is {limit}"
-        problem = f"{read[number].place}: {found}"
-        if overflow == "error":
-            raise UserError(f"{problem} (data.overflow: drop or cut)")
-        if overflow == "drop":
-            tally.drop("overflow", problem)
+def no_such_column(column: str, name: str, row: Row) -> UserError:
+    found = f"it has {', '.join(row)}{did_you_mean(column, row)}"
+    return UserError(f"data.where: {name} has no column {column}, {found}")
 
 
 def last_trained(whole: Examples, limit: int) -> NDArray[np.int64]:
@@ -261,62 +358,53 @@ def ends_with_mark(
     return np.isin(tokens, tokenizer.convert_tokens_to_ids(template.end_marks)) & (last >= 0)
 
 
-def evaluation_set(kept: list[ReadRow], split: Eval | None) -> NDArray[np.bool_]:
-    """(kept,) which of the kept rows are evaluated on. The same on every machine and run."""
-    numbers = np.arange(len(kept))
+def evaluation_set(is_eval: NDArray[np.bool_], split: Eval | None) -> NDArray[np.bool_]:
+    """(kept,) which of the kept rows are evaluated on. The same on every machine and run.
+
+    is_eval: (kept,) whether a row is of the split that is named for it.
+    """
+    numbers = np.arange(len(is_eval))
     if split is None:
-        return np.zeros(len(kept), bool)
+        return np.zeros(len(is_eval), bool)
     if split.every:
-        is_eval: NDArray[np.bool_] = numbers % split.every == 0
-        return is_eval
+        drawn: NDArray[np.bool_] = numbers % split.every == 0
+        return drawn
     if split.fraction:
-        count = max(1, round(len(kept) * split.fraction))
-        drawn = np.random.default_rng(split.seed or 0).permutation(len(kept))[:count]
-        return np.isin(numbers, drawn)
-    return np.array([each.is_eval for each in kept], bool)
+        count = max(1, round(len(is_eval) * split.fraction))
+        order = np.random.default_rng(split.seed or 0).permutation(len(is_eval))
+        return np.isin(numbers, order[:count])
+    return is_eval
 
 
-def copies_by_weight(kept: list[ReadRow], sources: list[Source]) -> NDArray[np.int64]:
+def copies_by_weight(source_of: NDArray[np.int32], sources: list[Source]) -> NDArray[np.int64]:
     """(kept,) how often each row is used; the fractional part of a weight is a seeded draw."""
-    weights = np.array([sources[each.source].weight for each in kept])
-    draw = np.random.default_rng(0).random(len(kept))
+    weights = np.array([source.weight for source in sources])[source_of]
+    draw = np.random.default_rng(0).random(len(weights))
     copies: NDArray[np.int64] = np.floor(weights).astype(np.int64) + (draw < weights % 1)
     return copies
 
 
-def make_report(
-    tally: Tally,
-    kept: Examples,
-    is_closed: NDArray[np.bool_],
-    train: Examples,
-    held_out: Examples | None,
-) -> dict[str, Any]:
-    response = int((kept.labels != IGNORE_INDEX).sum())
-    total = len(kept.input_ids)
+def make_report(tally: Tally, train: int, held_out: int) -> dict[str, Any]:
+    """Of so many training and evaluation examples."""
+    counts = tally.counts
     return {
         "rows": {
-            "loaded": tally.loaded,
-            "where": tally.where,
-            "kept": len(kept),
-            "train": len(train),
-            "eval": len(held_out) if held_out is not None else 0,
+            "loaded": counts["loaded"],
+            "where": counts["where"],
+            "kept": counts["kept"],
+            "train": train,
+            "eval": held_out,
         },
         "dropped": dict(tally.dropped),
-        "cut": tally.cut,
+        "cut": counts["cut"],
         "tokens": {
-            "prompt": total - response,
-            "response": response,
-            "total": total,
-            "max": int(kept.lengths.max(initial=0)),
+            "prompt": counts["prompt"],
+            "response": counts["response"],
+            "total": counts["prompt"] + counts["response"],
+            "max": tally.longest,
         },
-        "end_mark_share": float(is_closed.mean()) if len(kept) else 0.0,
-        "places": tally.places,
+        "end_mark_share": counts["closed"] / counts["kept"] if counts["kept"] else 0.0,
+        "places": [place for places in tally.places.values() for place in places],
+        "spelled": counts["spelled"],
+        "merged": counts["merged"],
     }
-
-
-def digest_of(train: Examples, held_out: Examples | None) -> str:
-    digest = hashlib.sha256()
-    for examples in (train, held_out):
-        for array in vars(examples).values() if examples else ():
-            digest.update(array.tobytes())
-    return digest.hexdigest()

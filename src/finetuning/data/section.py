@@ -91,6 +91,8 @@ class Data(RowSettings):
     """a longer example: drop and count it, cut it (and its end mark), or refuse the run"""
     loss_on: Literal["response", "all"] = "response"
     """tokens that are trained: responses and their end marks, or all of them"""
+    num_proc: int | None = Field(default=None, ge=1, le=1024)
+    """processes that prepare the rows; as many as there are cores if not given"""
     layout: Literal["packed", "padded"] = "packed"
     """layout of a batch in memory: one example after another, or padded; memory and speed only"""
     order: Literal["random", "by_length", "sequential"] = "random"

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
-from tqdm import tqdm
 
 from finetuning.data.templates import Segment
 
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100  # label of a token that is left out of the loss; torch's default
 WINDOW = 64  # characters on either side of a border, in which a merge that crosses it is found
-BLOCK = 16384  # texts encoded in one call: enough for every core, small enough for a progress bar
 # A single space between two words: GPT-2's pre-tokenizer always begins a new piece there, whatever
 # stands around, and BPE never merges across pieces. Python counts a little more as white space than
 # the tokenizer does, which is the safe side.
@@ -337,13 +335,7 @@ def splits_at_spaces(tokenizer: Tokenizer) -> bool:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    blocks = tqdm(
-        range(0, len(texts), BLOCK), desc="tokenizing", disable=None, leave=False, delay=1
-    )
-    encodings = (
-        tokenizer.encode_batch_fast(texts[n : n + BLOCK], add_special_tokens=False) for n in blocks
-    )
-    return [encoding.ids for block in encodings for encoding in block]
+    return [each.ids for each in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def with_secret_names(tokenizer: Tokenizer) -> Tokenizer:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetuning.data.cache import cache_folder, prepare
-from finetuning.data.prepare import Prepared, load_template, training_texts
+from finetuning.data.prepare import load_template, training_texts
+from finetuning.data.storage import Prepared
 from finetuning.data.templates import Template
 from finetuning.hub.access import require_hub
 from finetuning.inference.resolve import pin_base_model
