@@ -19,88 +19,122 @@ import os
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetuning.command_line import ArgumentParser
 from finetuning.script import run
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from finetuning.training.prepared_run import PreparedRun
+    from finetuning.training.signals import Stop
+
 
 def main(arguments: list[str]) -> None:
-    from finetuning.launch.launcher import leave_precision_to_recipe
-    from finetuning.launch.software import versions
-    from finetuning.launch.step_size import step_size
-    from finetuning.launch.strategy import launch_environment, requested_strategy
-    from finetuning.model.quantization import hide_bitsandbytes
-    from finetuning.publishing.provenance import unlike_published
-    from finetuning.recipe.recipe import load_recipe
-    from finetuning.recipe.without_effect import settings_without_effect
-    from finetuning.runs.folder import (
-        lock,
-        output_folder,
-        require_free_or_ours,
-        require_local_output,
-    )
-    from finetuning.runs.reopen import (
-        is_finished,
-        open_run_folder,
-        take_changes,
-        with_real_folder,
-    )
-    from finetuning.runs.terminal import make_console, print_funnel
-    from finetuning.training.loggers import require_loggers
-    from finetuning.training.prepared_run import prepare_run
+    from finetuning.runs.folder import lock
+    from finetuning.runs.reopen import is_finished, open_run_folder
+    from finetuning.runs.terminal import make_console
     from finetuning.training.signals import Stop
 
     stop = Stop()
     stop.listen()
     options = read_arguments(arguments)
-    is_check = options.check
-    recipe = load_recipe(options.recipe, options.overrides)
-    require_local_output(Path(options.recipe), recipe, options.overrides)
-    recipe = with_real_folder(recipe, Path(options.recipe))
-    require_free_or_ours(output_folder(recipe))
     console = make_console(quiet=os.environ.get("RANK", "0") != "0")
+    run = prepare(options, console)
+    folder = open_run_folder(
+        run.recipe, run.examples.fingerprint, None if options.check else run.strategy
+    )
+    if finished := is_finished(folder, run.recipe):
+        say_finished(run, folder, finished, options, console)
+        return
+    with nullcontext() if console.quiet else lock(folder):
+        describe(run, options, console)
+        if options.check:
+            check_only(run, folder, console)
+        else:
+            start(run, stop, console)
+
+
+def prepare(options: Namespace, console: "Console") -> "PreparedRun":
+    """Whatever of the recipe is wrong is found here, in seconds: torch is not imported yet."""
+    from finetuning.launch.launcher import leave_precision_to_recipe
+    from finetuning.launch.step_size import step_size
+    from finetuning.launch.strategy import launch_environment, requested_strategy
+    from finetuning.recipe.recipe import load_recipe
+    from finetuning.runs.folder import output_folder, require_free_or_ours, require_local_output
+    from finetuning.runs.reopen import with_real_folder
+    from finetuning.training.loggers import require_loggers
+    from finetuning.training.prepared_run import prepare_run
+
+    file = Path(options.recipe)
+    recipe = load_recipe(options.recipe, options.overrides)
+    require_local_output(file, recipe, options.overrides)
+    recipe = with_real_folder(recipe, file)
+    require_free_or_ours(output_folder(recipe))
+
     if line := leave_precision_to_recipe():
         console.print(line)
-    if is_check:
+    if options.check:
         os.environ |= launch_environment(options.config_file, options.num_processes)
     strategy = requested_strategy()
     step_size(recipe, strategy.processes)
     require_loggers(recipe, output_folder(recipe))
-    run = prepare_run(recipe, strategy, trains_here=not is_check)
-    recipe, examples = run.recipe, run.examples
-    folder = open_run_folder(recipe, examples.fingerprint, None if is_check else strategy)
-    if finished := is_finished(folder, recipe):
-        if not (is_check or console.quiet):
-            take_changes(folder, recipe)
-        console.print(
-            f"{folder} is finished ({finished}); to train longer, raise "
-            "training.num_train_epochs or max_steps; to train anew, choose another "
-            "training.output_dir"
-        )
-        return
-    with nullcontext() if console.quiet else lock(folder):
-        print_funnel(console, examples.report)
-        for difference in unlike_published(Path(options.recipe), examples.fingerprint, versions()):
-            console.print(f"not as published: {difference}")
-        for line in settings_without_effect(recipe):
-            console.print(line)
-        hide_bitsandbytes(recipe)
-        if is_check:
-            from finetuning.training.check import check
+    return prepare_run(recipe, strategy, trains_here=not options.check)
 
-            unseen = check(run, folder)
-            console.print(f"recipe, data and {folder} are right; nothing was trained")
-            for line in unseen:
-                console.print(f"not looked at: {line}")
-            return
-        # On a CPU that others use too, threads that spin while they wait for each other cost eight
-        # times the seconds.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # Torch and transformers take seconds to import: only now, when recipe and data are known
-        # to be right.
-        from finetuning.training.train import train
 
-        train(run, stop, console)
+def say_finished(
+    run: "PreparedRun", folder: Path, finished: str, options: Namespace, console: "Console"
+) -> None:
+    from finetuning.runs.reopen import take_changes
+
+    if not (options.check or console.quiet):
+        take_changes(folder, run.recipe)
+    console.print(
+        f"{folder} is finished ({finished}); to train longer, raise "
+        "training.num_train_epochs or max_steps; to train anew, choose another "
+        "training.output_dir"
+    )
+
+
+def describe(run: "PreparedRun", options: Namespace, console: "Console") -> None:
+    """What became of the rows, and what is not as it was published or has no effect."""
+    from finetuning.launch.software import versions
+    from finetuning.publishing.provenance import unlike_published
+    from finetuning.recipe.without_effect import settings_without_effect
+    from finetuning.runs.terminal import print_funnel
+
+    print_funnel(console, run.examples.report)
+    for difference in unlike_published(Path(options.recipe), run.examples.fingerprint, versions()):
+        console.print(f"not as published: {difference}")
+    for line in settings_without_effect(run.recipe):
+        console.print(line)
+
+
+def check_only(run: "PreparedRun", folder: Path, console: "Console") -> None:
+    from finetuning.model.quantization import hide_bitsandbytes
+
+    hide_bitsandbytes(run.recipe)
+    from finetuning.training.check import check
+
+    unseen = check(run, folder)
+    console.print(f"recipe, data and {folder} are right; nothing was trained")
+    for line in unseen:
+        console.print(f"not looked at: {line}")
+
+
+def start(run: "PreparedRun", stop: "Stop", console: "Console") -> None:
+    from finetuning.model.quantization import hide_bitsandbytes
+
+    hide_bitsandbytes(run.recipe)
+    # On a CPU that others use too, threads that spin while they wait for each other cost eight
+    # times the seconds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Torch and transformers take seconds to import: only now, when recipe and data are known to be
+    # right.
+    from finetuning.training.train import train
+
+    train(run, stop, console)
 
 
 def read_arguments(arguments: list[str]) -> Namespace:
