@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from commands import RECIPE, ROWS, forks, write_files
+from commands import RECIPE, ROWS, write_files
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
+import sft
 from finetuning.recipe.error_messages import explain, section_at
 from finetuning.recipe.recipe import Recipe
 
@@ -52,15 +53,8 @@ def with_value(settings: dict[str, Any], place: str, value: Any) -> dict[str, An
     return changed
 
 
-@pytest.fixture(scope="module")
-def run_check():
-    modules = ("finetuning.training.check", "peft", "finetuning.data.cache")
-    with forks(*modules, HF_HUB_OFFLINE="1", WANDB_MODE="offline") as run:
-        yield lambda *arguments: run("sft.py", "--check", *arguments)
-
-
 @pytest.mark.parametrize("section", SECTIONS)
-def test_an_odd_value_is_refused_in_one_line_or_right(section, run_check, tmp_path):
+def test_an_odd_value_is_refused_in_one_line_or_right(section, call, tmp_path):
     write_files(tmp_path, {"recipe.yaml": RECIPE, "rows.jsonl": ROWS})
     settings = YAML(typ="safe", pure=True).load(tmp_path / "recipe.yaml")
     cases = odd_recipes(section)
@@ -70,9 +64,9 @@ def test_an_odd_value_is_refused_in_one_line_or_right(section, run_check, tmp_pa
         if place in PLACES and value:
             continue
         override = f"{place}={json.dumps(value)}"
-        process = run_check(str(tmp_path / "recipe.yaml"), override)
-        said = process.stdout + process.stderr
+        checked = call(sft, "--check", tmp_path / "recipe.yaml", override)
+        said = checked.out + checked.err
         assert "Traceback" not in said, f"{override}: {said}"
-        assert process.returncode in (0, 2), f"{override}: {said}"
-        if process.returncode == 2:
-            assert process.stderr.splitlines()[-1].startswith("error: "), override
+        assert checked.code in (0, 2), f"{override}: {said}"
+        if checked.code == 2:
+            assert checked.err.splitlines()[-1].startswith("error: "), override
