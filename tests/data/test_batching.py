@@ -1,5 +1,6 @@
 """Which examples meet in a step, and how they lie in memory."""
 
+import time
 import tracemalloc
 
 import numpy as np
@@ -97,6 +98,49 @@ def test_processes_get_about_as_many_tokens_each():
     ]
     tokens = np.array([[LENGTHS[batch].sum() for batch in part] for part in parts])[:, :-1]
     assert (abs(tokens[0] - tokens[1]) / tokens.sum(0)).mean() < 0.1
+
+
+@pytest.mark.parametrize("count", [1, 4, 16])
+def test_the_longest_example_goes_first_to_the_part_that_has_the_fewest_tokens(count):
+    step = np.random.default_rng(1).permutation(len(LENGTHS))[: 8 * count - 3]
+    parts, loads = [[] for _ in range(count)], np.zeros(count)
+    for number in sorted(step, key=lambda number: -LENGTHS[number]):
+        lightest = min((load, part) for part, load in enumerate(loads) if len(parts[part]) < 8)[1]
+        parts[lightest].append(number)
+        loads[lightest] += LENGTHS[number]
+    made = BatchSampler(LENGTHS, 8).balance_tokens(step, count)
+    assert [part.tolist() for part in made] == parts
+
+
+def test_the_largest_micro_batch_of_very_many_is_bounded_by_the_longest_examples():
+    sampler = BatchSampler(LENGTHS, 8, seed=3, processes=2)
+    exact = LENGTHS[sampler.longest(10**3, is_padded=False)].sum()
+    started = time.perf_counter()
+    bound = LENGTHS[sampler.longest(10**12, is_padded=False)]
+    assert time.perf_counter() - started < 1
+    assert sorted(bound) == sorted(LENGTHS)[-8:]
+    assert bound.sum() >= exact
+
+
+def test_the_largest_bin_of_any_epoch_is_one_of_the_first():
+    sampler = BatchSampler(LENGTHS, 8, tokens=600, seed=3)
+    largest = LENGTHS[sampler.longest(10**12, is_padded=False)].sum()
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        assert max(LENGTHS[batch].sum() for batch in sampler) == largest
+
+
+def test_the_order_of_two_million_examples_is_there_in_seconds():
+    lengths = np.random.default_rng(0).choice(LENGTHS, 2 * 10**6)
+    started = time.perf_counter()
+    tracemalloc.start()
+    sampler = BatchSampler(lengths, 8, seed=3)
+    assert len(next(iter(sampler))) == 8
+    sampler.longest(10**9, is_padded=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.perf_counter() - started < 5  # 0.3 s of one core that has nothing else to do
+    assert peak < 4 * lengths.nbytes
 
 
 @pytest.mark.parametrize("epoch", [0, 1])

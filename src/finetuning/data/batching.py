@@ -9,6 +9,8 @@ processes: they divide the examples of one seeded order among them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from heapq import heappop, heappush
 from itertools import accumulate, chain, islice
 from typing import Any
 
@@ -22,6 +24,7 @@ from finetuning.data.tokenization import IGNORE_INDEX, Example, Examples
 Batch = dict[str, Any]
 Numbers = NDArray[np.int64]  # (n,) numbers of examples
 
+SEARCHED = 2**21  # examples, about three seconds' worth, among which the largest batch is sought
 WINDOW = 50  # steps whose examples are sorted together when grouping by length
 
 
@@ -126,15 +129,25 @@ class BatchSampler:
         self.epoch = epoch
 
     def longest(self, micro_batches: int, is_padded: bool) -> list[int]:
-        """The examples of the largest micro-batch that any process gets among its first so many."""
+        """The examples of the largest micro-batch that any process gets among its first so many.
+
+        Where looking at all of them would take long, a micro-batch at least as large: of the
+        longest examples there are. Bins of `tokens` are as full in every epoch.
+        """
+        if self.tokens:
+            micro_batches = min(micro_batches, len(self))
+        elif micro_batches * self.batch_size * self.processes > SEARCHED:
+            count = min(self.batch_size, len(self.lengths))
+            longest: Numbers = np.argpartition(-self.lengths, count - 1)[:count]
+            return [*longest.tolist()]
         largest, found = (0, 0), [0]
         for epoch in range(ceil_div(micro_batches, len(self))):
             micro_batches_left = micro_batches - epoch * len(self)
             of_epoch = replace(self, epoch=epoch).micro_batches()
             for part in chain.from_iterable(islice(of_epoch, micro_batches_left)):
                 lengths = self.lengths[part]
-                longest = int(lengths.max(initial=0))
-                size = (longest * len(part) if is_padded else int(lengths.sum()), longest)
+                width = int(lengths.max(initial=0))
+                size = (width * len(part) if is_padded else int(lengths.sum()), width)
                 if size > largest:
                     largest, found = size, part.tolist()
         return found
@@ -148,6 +161,10 @@ class BatchSampler:
 
     def __len__(self) -> int:
         """Micro-batches of an epoch, the same for every process and epoch."""
+        return self.length
+
+    @cached_property
+    def length(self) -> int:
         if self.tokens:
             bins = int(pack_lengths(self.lengths, self.tokens).max()) + 1
             return ceil_div(bins, self.processes)
@@ -173,14 +190,15 @@ class BatchSampler:
 
     def steps(
         self, units: Numbers | list[Numbers], micro_batch: int, random: np.random.Generator | None
-    ) -> list[Any]:
+    ) -> Iterator[Any]:
         """The units (numbers of examples, or bins of them) of each optimizer step."""
-        steps = in_groups(units, micro_batch * self.accumulation)
+        size = micro_batch * self.accumulation
+        order = np.arange(ceil_div(len(units), size))
         if self.by_length and random is not None:
             # The last step stays last: it may be smaller, and accumulation needs whole ones before.
-            order = [*random.permutation(len(steps) - 1), -1]
-            return [steps[number] for number in order]
-        return steps
+            order[:-1] = random.permutation(len(order) - 1)
+        for number in order.tolist():
+            yield units[number * size : (number + 1) * size]
 
     def order(self, random: np.random.Generator | None) -> Numbers:
         if random is None:
@@ -211,14 +229,17 @@ class BatchSampler:
 
         The longest example first, each to the part that has the fewest tokens.
         """
+        lengths = self.lengths[step]
+        longest_first = np.argsort(-lengths, kind="stable")
         parts: list[list[int]] = [[] for _ in range(count)]
-        load = np.zeros(count)
-        for number in step[np.argsort(-self.lengths[step], kind="stable")].tolist():
-            lightest = int(load.argmin())
-            parts[lightest].append(number)
-            load[lightest] += self.lengths[number]
-            if len(parts[lightest]) == self.batch_size:
-                load[lightest] = np.inf
+        loads = [(0, part) for part in range(count)]  # a heap: the lightest part that has room
+        for number, length in zip(
+            step[longest_first].tolist(), lengths[longest_first].tolist(), strict=True
+        ):
+            load, part = heappop(loads)
+            parts[part].append(number)
+            if len(parts[part]) < self.batch_size:
+                heappush(loads, (load + length, part))
         return [np.array(part, np.int64) for part in parts]
 
 

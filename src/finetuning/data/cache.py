@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +16,8 @@ from tqdm import tqdm
 
 from finetuning.data.prepare import build
 from finetuning.data.section import Data
-from finetuning.data.sources import fingerprint
-from finetuning.data.storage import Prepared, read_prepared
+from finetuning.data.sources import digest_of, fingerprint
+from finetuning.data.storage import Prepared, open_private, read_prepared
 from finetuning.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SILENT, MAX_WAIT = 5, 7200  # seconds until the wait for a lock is reported, and ends
+NOTED_SIZE = 2**24  # bytes of a file whose digest is noted; a smaller one takes 10 ms to read
+SETTLED = 2 * 10**9  # nanoseconds
 # Settings that do not change the examples
 NOT_THE_EXAMPLES = {"layout", "order", "batch_tokens", "num_proc"}
 # Modules of this package that no example depends on; an edit of any other makes the cache stale.
@@ -44,10 +48,10 @@ def prepare(
         return prepare_aside(data, tokenizer)
     from filelock import FileLock, Timeout
 
-    key = cache_key(data, tokenizer)
-    folder, lock = cache / key, FileLock(cache / f"{key}.lock", mode=0o600)
     try:
         make_private(cache)
+        key = cache_key(data, tokenizer, cache)
+        folder, lock = cache / key, FileLock(cache / f"{key}.lock", mode=0o600)
         wait_for(lock)
     except (OSError, Timeout) as error:  # a read-only home, say
         tqdm.write(f"not cached: {cache}: {getattr(error, 'strerror', 'the lock is still held')}")
@@ -55,7 +59,7 @@ def prepare(
     try:
         if (prepared := read_prepared(folder)) is None:
             build_in(folder, data, tokenizer)
-            if cache_key(data, tokenizer) != key:
+            if cache_key(data, tokenizer, cache) != key:
                 shutil.rmtree(folder)
                 raise UserError("the rows were changed while they were read; start again")
             prepared = read_prepared(folder)
@@ -114,6 +118,30 @@ def wait_for(lock: "BaseFileLock") -> None:
         lock.acquire(timeout=MAX_WAIT)
 
 
+def remembered_digest(cache: Path, file: Path) -> str:
+    """digest_of a file, from a note of it if the file was not touched since.
+
+    Any change of a file, also one that sets its times back, gives it another ctime. The file system
+    counts that in ticks, so a file that was changed just now is not noted: it may change once more.
+    """
+    stat = file.stat()
+    if stat.st_size < NOTED_SIZE:
+        return digest_of(file)
+    state = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    name = json.dumps([str(file.resolve()), state])
+    note = cache / f"{hashlib.sha256(name.encode()).hexdigest()}.digest"
+    if note.exists():
+        return note.read_text()
+    is_settled = time.time_ns() - stat.st_ctime_ns > SETTLED
+    digest = digest_of(file)
+    if is_settled:
+        unfinished = note.with_suffix(f".{os.getpid()}.tmp")
+        with open_private(unfinished) as out:
+            out.write(digest.encode())
+        unfinished.replace(note)
+    return digest
+
+
 def cache_folder() -> Path:
     """Where prepared examples are kept: beside the cache of the Hugging Face libraries."""
     from huggingface_hub.constants import HF_HOME
@@ -121,15 +149,17 @@ def cache_folder() -> Path:
     return Path(HF_HOME) / "finetuning"
 
 
-def cache_key(data: Data, tokenizer: "PreTrainedTokenizerFast") -> str:
+def cache_key(data: Data, tokenizer: "PreTrainedTokenizerFast", cache: Path | None = None) -> str:
     """Digest of all that decides the examples: rows, settings, tokenizer and this package's code.
 
     With the code in it, the result of an edited reader is never read from the cache.
     """
-    rows = [fingerprint(source) for source in data.sources]
+    digest_of_file = partial(remembered_digest, cache) if cache else digest_of
+    sources = data.sources
     if data.eval and data.eval.split:
         split = {"split": data.eval.split}
-        rows += [fingerprint(source.model_copy(update=split)) for source in data.sources]
+        sources += [source.model_copy(update=split) for source in sources]
+    rows = [fingerprint(source, digest_of_file) for source in sources]
     settings = data.model_dump(exclude=NOT_THE_EXAMPLES)
     code = [path.read_text(encoding="utf-8") for path in PIPELINE]
     tokens = [tokenizer.special_tokens_map, tokenizer.chat_template, tokenizers.__version__]

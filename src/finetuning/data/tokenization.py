@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100  # label of a token that is left out of the loss; torch's default
 WINDOW = 64  # characters on either side of a border, in which a merge that crosses it is found
+REMEMBERED = 2**16  # words, and borders of prompt and response: 20 MB at most
 # A single space between two words: GPT-2's pre-tokenizer always begins a new piece there, whatever
 # stands around, and BPE never merges across pieces. Python counts a little more as white space than
 # the tokenizer does, which is the safe side.
@@ -182,6 +183,7 @@ class Encoder:
         self.continued = without_prefix_space(self.plain)
         self.spelled = spellings(backend)
         self.known_merges: dict[tuple[str, str], bool] = {}
+        self.known_words: dict[str, list[int]] = {}
         self.is_wordwise = self.plain is self.continued and splits_at_spaces(self.plain)
 
     def spans(self, segments: list[Segment]) -> list[TextSpan]:
@@ -223,6 +225,8 @@ class Encoder:
     def is_merged(self, left: str, right: str) -> bool:
         words = WORD_BORDER.split(left)[-1][-WINDOW:], WORD_BORDER.split(right)[0][:WINDOW]
         if words not in self.known_merges:
+            if len(self.known_merges) > REMEMBERED:
+                self.known_merges.clear()
             apart = [*chain.from_iterable(self.ids(CONTINUED, [*words]))]
             together = self.continued.encode("".join(words), add_special_tokens=False)
             # A run of characters that a Unigram model does not know is one piece, whatever its ids.
@@ -254,7 +258,7 @@ class Encoder:
         offset_of_span = np.array([offsets[context] for context in contexts], np.int64)
         piece = np.array(numbers, np.int64) + np.repeat(offset_of_span, pieces_in_span)
 
-        ids_of = [ids for context in tables for ids in self.ids(context, list(tables[context]))]
+        ids_of = [ids for context in tables for ids in self.known(context, list(tables[context]))]
         lengths = np.fromiter(map(len, ids_of), np.int64, len(ids_of))  # (distinct pieces,)
         starts = np.cumsum(lengths) - lengths
         flat = np.fromiter(chain.from_iterable(ids_of), np.int32, lengths.sum())
@@ -268,6 +272,16 @@ class Encoder:
         if self.is_wordwise:
             return CONTINUED, WORD_BORDER.split(span.text)
         return (span.before, span.after), [span.text]
+
+    def known(self, context: "Context", pieces: list[str]) -> list[list[int]]:
+        """The ids of each piece. Those of words are remembered: the next texts have them too."""
+        if not self.is_wordwise or context == SPECIAL:
+            return self.ids(context, pieces)
+        if len(self.known_words) > REMEMBERED:
+            self.known_words.clear()
+        new = [piece for piece in pieces if piece not in self.known_words]
+        self.known_words.update(zip(new, self.ids(context, new), strict=True))
+        return [self.known_words[piece] for piece in pieces]
 
     def ids(self, context: "Context", pieces: list[str]) -> list[list[int]]:
         """The ids of each piece."""

@@ -22,7 +22,8 @@ from finetuning.runs.folder import (
 )
 
 # What may change from one launch to the next: how a step is shared out, as long as the step stays
-# the same; what is logged, saved and asked; how batches are loaded; and what comes after training.
+# the same; what is logged, saved and asked; how rows and batches are loaded; and what comes after
+# training.
 MAY_CHANGE = (
     "training.per_device_train_batch_size",
     "training.gradient_accumulation_steps",
@@ -37,6 +38,7 @@ MAY_CHANGE = (
     "training.disable_tqdm",
     "training.dataloader_",
     "training.ddp_timeout",
+    "data.num_proc",
     "generation",
     "publish",
 )
