@@ -3,32 +3,41 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-# The build too: pip gives constraints to it only so. Its own name for that came with pip 25.3.
-export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
-export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+# Every package is compared with its hash in requirements/ and, but for DeepSpeed, is a wheel: no code of it runs
+# while it is installed. torch goes by version alone; requirements/left_out.txt says why.
+PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check
+LOCKED := $(PIP) --no-deps --require-hashes
 
-.PHONY: help quickstart test test-cluster bench lint format schema tables docs clean
+.PHONY: help quickstart test test-cluster bench lint format schema tables docs lock audit clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-$(VENV)/.base: pyproject.toml constraints.txt
+$(RUN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed: make PYTHON=python3.11'; exit 1; }
-	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: pyproject.toml constraints.txt requirements/base.txt | $(RUN)/python
+	$(LOCKED) --only-binary :all: --requirement requirements/base.txt
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.base
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+$(VENV)/.dev: $(VENV)/.base requirements/dev.txt
+	$(LOCKED) --only-binary :all: --requirement requirements/dev.txt
 	@touch $@
 
-$(VENV)/.deepspeed: $(VENV)/.dev
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,deepspeed]'
+$(VENV)/.deepspeed: $(VENV)/.dev requirements/deepspeed.txt
+	$(LOCKED) --no-build-isolation --requirement requirements/deepspeed.txt
 	@touch $@
 
-$(VENV)/.docs: $(VENV)/.base
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+$(VENV)/.docs: $(VENV)/.base requirements/docs.txt
+	$(LOCKED) --only-binary :all: --requirement requirements/docs.txt
+	@touch $@
+
+$(VENV)/.lock: constraints.txt | $(RUN)/python
+	$(PIP) --constraint constraints.txt pip-audit uv
 	@touch $@
 
 quickstart: $(VENV)/.base  ## train the embedded default on the CPU (a minute) and ask it
@@ -82,6 +91,20 @@ docs: $(VENV)/.docs  ## build the pages into build/site/, both languages, with s
 	cp --parents *.md LICENSE docs/*.md notebooks/* benchmarks/README.md benchmarks/*.png recipes/*.* build/pages
 	find src examples -name '*.py' -exec cp --parents -t build/pages {} +
 	$(RUN)/zensical build --strict --clean --config-file mkdocs.yml
+
+LOCK = $(RUN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11.5 --generate-hashes --no-annotate \
+  --custom-compile-command 'make lock' --constraint constraints.txt --excludes requirements/left_out.txt \
+  --no-emit-package torch
+
+lock: $(VENV)/.lock  ## write requirements/ from pyproject.toml and constraints.txt again
+	$(LOCK) --output-file requirements/base.txt
+	for extra in deepspeed dev docs export wandb; do \
+	  $(LOCK) --extra $$extra --output-file requirements/$$extra.txt \
+	    $$(sed -n 's/^\([a-z0-9.-]*\)==.*/--no-emit-package \1/p' requirements/base.txt) || exit; \
+	done
+
+audit: $(VENV)/.lock  ## ask for known holes in what requirements/ pins (needs the network)
+	$(RUN)/pip-audit --disable-pip --require-hashes $(addprefix --requirement ,$(filter-out %/left_out.txt,$(wildcard requirements/*.txt)))
 
 clean:  ## remove .venv and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,10 +1,13 @@
 """The base model: what its config says, and what of it learns."""
 
+import json
+import pickle
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from hub_server import REPO
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
@@ -118,6 +121,27 @@ def test_weights_that_were_not_downloaded_to_their_end_are_refused_in_one_line(b
     file = base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
     said = refusal(base)
-    assert (
-        said.startswith("cannot be loaded: Error while deserializing header") and "\n" not in said
-    )
+    assert "model.safetensors is damaged: Error while deserializing header" in said
+    assert "\n" not in said
+
+
+def test_a_base_whose_weights_are_pickles_only_is_told_what_to_do(base):
+    """Before, --check found it right, and training then said not to set use_safetensors."""
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    assert refusal(base).startswith("has its weights only as a pickle (.bin), which can run code; ")
+
+
+def test_no_shard_is_a_pickle(base):
+    (base / "model.safetensors").rename(base / "part.bin")
+    index = {"weight_map": {FIRST: "part.bin"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    (base / "part.bin").write_bytes(pickle.dumps({FIRST: 0}))
+    assert "part.bin is damaged" in refusal(base)
+
+
+def test_no_pull_request_of_a_stranger_gives_the_weights_of_a_base(hub):
+    """Where a repository has pickles only, transformers looks for one and loads what is in it."""
+    hub.put(REPO, {"config.json": b'{"model_type": "gpt2"}', "pytorch_model.bin": b"pickle"})
+    with pytest.raises(UserError, match="has its weights only as a pickle"):
+        load_model(Model(name=REPO, revision="main"), tiny.byte_level(), seed=0)
+    assert not hub.sent("discussions")

@@ -1,5 +1,6 @@
 """A base model that names code of its own: nothing asks whether to run it, and nothing runs it."""
 
+import ast
 import json
 import os
 import pty
@@ -53,3 +54,26 @@ def test_no_terminal_is_asked_whether_to_run_it(command, base, tmp_path):
     )
     assert "custom code?" not in done.stdout + done.stderr
     assert done.returncode == 2 and not (tmp_path / "marker").exists()
+
+
+LOADERS = {"AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"}
+
+
+def calls_of_loaders():
+    for file in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            function = getattr(node, "func", None)
+            if getattr(function, "attr", "") != "from_pretrained":
+                continue
+            if getattr(function.value, "id", "") in LOADERS:
+                values = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
+                yield file.name, function.value.id, values
+
+
+def test_no_loader_may_ask_for_code_or_read_a_pickle():
+    """Without the argument, transformers asks at a terminal whether to run a folder's code."""
+    calls = list(calls_of_loaders())
+    assert len(calls) >= 6
+    for file, loader, values in calls:
+        assert values.get("trust_remote_code") is False, file
+        assert loader != "AutoModelForCausalLM" or values.get("use_safetensors") is True, file

@@ -859,6 +859,30 @@ def test_wandb_without_a_key_is_refused_before_torch_is_imported(
     assert_one_line(process, ["training.report_to: wandb is not logged in", "WANDB_MODE=offline"])
 
 
+@pytest.mark.parametrize("flags", [[], ["--check"]])
+def test_a_logger_that_is_not_installed_is_named_before_torch_is_imported(
+    flags, run_script, tmp_path, without_torch
+):
+    """The extra that brings it, where there is one."""
+    write_files(tmp_path, {"recipe.yaml": RECIPE, "rows.jsonl": ROWS})
+    hidden = "import sys; sys.modules['wandb'] = None\n"
+    write_files(tmp_path, {"site/sitecustomize.py": hidden})
+    process = run_script(
+        "sft.py",
+        *flags,
+        tmp_path / "recipe.yaml",
+        "training.report_to=wandb",
+        PYTHONPATH=f"{tmp_path / 'site'}:{without_torch}",
+    )
+    assert_one_line(
+        process,
+        [
+            "training.report_to: wandb is not installed: "
+            "pip install -c constraints.txt -e '.[wandb]'"
+        ],
+    )
+
+
 NO_HUB = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
 NEEDED = [
     "http://127.0.0.1:9 could not be reached",

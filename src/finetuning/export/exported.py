@@ -116,7 +116,7 @@ def config_of(trained: Trained) -> Any:
     from transformers import AutoConfig
 
     if (trained.run.path / "config.json").is_file():
-        return AutoConfig.from_pretrained(trained.run.path)
+        return AutoConfig.from_pretrained(trained.run.path, trust_remote_code=False)
     return load_config(pin_base_model(trained.recipe).model, trained.tokenizer)
 
 

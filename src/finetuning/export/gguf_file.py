@@ -45,7 +45,7 @@ def write_gguf(weights: Path, contents: Contents, kind: str, target: Path) -> No
     from gguf import GGUFWriter, LlamaFileType
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(weights)
+    config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
     architecture = architecture_of(config)
     unfinished = target.with_name(f".{target.name}.tmp")
     # Weights wait on disk, not in memory, until the file's head is complete.

@@ -1,5 +1,6 @@
 """Recipe -> base model."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from finetuning.errors import UserError, did_you_mean, is_out_of_memory, one_line
@@ -10,6 +11,7 @@ from finetuning.model.quantization import (
     disable_bnb_cpu_repacking,
     quantization_arguments,
 )
+from finetuning.model.weight_files import PICKLED, require_weight_files
 from finetuning.recipe.sections import FromScratch, Model
 
 if TYPE_CHECKING:
@@ -81,6 +83,10 @@ def read_model(model: Model, device: "torch.device | str") -> "PreTrainedModel":
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    require_weight_files(model)
+    # Where a repository has only pickles, transformers 5.23 would take the weights of an open pull
+    # request, whoever opened it.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             location(model),
@@ -95,6 +101,8 @@ def read_model(model: Model, device: "torch.device | str") -> "PreTrainedModel":
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
+        if "cannot be loaded with `safetensors`" in str(error):
+            raise UserError(f"model.name: {model.name} {PICKLED}") from None
         raise UserError(f"model.name: {model.name} cannot be loaded: {one_line(error)}") from None
     loaded: PreTrainedModel
     loaded, info = result

@@ -113,7 +113,7 @@ def require_same_when_saved(tokenizer: "PreTrainedTokenizerFast") -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        saved: Any = AutoTokenizer.from_pretrained(folder)
+        saved: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ours, theirs = tokenizer.backend_tokenizer.to_str(), saved.backend_tokenizer.to_str()
     if type(saved) is not type(tokenizer) or theirs != ours:
         raise UserError(

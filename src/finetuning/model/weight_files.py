@@ -7,9 +7,12 @@ from finetuning.errors import UserError, one_line
 from finetuning.model.location import location
 from finetuning.recipe.sections import Model
 
-# In the order in which transformers looks for them.
-SINGLE = ("model.safetensors", "pytorch_model.bin")
-SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLED = (
+    "has its weights only as a pickle (.bin), which can run code; save them as safetensors: "
+    'AutoModelForCausalLM.from_pretrained(...).save_pretrained("base")'
+)
 
 
 def require_weight_files(model: Model) -> bool:
@@ -23,20 +26,18 @@ def require_weight_files(model: Model) -> bool:
     for file in weight_files(folder):
         if not file.is_file():
             raise UserError(f"model.name: {folder} lacks {file.name}, a part of its weights")
-        if file.suffix == ".safetensors":
-            require_whole(file)
+        require_whole(file)
     return True
 
 
 def weight_files(folder: Path) -> list[Path]:
-    for name in SINGLE:
-        if (folder / name).exists():
-            return [folder / name]
-    for name in SHARDED:
-        if (folder / name).exists():
-            return shards(folder / name)
-    expected = " or ".join((SINGLE[0], SHARDED[0]))
-    raise UserError(f"model.name: {folder} has no weights; expected {expected}")
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if (folder / SHARDED).exists():
+        return shards(folder / SHARDED)
+    if any((folder / name).exists() for name in PICKLES):
+        raise UserError(f"model.name: {folder} {PICKLED}")
+    raise UserError(f"model.name: {folder} has no weights; expected {SINGLE} or {SHARDED}")
 
 
 def shards(index: Path) -> list[Path]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Loggers whose package has another name.
 PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}
+WANDB = "-c constraints.txt -e '.[wandb]'"  # an extra of ours, in the version that is tested
 
 
 def loggers_of(recipe: Recipe) -> list[str]:
@@ -33,7 +34,8 @@ def require_loggers(recipe: Recipe, folder: Path) -> None:
     for name in loggers_of(recipe):
         package = PACKAGES.get(name, name)
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"training.report_to: {name} is not installed: pip install {package}")
+            what = WANDB if name == "wandb" else package
+            raise UserError(f"training.report_to: {name} is not installed: pip install {what}")
     if "wandb" in loggers_of(recipe):
         os.environ.setdefault("WANDB_DIR", str(folder))
         if last := newest(folder / "wandb", "*run-*-*"):
