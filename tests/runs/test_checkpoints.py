@@ -453,9 +453,17 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_same_command_goes_on(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can make files of another user")
-def test_deepspeeds_pickles_of_another_user_are_not_run(tmp_path):
-    """It reads them with weights_only=False; the seal is written by whoever gives the folder."""
-    state = tmp_path / "checkpoint-3" / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+@pytest.mark.parametrize(
+    "name",
+    [
+        "global_step3/zero_pp_rank_0_mp_rank_00_optim_states.pt",  # DeepSpeed: weights_only=False
+        "optimizer_0/.metadata",  # FSDP: torch.distributed.checkpoint unpickles it
+        "pytorch_model_fsdp_0/.metadata",
+    ],
+)
+def test_pickles_of_another_user_are_not_run(name, tmp_path):
+    """The seal is written by whoever gives the folder."""
+    state = tmp_path / "checkpoint-3" / name
     state.parent.mkdir(parents=True)
     state.write_bytes(b"pickle")
     seal(tmp_path / "checkpoint-3")

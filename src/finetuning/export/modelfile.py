@@ -133,7 +133,8 @@ def modelfile(
     lines += [f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}" for end in ends]
     lines += [f"PARAMETER {name} {value}" for name, value in parameters(generation)]
     if license:
-        lines.append(f'LICENSE """{license}"""')
+        text = license.replace('"""', "'''")  # it would end the licence, and begin an instruction
+        lines.append(f'LICENSE """{text}"""')
     return "\n".join(lines) + "\n"
 
 

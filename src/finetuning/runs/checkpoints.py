@@ -167,11 +167,12 @@ def verify_newest_first(folder: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def owner_of_code(checkpoint: Path) -> str | None:
-    """What keeps a checkpoint of DeepSpeed from being read: it is of pickles, which are code.
+    """What keeps a checkpoint of DeepSpeed or FSDP from being read: it has pickles, which are code.
 
-    DeepSpeed loads them with weights_only=False; sealed.json is written by whoever gives them.
+    DeepSpeed loads its files with weights_only=False, torch the .metadata of a sharded checkpoint
+    with pickle, both from subfolders; sealed.json is written by whoever gives them.
     """
-    for file in checkpoint.glob("global_step*/**/*"):
+    for file in checkpoint.glob("*/**/*"):
         if file.is_symlink() or file.stat().st_uid != os.getuid():
             return f"{file.name} belongs to another user, and would be run as code"
     return None
