@@ -108,6 +108,15 @@ def test_what_the_libraries_can_do_passes(ask, overrides):
         (["training.dataloader_prefetch_factor=2"], r"^training: .*dataloader_num_workers"),
         (["training.debug=x"], r"^training: x is not a valid DebugOption"),
         (["lora.layer_replication=[1]"], r"^lora: "),
+        (["lora={layer_replication: [[0, 10000]]}"], "makes 10,000 layers; at most 1,000"),
+        (
+            ["model.from_scratch.config={model_type: llama, num_hidden_layers: 100000000}"],
+            "num_hidden_layers is 100,000,000; at most 1,000",
+        ),
+        (
+            ["model.from_scratch.config={model_type: gpt2, n_layer: 5000}"],
+            "num_hidden_layers is 5,000; at most 1,000",
+        ),
         (
             ["lora.modules_to_save=[nonsense]"],
             r"^lora\.modules_to_save: no module .* it has c_attn",

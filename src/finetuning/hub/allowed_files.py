@@ -56,6 +56,8 @@ ALLOWED = (
     *GENERATED,
 )
 
+MAX_LAYERS = 1000  # of a model; the deepest have some 130
+
 TEXTS = (".json", ".jsonl", ".jinja", ".md", ".txt", ".yaml", "Modelfile")
 
 

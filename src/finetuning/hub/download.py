@@ -36,7 +36,6 @@ from finetuning.hub.manifest import NAME, Manifest, parse_manifest
 from finetuning.untrusted_text import printable, short_line
 
 UNVERIFIED = {NAME, "README.md"}  # the manifest itself; a card may be edited on the Hub
-MAX_LAYERS = 1000
 # Modules of an adapter by a regular expression: groups are only alternatives, few repetitions.
 MODEST_PATTERN = r"(?=.{1,200}$)(?!(?:.*[*+{]){5})(?!.*\)[*+{])[\w.\-|()\\^$*+?\[\]]*"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -173,8 +172,10 @@ def require_modest(file: Path) -> None:
     """Raises UserError for a config of a stranger that no machine could follow."""
     settings = allowed_files.read_json(file)
     for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-        if isinstance(settings.get(name), int) and settings[name] > MAX_LAYERS:
-            raise UserError(f"{file}: {name} is {settings[name]:,}; at most {MAX_LAYERS:,}")
+        if isinstance(settings.get(name), int) and settings[name] > allowed_files.MAX_LAYERS:
+            raise UserError(
+                f"{file}: {name} is {settings[name]:,}; at most {allowed_files.MAX_LAYERS:,}"
+            )
     if settings.get("layer_replication"):
         raise UserError(f"{file}: layer_replication is refused")
     for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):

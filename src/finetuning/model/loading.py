@@ -4,6 +4,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from finetuning.errors import UserError, did_you_mean, is_out_of_memory, one_line
+from finetuning.hub.allowed_files import MAX_LAYERS
 from finetuning.model.location import location
 from finetuning.model.precision import torch_dtype
 from finetuning.model.quantization import (
@@ -117,9 +118,22 @@ def read_model(model: Model, device: "torch.device | str") -> "PreTrainedModel":
 
 
 def load_config(model: Model, tokenizer: "PreTrainedTokenizerFast") -> Any:
-    """The transformers config of the base model. Raises UserError where there is none."""
-    if model.from_scratch:
-        return scratch_config(model.from_scratch, tokenizer)
+    """The transformers config of the base model.
+
+    Raises UserError where there is none, or one of more layers than any model has: making them,
+    without weights too, would take hours.
+    """
+    place = "model.from_scratch.config" if model.from_scratch else f"model.name: {model.name}"
+    config = (
+        scratch_config(model.from_scratch, tokenizer) if model.from_scratch else read_config(model)
+    )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise UserError(f"{place}: num_hidden_layers is {layers:,}; at most {MAX_LAYERS:,}")
+    return config
+
+
+def read_config(model: Model) -> Any:
     from transformers import AutoConfig
 
     try:

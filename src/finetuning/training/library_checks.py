@@ -22,6 +22,7 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from finetuning.errors import UserError, did_you_mean, one_line
+from finetuning.hub.allowed_files import MAX_LAYERS
 from finetuning.model.loading import load_config
 from finetuning.model.lora import lora_config
 from finetuning.model.loss import require_plain_head
@@ -246,6 +247,9 @@ def require_adapter(recipe: Recipe, model: "PreTrainedModel") -> None:
 
     with asking("lora"):
         config: Any = lora_config(recipe)
+        copies = sum(end - begin for begin, end in config.layer_replication or [])
+    if copies > MAX_LAYERS:
+        raise UserError(f"lora.layer_replication makes {copies:,} layers; at most {MAX_LAYERS:,}")
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     chosen: Any = config.layers_to_transform
     wanted = chosen if isinstance(chosen, list) else [] if chosen is None else [chosen]
