@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import ROOT, forks
+from commands import ROOT
 from run_folders import run_folder
 
+import compare
+import generate
+import sft
 from finetuning.errors import UserError
 from finetuning.publishing.bundle import require_publishable
 from finetuning.recipe.recipe import load_recipe
@@ -70,12 +73,6 @@ def run(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.fixture(scope="module")
-def fork():
-    with forks("peft", "finetuning.inference.generation", "finetuning.training.train") as run:
-        yield run
-
-
 def damage(run: Path, name: str, how: str) -> None:
     file = run / name
     if not (file.exists() and file.stat().st_size):
@@ -85,24 +82,24 @@ def damage(run: Path, name: str, how: str) -> None:
     DAMAGES[how](file)
 
 
-def assert_no_traceback(process) -> None:
-    said = process.stdout + process.stderr
+def assert_no_traceback(ended) -> None:
+    said = ended.out + ended.err
     assert "Traceback" not in said, said
-    assert process.returncode in (0, 1, 2), said
-    if process.returncode:
-        assert process.stderr.splitlines()[-1].startswith("error: "), said
+    assert ended.code in (0, 1, 2), said
+    if ended.code:
+        assert ended.err.splitlines()[-1].startswith("error: "), said
 
 
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("script", ["generate.py", "compare.py"])
-def test_what_reads_a_run_folder_has_no_traceback(run, fork, script, name, how):
+@pytest.mark.parametrize("script", [generate, compare], ids=lambda script: script.__name__)
+def test_what_reads_a_run_folder_has_no_traceback(run, call, script, name, how):
     damage(run, name, how)
-    arguments = ["Hi", "generation.max_new_tokens=2"] if script == "generate.py" else []
-    process = fork(script, str(run), *arguments)
-    assert_no_traceback(process)
-    if script == "generate.py" and name in SEALED and how not in ("flipped", "unreadable"):
-        assert process.returncode == 2 and name in process.stderr
+    arguments = ["Hi", "generation.max_new_tokens=2"] if script is generate else []
+    ended = call(script, run, *arguments)
+    assert_no_traceback(ended)
+    if script is generate and name in SEALED and how not in ("flipped", "unreadable"):
+        assert ended.code == 2 and name in ended.err
 
 
 def own_recipe(run: Path, tmp_path: Path) -> Path:
@@ -115,13 +112,13 @@ def own_recipe(run: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", [*FILES, *(f"checkpoint-{STEPS}/{n}" for n in OF_CHECKPOINT)])
 def test_the_same_command_ends_with_a_whole_finished_run_or_one_line(
-    run, fork, tmp_path, name, how
+    run, call, tmp_path, name, how
 ):
     recipe = own_recipe(run, tmp_path)
     damage(run, name, how)
-    process = fork("sft.py", str(recipe), f"training.output_dir={run}")
-    assert_no_traceback(process)
-    if process.returncode == 0 and how != "flipped":
+    ended = call(sft, recipe, f"training.output_dir={run}")
+    assert_no_traceback(ended)
+    if ended.code == 0 and how != "flipped":
         assert json.loads((run / "environment.json").read_text())["finished"]
         assert content_damage(run) is None and (run / "model.safetensors").is_file()
 
