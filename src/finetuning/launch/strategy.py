@@ -69,6 +69,15 @@ def launch_environment(file: str | None, processes: str | None) -> dict[str, str
         raise UserError(f"--num_processes {processes}: expected a whole number, at least 1")
     if file is None:
         return {"WORLD_SIZE": processes} if processes else {}
+    config = read_accelerate_config(file)
+    count = int(processes or config.num_processes or 0)
+    require_processes(file, config, count)
+    said = {"WORLD_SIZE": count, **variables_of(config)}
+    return {name: str(value) for name, value in said.items() if value is not None}
+
+
+def read_accelerate_config(file: str) -> Any:
+    """accelerate's own ClusterConfig."""
     from accelerate.commands.config.config_args import load_config_from_file
     from yaml import YAMLError
 
@@ -78,38 +87,45 @@ def launch_environment(file: str | None, processes: str | None) -> dict[str, str
         raise UserError(
             f"{file}: is no accelerate config: {' '.join(str(error).split())}"
         ) from None
-    count = int(processes or config.num_processes or 0)
+    if not hasattr(config.distributed_type, "value"):  # YAML 1.1 reads a bare NO as false
+        raise UserError(f"{file}: distributed_type has to be text; write 'NO' in quotes")
+    return config
+
+
+def require_processes(file: str, config: Any, count: int) -> None:
+    """Raises UserError where the config could not start so many."""
     if count < 1:
         raise UserError(
             f"{file}: does not say how many processes; add --num_processes, such as "
             "--num_processes 2"
         )
-    if not hasattr(config.distributed_type, "value"):  # YAML 1.1 reads a bare NO as false
-        raise UserError(f"{file}: distributed_type has to be text; write 'NO' in quotes")
     kind = config.distributed_type.value
     if count > 1 and kind in ALONE:
         raise UserError(
             f"{file}: distributed_type: {kind} starts one process, where {count} were asked for; "
             "use accelerate_configs/ddp.yaml, or cpu_ddp.yaml without GPUs"
         )
-    said = {"WORLD_SIZE": count}
+
+
+def variables_of(config: Any) -> dict[str, Any]:
+    """As accelerate names them for the processes it starts."""
+    said: dict[str, Any] = {}
     if config.gpu_ids not in (None, "all"):
-        said |= {"CUDA_VISIBLE_DEVICES": config.gpu_ids}
+        said["CUDA_VISIBLE_DEVICES"] = config.gpu_ids
+    kind = config.distributed_type.value
     if kind == "DEEPSPEED":
-        said |= {"ACCELERATE_USE_DEEPSPEED": True}
-        said |= {
-            f"ACCELERATE_DEEPSPEED_{name.removeprefix('deepspeed_').upper()}": value
-            for name, value in config.deepspeed_config.items()
-        }
+        said |= with_prefix("ACCELERATE_DEEPSPEED_", config.deepspeed_config, "deepspeed_")
+        said["ACCELERATE_USE_DEEPSPEED"] = True
     elif kind == "FSDP":
-        said |= {"ACCELERATE_USE_FSDP": True}
-        said |= {
-            f"FSDP_{name.removeprefix('fsdp_').upper()}": value
-            for name, value in config.fsdp_config.items()
-        }
+        said |= with_prefix("FSDP_", config.fsdp_config, "fsdp_")
+        said["ACCELERATE_USE_FSDP"] = True
     elif kind == "NO":
-        said |= {"ACCELERATE_USE_CPU": config.use_cpu}
-    return {name: str(value) for name, value in said.items() if value is not None}
+        said["ACCELERATE_USE_CPU"] = config.use_cpu
+    return said
+
+
+def with_prefix(prefix: str, settings: dict[str, Any], old: str) -> dict[str, Any]:
+    return {f"{prefix}{name.removeprefix(old).upper()}": settings[name] for name in settings}
 
 
 def is_set(name: str) -> bool:

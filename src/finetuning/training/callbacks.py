@@ -1,5 +1,5 @@
-"""What happens beside the steps of training: metrics written down, stopping when asked, saying what
-is waited for.
+"""What happens beside the steps of training: metrics written down, and the place of a process that
+waits.
 """
 
 import socket
@@ -15,7 +15,7 @@ from finetuning.runs.folder import append_metrics, write_metrics
 
 
 class MetricsFile(TrainerCallback):
-    """metrics.jsonl: what is logged. A run that goes on first takes back what was logged after its
+    """metrics.jsonl: what is logged. A resumed run first takes back what was logged after its
     checkpoint.
     """
 
