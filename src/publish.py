@@ -6,14 +6,15 @@ python src/publish.py outputs/dolly_gpt2 publish.repo=you/models publish.subfold
 python src/publish.py outputs/dolly_gpt2 publish.gguf=true      # for llama.cpp and Ollama as well
 
 Weights or adapter, tokenizer, recipe, metrics, answers, a model card and a manifest become one
-commit, with a tag of its own, and the table in the repository's README.md is kept. The commit is
-then pulled anew and asked the recipe's questions; published.json in the run folder keeps the
-result. publish.merged=true publishes a LoRA run as full weights.
+commit, with a tag of its own, and the table in the repository's README.md is kept. Before, the
+recipe's questions are asked in every form that is published, after it the commit is pulled anew and
+has to be what was asked; published.json in the run folder and the card keep the result.
+publish.merged=true publishes a LoRA run as full weights.
 
 --dry-run      shows what would change, and changes nothing
 --replace      overwrites what was published from another recipe
 --unfinished   publishes a run that is not finished
---unasked      does not load the published model to ask it
+--unasked      does not load what is published to ask it
 --verbose      shows what the libraries log and warn of
 
 A token with write access is needed: `hf auth login`, or HF_TOKEN. Publishing again changes only
@@ -21,6 +22,7 @@ what is different.
 """
 
 from argparse import Namespace
+from dataclasses import replace
 
 from finetuning.command_line import ArgumentParser, require_section
 from finetuning.script import run
@@ -32,12 +34,20 @@ def main(arguments: list[str]) -> None:
     from finetuning.publishing.bundle import (
         address_of,
         announcement,
-        gather_publication,
+        gather,
         gguf_if_wanted,
         merged_if_wanted,
         require_publishable,
     )
     from finetuning.publishing.commit import plan_changes, publish
+    from finetuning.publishing.verification import (
+        ask_forms,
+        check_published,
+        print_agreement,
+        read_agreements,
+        require_agreement,
+        write_record,
+    )
     from finetuning.recipe.recipe import load_recipe
     from finetuning.runs.folder import RunFolder, find_run_folder, lock
     from finetuning.runs.terminal import make_console, print_changes
@@ -55,27 +65,23 @@ def main(arguments: list[str]) -> None:
         merged_if_wanted(run_folder, recipe) as weights,
         gguf_if_wanted(run_folder, recipe) as gguf,
     ):
-        publication = gather_publication(run_folder, recipe, weights, gguf)
+        bundle = gather(run_folder, recipe, weights, gguf)
+        bundle = replace(bundle, agreements=read_agreements(bundle))
         hidden = with_retries(lambda: is_private(address.repo), address.repo)
-        console.print(announcement(publication, hidden))
+        console.print(announcement(bundle, hidden))
+        todo = with_retries(lambda: plan_changes(bundle, options.replace), address.repo)
         if options.dry_run:
-            todo = with_retries(lambda: plan_changes(publication, options.replace), address.repo)
             return print_changes(console, todo.changes, unpublished_files(folder))
-        published = publish(publication, options.replace)
+        forms = [] if options.unasked else ask_forms(bundle, recipe)
+        require_agreement(console, forms, is_exact=not weights)
+        if forms:
+            bundle = replace(bundle, agreements=[form.agreement for form in forms])
+        published = publish(bundle, options.replace)
     state = "published" if published.is_new else "unchanged"
     console.print(f"{state}: {published.address}, tag {published.tag}")
-
-    from finetuning.publishing.verification import (
-        PUBLISHED,
-        compare_answers,
-        print_agreement,
-        require_agreement,
-        write_record,
-    )
-
-    forms = {} if options.unasked else compare_answers(run_folder, recipe, published)
-    write_record(folder, published, forms)
-    require_agreement(console, forms.pop(PUBLISHED, []), is_exact=not weights)
+    if not options.unasked:
+        check_published(bundle, published)
+    write_record(bundle, published, forms)
     print_agreement(console, forms)
 
 

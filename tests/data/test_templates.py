@@ -1,5 +1,7 @@
 """Every template, written down by hand: «trained text», ⟨special token⟩."""
 
+from itertools import groupby
+
 import pytest
 from tiny import CHAT_TEMPLATES, TOKENIZERS, chat_tokenizer
 from tokenizers import AddedToken
@@ -7,7 +9,7 @@ from tokenizers import AddedToken
 from finetuning.data.chat_template import ChatTemplate
 from finetuning.data.row import BadRow
 from finetuning.data.templates import TEMPLATES, Markers, MarkerTemplate, fold_context
-from finetuning.data.tokenization import IGNORE_INDEX, encode_prompts, tokenize
+from finetuning.data.tokenization import encode_prompts, tokenize
 
 MARKER_TEMPLATES = [name for name, markers in TEMPLATES.items() if markers]
 
@@ -283,7 +285,7 @@ def test_the_token_of_the_next_turn_ends_a_response_where_there_is_no_other():
 
 
 def test_a_template_that_was_saved_with_an_added_end_mark_is_the_same_template():
-    for template in (glm_template(), chat_template("lines")):
+    for template in (glm_template(), chat_template("lines"), chat_template("chatml_generation")):
         jinja, end_marks = template.jinja, template.end_marks
         template.tokenizer.chat_template = jinja
         again = ChatTemplate(template.tokenizer)
@@ -291,19 +293,27 @@ def test_a_template_that_was_saved_with_an_added_end_mark_is_the_same_template()
         assert again.render(QUESTION) == template.render(QUESTION)
 
 
-def test_a_response_is_trained_through_the_last_special_token_that_follows():
-    # Command A's two end marks, and Phi's, of which the last stands at the end of the text.
-    command_a = own_template(
+def command_a_template():
+    """Command A's kind: two end marks."""
+    return own_template(
         "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|END|><|END_OF_TURN|>' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
         *("<|user|>", "<|assistant|>", "<|END|>", "<|END_OF_TURN|>"),
     )
-    assert written(command_a.render(QUESTION)).endswith("«Hello!⟨<|END|>⟩⟨<|END_OF_TURN|>⟩»")
-    phi = own_template(
+
+
+def phi_template():
+    """Phi's kind: an end mark of each turn, and one of the text."""
+    return own_template(
         "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
         *("<|user|>", "<|assistant|>", "<|end|>"),
     )
+
+
+def test_a_response_is_trained_through_the_last_special_token_that_follows():
+    command_a, phi = command_a_template(), phi_template()
+    assert written(command_a.render(QUESTION)).endswith("«Hello!⟨<|END|>⟩⟨<|END_OF_TURN|>⟩»")
     assert written(phi.render([*QUESTION, *QUESTION])) == (
         "⟨<|user|>⟩\nHi⟨<|end|>⟩\n⟨<|assistant|>⟩\n«Hello!⟨<|end|>⟩»\n"
         "⟨<|user|>⟩\nHi⟨<|end|>⟩\n⟨<|assistant|>⟩\n«Hello!⟨<|end|>⟩\n⟨<|endoftext|>⟩»"
@@ -440,16 +450,66 @@ def test_harmless_text_gets_the_ids_of_transformers_own_apply_chat_template(name
     )
 
 
-def test_the_mask_is_that_of_the_generation_block_and_the_end_mark_it_leaves_out():
-    tokenizer = chat_tokenizer("byte_level", "chatml_generation")
-    theirs = tokenizer.apply_chat_template(
-        LONG, return_dict=True, return_assistant_tokens_mask=True
+def masked(template, messages, jinja):
+    """The text of the saved template with «» where transformers' mask is 1."""
+    encoded = template.tokenizer.apply_chat_template(
+        messages, chat_template=jinja, return_dict=True, return_assistant_tokens_mask=True
     )
-    [example] = tokenize([ChatTemplate(tokenizer).render(LONG)], tokenizer)
-    assert example["input_ids"].tolist() == theirs["input_ids"]
-    tokens = zip(theirs["input_ids"], theirs["assistant_masks"], example["labels"], strict=True)
-    differing = [token for token, mask, label in tokens if bool(mask) != (label != IGNORE_INDEX)]
-    assert tokenizer.decode(differing) == "<|im_end|><|im_end|>"
+    tokens = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    parts = groupby(tokens, key=lambda token: token[1])
+    texts = [(mask, template.tokenizer.decode([id for id, _ in part])) for mask, part in parts]
+    return "".join(f"«{text}»" if mask else text for mask, text in texts)
+
+
+def test_the_generation_block_of_a_template_may_leave_out_the_end_mark_and_ours_has_it():
+    template = chat_template("chatml_generation")
+    theirs = masked(template, QUESTION, template.tokenizer.chat_template)
+    ours = masked(template, QUESTION, template.jinja)
+    assert theirs.endswith("assistant\n«Hello!»<|im_end|>\n")
+    assert ours.endswith("assistant\n«Hello!<|im_end|>»\n")
+
+
+MARKED = {
+    "chatml": lambda: chat_template("chatml"),
+    "llama_3": lambda: chat_template("llama_3"),
+    "mistral": lambda: chat_template("mistral"),
+    # No end mark: EOS is added. (CHAT_TEMPLATES' ends its prompt with a space, which would merge.)
+    "lines": lambda: own_template(CHAT_TEMPLATES["lines"].replace(": '", ":\\n'")),
+    "glm": lambda: glm_template(),
+    "phi": phi_template,
+    "command_a": command_a_template,
+    # White space of the template's beginning and end, and a variable that it may look for.
+    "odd": lambda: own_template(
+        "\n  {% if text is defined %}no{% endif %}" + CHAT_TEMPLATES["chatml"] + "\n",
+        *("<|im_start|>", "<|im_end|>"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_the_mask_of_the_saved_template_is_what_is_trained_at_every_turn(name):
+    template = MARKED[name]()
+    messages = talk(("user", "Hi"), ("assistant", "Hello!"), ("user", "1 + 1?"), ("assistant", "2"))
+    expected = written(template.render(messages)).replace("⟨", "").replace("⟩", "")
+    assert masked(template, messages, template.jinja) == expected
+    assert expected.count("«") == 2
+
+
+def test_a_conversation_is_asked_with_the_saved_template_though_its_history_is_rewritten():
+    template = chat_template("thinking")
+    messages = LONG[:4]
+    asked = template.tokenizer.apply_chat_template(
+        messages, chat_template=template.jinja, tokenize=False, add_generation_prompt=True
+    )
+    plain = template.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    assert asked == plain
+    greeting = talk(("system", "Be kind."), ("assistant", "Hello!"), ("user", "Hi"))
+    marked = template.tokenizer.apply_chat_template(
+        greeting, chat_template=template.jinja, tokenize=False
+    )
+    assert marked == template.tokenizer.apply_chat_template(greeting, tokenize=False)
 
 
 @pytest.mark.parametrize(

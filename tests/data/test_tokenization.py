@@ -1,5 +1,6 @@
 """Properties of what is trained, for any conversation, template and kind of tokenizer."""
 
+import json
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHAT_TOKENS, TOKENIZERS, byte_level, chat_tokenizer
-from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetuning.data import tokenization
 from finetuning.data.batching import Collator
@@ -22,9 +23,11 @@ from finetuning.data.tokenization import (
     Encoder,
     encode_prompts,
     exceptions,
+    require_special_tokens_found,
     tokenize,
     train_on_all,
 )
+from finetuning.errors import UserError
 
 
 class Case(NamedTuple):
@@ -196,10 +199,8 @@ def test_ids_and_mask_are_those_of_the_saved_tokenizer_and_its_chat_template(kin
         if others.merged[0]:
             continue
         assert example["input_ids"].tolist() == theirs["input_ids"], name
-        if "generation" in case.template.jinja.replace("add_generation_prompt", ""):
-            is_trained = (example["labels"] != IGNORE_INDEX).tolist()
-            if name != "chatml_generation":  # its marks leave out the end mark
-                assert is_trained == [bool(mask) for mask in theirs["assistant_masks"]], name
+        is_trained = (example["labels"] != IGNORE_INDEX).tolist()
+        assert is_trained == [bool(mask) for mask in theirs["assistant_masks"]], name
         for turn in turns:
             asked = reader.apply_chat_template(
                 folded[:turn], add_generation_prompt=True, return_dict=False
@@ -440,6 +441,29 @@ def test_a_space_is_put_where_the_tokenizer_puts_it_and_not_in_front_of_a_respon
     behind = tokenizer(f"{end}a", add_special_tokens=False).tokens()[1:]
     tokens = tokenizer.convert_ids_to_tokens(example["input_ids"])
     assert "".join(tokens) == "".join([first, "b", end, *behind])
+
+
+def with_normalized_tokens(kind):
+    tokenizer = chat_tokenizer(kind, "chatml")
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in settings["added_tokens"]:
+        token["normalized"] = True
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(settings)), eos_token=tokenizer.eos_token
+    )
+
+
+@of_every_kind
+def test_a_tokenizer_that_does_not_find_its_own_special_tokens_is_refused(kind):
+    tokenizer = with_normalized_tokens(kind)
+    template = MarkerTemplate(TEMPLATES["question_answer"], tokenizer.eos_token)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "東京"}]
+    segments = [template.render(messages)]
+    known = exceptions(segments, tokenizer)
+    if kind != "byte_fallback":  # nothing is put in front of the token
+        return require_special_tokens_found(segments, known, tokenizer)
+    with pytest.raises(UserError, match=r'"normalized" is true for .*</s>'):
+        require_special_tokens_found(segments, known, tokenizer)
 
 
 def test_an_encoder_is_made_once_for_all_prompts_until_the_tokenizer_is_another(monkeypatch):

@@ -34,6 +34,18 @@ def test_merged_weights_are_base_and_adapter(runs, tmp_path):
     )
 
 
+def test_merged_weights_are_asked_as_the_recipe_says(runs, tmp_path):
+    run, changed = (
+        runs["lora"],
+        ["generation.max_new_tokens=7", "generation.repetition_penalty=1.3"],
+    )
+    merge(RunFolder(run), load_recipe(run / "recipe.yaml", changed), tmp_path)
+    settings = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (settings["max_new_tokens"], settings["repetition_penalty"]) == (7, 1.3)
+    assert settings["eos_token_id"] == [RunFolder(run).tokenizer.eos_token_id]
+    assert settings["do_sample"] is False
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_bases_number_format_is_kept(dtype, tmp_path):
     base = write_base(tmp_path / "base", "llama")

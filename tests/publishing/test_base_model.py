@@ -5,7 +5,7 @@ import json
 import torch
 from conftest import ROOT
 from hub_server import REPO
-from publications import LORA, published
+from publications import LORA, names, published
 from run_folders import BASE, S, copied, error_of, files_below, train, write_base
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +16,7 @@ from finetuning.recipe.recipe import load_recipe
 def test_an_adapter_that_is_published_for_another_base_model_is_noticed(hub, runs, call, tmp_path):
     folder = copied(runs["lora"], tmp_path / "run")
     assert (
-        "published, but it cannot be asked: model.name: elith/tiny-base cannot be loaded"
+        "not published: it cannot be asked: model.name: elith/tiny-base cannot be loaded"
         in error_of(call(publish, folder, *LORA))
     )
     model = AutoModelForCausalLM.from_pretrained(runs["full"].parents[1] / "llama")
@@ -25,9 +25,10 @@ def test_an_adapter_that_is_published_for_another_base_model_is_noticed(hub, run
     model.save_pretrained(tmp_path / "base")
     hub.create(BASE)
     hub.put(BASE, files_below(tmp_path / "base"))
-    assert "published, but 2 of 2 answers are not the run folder's" in error_of(
+    assert "not published: 2 of 2 answers are not the run folder's" in error_of(
         call(publish, folder, *LORA)
     )
+    assert names(hub) == set()
 
 
 def test_an_adapter_needs_a_base_that_others_have(hub, runs, call, tmp_path):
@@ -36,7 +37,8 @@ def test_an_adapter_needs_a_base_that_others_have(hub, runs, call, tmp_path):
     assert "base model is the local folder" in line and "publish.base_model=owner/name" in line
     published(call, run, "publish.merged=true")
     card = hub.read(REPO, f"{S}/README.md").decode()
-    assert "A model from a folder that is not on the Hub, fine-tuned with LoRA, merged into" in card
+    assert "A model from a folder that is not on the Hub, fine-tuned with LoRA on `" in card
+    assert "`. The adapter is merged into full weights." in card
     (tmp_path / "pulled.yaml").write_bytes(hub.read(REPO, f"{S}/recipe.yaml"))
     assert load_recipe(tmp_path / "pulled.yaml").model.name == "./llama"
 

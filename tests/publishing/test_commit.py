@@ -94,14 +94,14 @@ def assert_all_is_new(hub: HubServer, crowd) -> None:
 
 
 def test_two_subfolders_published_at_once_both_stand(hub, runs, tmp_path):
-    from finetuning.publishing.bundle import gather_publication
+    from finetuning.publishing.bundle import gather
     from finetuning.publishing.commit import publish as commit
 
     prepared = []
     for name, kind in (("chapter05/first", "full"), ("chapter06/second", "sharded")):
         run = retrained(copied(runs[kind], tmp_path / kind), publish__subfolder=name)
         folder = RunFolder(run)
-        prepared.append(gather_publication(folder, folder.recipe, None))
+        prepared.append(gather(folder, folder.recipe, None))
     barrier = threading.Barrier(2)
     hub.fault(
         "/commit/", times=2, call=lambda: barrier.wait(10)

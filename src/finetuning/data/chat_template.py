@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from finetuning.data.generation_marks import with_generation_marks, without_generation_marks
 from finetuning.data.row import BadRow, Message, message
 from finetuning.data.templates import Segment, fold_context, literal
 
@@ -63,7 +64,8 @@ class ChatTemplate:
     @cached_property
     def dated(self) -> str:
         """The tokenizer's chat template, in which strftime_now is a macro that returns TODAY."""
-        template = MARK_AT_END.sub("", self.tokenizer.get_chat_template())
+        saved = without_generation_marks(self.tokenizer.get_chat_template())
+        template = MARK_AT_END.sub("", saved)
         if "strftime_now" not in template or "macro strftime_now" in template:
             return template
         # A macro shadows transformers' function; arguments of apply_chat_template must be data.
@@ -102,7 +104,13 @@ class ChatTemplate:
 
     @cached_property
     def jinja(self) -> str:
-        """The template that is trained with, and saved: the tokenizer's, with fixed date.
+        """The template that is saved: what is trained with, and marks around what is trained."""
+        following = [gap + mark for gap, mark in self.closing.marks[1:]] if self.closing else []
+        return with_generation_marks(self.unmarked, self.end_marks, following)
+
+    @cached_property
+    def unmarked(self) -> str:
+        """The template that is trained with: the tokenizer's, with fixed date.
 
         Where it does not end the last response, an end mark is added: the token of the user's turn,
         or EOS behind every response if there is no mark at all.
@@ -184,7 +192,7 @@ class ChatTemplate:
         try:
             text = self.tokenizer.apply_chat_template(
                 cast("Any", list(messages)),
-                chat_template=template or self.jinja,
+                chat_template=template or self.unmarked,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )

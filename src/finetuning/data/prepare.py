@@ -27,7 +27,14 @@ from finetuning.data.section import Data, Eval, Source
 from finetuning.data.sources import stream_rows
 from finetuning.data.storage import Arrays, GrowingArrays, seal, write_examples
 from finetuning.data.templates import CHAT, TEMPLATES, MarkerTemplate, Segment, Template
-from finetuning.data.tokenization import IGNORE_INDEX, Examples, exceptions, tokenize, train_on_all
+from finetuning.data.tokenization import (
+    IGNORE_INDEX,
+    Examples,
+    exceptions,
+    require_special_tokens_found,
+    tokenize,
+    train_on_all,
+)
 from finetuning.data.workers import cores, map_in_order
 from finetuning.errors import UserError, did_you_mean
 
@@ -151,7 +158,9 @@ class Preparation:
         is_closed = ends_with_mark(
             responses.select(kept, self.data.max_length), self.template, self.tokenizer
         )
-        other = exceptions([segments[number] for number in kept], self.tokenizer)
+        kept_segments = [segments[number] for number in kept]
+        other = exceptions(kept_segments, self.tokenizer)
+        require_special_tokens_found(kept_segments, other, self.tokenizer)
         trained = int((examples.labels != IGNORE_INDEX).sum())
         tally.longest = int(examples.lengths.max(initial=0))
         tally.counts += Counter(

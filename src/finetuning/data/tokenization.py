@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from finetuning.data.templates import Segment
+from finetuning.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100  # label of a token that is left out of the loss; torch's default
 WINDOW = 64  # characters on either side of a border, in which a merge that crosses it is found
 REMEMBERED = 2**16  # words, and borders of prompt and response: 20 MB at most
+PROBED = 64  # conversations that are compared with what the tokenizer itself makes of them
 # A single space between two words: GPT-2's pre-tokenizer always begins a new piece there, whatever
 # stands around, and BPE never merges across pieces. Python counts a little more as white space than
 # the tokenizer does, which is the safe side.
@@ -132,6 +134,35 @@ def exceptions(
     spelled = [encoder.spells_special(segments) for segments in conversations]
     merged = [encoder.merges(encoder.spans(segments)) for segments in conversations]
     return Exceptions(np.array(spelled, bool), np.array(merged, bool))
+
+
+def require_special_tokens_found(
+    conversations: list[list[Segment]], known: Exceptions, tokenizer: "PreTrainedTokenizerFast"
+) -> None:
+    """Raises UserError where the tokenizer itself finds other special tokens in the first texts.
+
+    Such as one that normalizes them: with a space put in front, it does not find them in a text.
+    Other programs would ask what is trained with other ids.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    special = {token.content: id for id, token in added if token.special}
+    for number in np.flatnonzero(~known.spelled)[:PROBED]:
+        texts = [segment.text for segment in conversations[number]]
+        written = [segment.text for segment in conversations[number] if segment.is_special]
+        read = tokenizer("".join(texts), add_special_tokens=False).input_ids
+        expected = [special[token] for token in written if token in special]
+        if [id for id in read if id in special.values()] != expected:
+            raise UserError(
+                "model.name: its tokenizer does not find the template's special tokens in a text, "
+                "so that other programs would ask the trained model with other ids; in its "
+                f'tokenizer.json "normalized" is true for {normalized_tokens(tokenizer) or "none"},'
+                ' expected "normalized": false'
+            )
+
+
+def normalized_tokens(tokenizer: "PreTrainedTokenizerFast") -> str:
+    tokens = tokenizer.added_tokens_decoder.values()
+    return ", ".join(token.content for token in tokens if token.special and token.normalized)
 
 
 def train_on_all(examples: Examples) -> Examples:

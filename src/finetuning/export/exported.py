@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetuning.data.generation_marks import without_generation_marks
 from finetuning.data.prepare import load_template
 from finetuning.data.row import Message
 from finetuning.data.templates import Template
@@ -96,7 +97,7 @@ def export(folder: Path, recipe: Recipe, kind: str, target: Path) -> Path:
     contents = Contents(
         name=Path(recipe.training.output_dir).name,
         tokenizer=trained.tokenizer,
-        chat_template=trained.chat_template,
+        chat_template=plain_template(trained.chat_template),
         ends=[trained.tokenizer.get_vocab()[end] for end in ends],
         generation=recipe.generation,
         license=license,
@@ -109,6 +110,11 @@ def export(folder: Path, recipe: Recipe, kind: str, target: Path) -> Path:
     text = modelfile(file.name, turns, ends, recipe.generation, license)
     write_text(target / MODELFILE, text)
     return file
+
+
+def plain_template(saved: str | None) -> str | None:
+    """Without marks for training, of which other programs' Jinja need not know."""
+    return without_generation_marks(saved) if saved else None
 
 
 def config_of(trained: Trained) -> Any:

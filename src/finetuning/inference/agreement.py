@@ -45,22 +45,35 @@ class Answer(NamedTuple):
         }
 
 
+class Agreement(NamedTuple):
+    """How many answers of a form are the run folder's."""
+
+    form: str
+    asked: int
+    same: int
+
+
 def questions_of(recipe: Recipe) -> list[str]:
     """What is asked to compare: the recipe's questions."""
     return list(recipe.generation.prompts) or [QUESTION]
 
 
 def ask_greedily(
-    folder: Path, recipe: Recipe, questions: list[str], known: Iterable[str] | None = None
+    folder: Path,
+    recipe: Recipe,
+    questions: list[str],
+    known: Iterable[str] | None = None,
+    weights: Path | None = None,
 ) -> list[str]:
     """Answers of a run folder without sampling, one model at a time in memory.
 
     `known` are the only generation settings that are kept, where the other form has no more.
+    `weights` is where its weights are, if that is another folder.
     """
     settings = recipe.generation.model_dump(exclude_unset=True, exclude=set(SAMPLING))
     if known is not None:
         settings = {name: value for name, value in settings.items() if name in known}
     greedy = recipe.model_copy(update={"generation": Generation(**settings, do_sample=False)})
-    answers = load_asker(folder, greedy)(questions)
+    answers = load_asker(folder, greedy, weights)(questions)
     gc.collect()
     return answers

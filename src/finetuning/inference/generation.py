@@ -238,11 +238,14 @@ def batches_by_length(prompts: Sequence[list[int]]) -> list[list[int]]:
     return [sorted(by_length[start : start + BATCH]) for start in starts]
 
 
-def load_asker(folder: Path, recipe: Recipe) -> Asker:
-    """The model of a run folder, to be asked. Uses a GPU if there is one."""
+def load_asker(folder: Path, recipe: Recipe, weights: Path | None = None) -> Asker:
+    """The model of a run folder, to be asked. Uses a GPU if there is one.
+
+    `weights` is where its weights are, if that is another folder.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = read_tokenizer(str(folder))
-    model: Any = load_trained(folder, recipe, tokenizer, device)
+    model: Any = load_trained(weights or folder, recipe, tokenizer, device)
     return Asker(
         model.to(device), tokenizer, load_template(recipe.data, tokenizer), recipe.generation
     )

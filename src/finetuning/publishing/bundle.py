@@ -1,14 +1,19 @@
 """Run folder -> everything that will stand in the subfolder, hashed and ready to be committed.
 
 The trip: run folder -> the recipe as others can run it -> what the model was made of -> files ->
-card -> checksums -> manifest. The folder's own files are read once, by RunFolder.
+checksums -> what answers the same (verification.py) -> card -> manifest. The folder's own files are
+read once, by RunFolder.
 """
 
+import hashlib
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -21,6 +26,7 @@ from finetuning.hub import allowed_files
 from finetuning.hub.address import Address
 from finetuning.hub.client import TIMEOUT, with_retries
 from finetuning.hub.manifest import NAME, BaseModelSource, Kind, Manifest, PublishedFile
+from finetuning.inference.agreement import Agreement
 from finetuning.model.finite import require_finite_weights
 from finetuning.publishing.card import model_card
 from finetuning.publishing.portable import portable_recipe, publish_section
@@ -34,6 +40,9 @@ GGUF_TYPE = "f16"  # what is published
 Files = dict[str, Path | bytes]  # {name in the subfolder, or path in the repository: content}
 
 
+CARD = "README.md"
+
+
 @dataclass(frozen=True)
 class Publication:
     """What will stand in the subfolder."""
@@ -42,6 +51,76 @@ class Publication:
     manifest: Manifest
     files: dict[str, CommitOperationAdd]
     """by path in the repository"""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a run publishes, before its card says under which tag, and which forms answer alike."""
+
+    address: Address
+    run: RunFolder
+    recipe: Recipe
+    """as others can run it"""
+    manifest: Manifest
+    """without files"""
+    files: Files
+    """without card and manifest"""
+    agreements: list[Agreement] = field(default_factory=list)
+    """of every form that was asked"""
+
+    @cached_property
+    def operations(self) -> dict[str, CommitOperationAdd]:
+        """The files by path in the repository, hashed."""
+        return checksummed(below(self.address, self.files))
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the names and contents of the files."""
+        files = [f"{path} {as_published(added).sha256}" for path, added in self.operations.items()]
+        return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+    def tagged(self, tag: str) -> Publication:
+        """All of it, with a card that names the tag. Raises UserError where a text has a secret."""
+        files = [*self.files, CARD]
+        text = model_card(
+            self.address, self.manifest, self.recipe, self.run, files, tag, self.agreements
+        )
+        card = checksummed(below(self.address, {CARD: text.encode()}))
+        added = dict(sorted({**self.operations, **card}.items()))
+        above = f"{self.address.subfolder}/"
+        published = {path.removeprefix(above): as_published(added[path]) for path in added}
+        manifest = self.manifest.model_copy(update={"files": published})
+        written: Files = {NAME: manifest.as_text().encode()}
+        for name, source in ((CARD, text.encode()), *written.items()):
+            allowed_files.require_no_secret(name, source)
+        added |= checksummed(below(self.address, written))
+        return Publication(self.address, manifest, added)
+
+    @contextmanager
+    def staged(self) -> Iterator[Path]:
+        """A folder with the files, as a reader has it; deleted afterwards."""
+        with tempfile.TemporaryDirectory(dir=self.run.path, prefix=".published-") as folder:
+            for name, source in self.files.items():
+                place = Path(folder, name)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(source, bytes):
+                    place.write_bytes(source)
+                else:
+                    link_or_copy(source, place)
+            yield Path(folder)
+
+
+def below(address: Address, files: Files) -> Files:
+    """The files by path in the repository, sorted."""
+    return {f"{address.subfolder}/{name}": source for name, source in sorted(files.items())}
+
+
+def link_or_copy(source: Path, place: Path) -> None:
+    """The same file under another name, on file systems that can; a copy on others."""
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copyfile(source, place)
 
 
 def address_of(recipe: Recipe) -> Address:
@@ -107,16 +186,13 @@ def gguf_if_wanted(run: RunFolder, recipe: Recipe) -> Iterator[Path | None]:
         yield Path(folder)
 
 
-def gather_publication(
-    run: RunFolder, recipe: Recipe, merged: Path | None, gguf: Path | None = None
-) -> Publication:
+def gather(run: RunFolder, recipe: Recipe, merged: Path | None, gguf: Path | None = None) -> Bundle:
     """What a run folder publishes.
 
     `merged` holds its merged weights and `gguf` its GGUF file, if these are wanted.
 
     `recipe` is the run's, with where it is published. Raises UserError where a text holds a secret.
     """
-    address = address_of(recipe)
     portable = portable_recipe(recipe, run.environment.get("base_commit"))
     kind: Kind = "merged" if merged else "adapter" if recipe.lora else "full"
     manifest = describe_run(run, portable, kind)
@@ -125,18 +201,9 @@ def gather_publication(
         files |= allowed_files.matching_files(gguf, allowed_files.GGUF)
     if plot := plot_losses(run.metrics):
         files["loss.png"] = plot
-    files["README.md"] = model_card(address, manifest, portable, run, files).encode()
-
     for name, source in files.items():
         allowed_files.require_no_secret(name, source)
-    allowed_files.require_no_secret(NAME, manifest.as_text().encode())
-
-    above = f"{address.subfolder}/"
-    added = checksummed({f"{above}{name}": source for name, source in sorted(files.items())})
-    published = {path.removeprefix(above): as_published(added[path]) for path in added}
-    manifest = manifest.model_copy(update={"files": published})
-    added |= checksummed({f"{above}{NAME}": manifest.as_text().encode()})
-    return Publication(address, manifest, added)
+    return Bundle(address_of(recipe), run, portable, manifest, files)
 
 
 def collect_files(
@@ -169,15 +236,16 @@ def adapter_config(file: Path, base: BaseModelSource) -> bytes:
     return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
 
 
-def announcement(publication: Publication, is_private: bool) -> str:
+def announcement(bundle: Bundle, is_private: bool) -> str:
     """What is about to be published, to whom, and which names of local files can be read in it."""
-    manifest, address = publication.manifest, publication.address
-    size = sum(operation.upload_info.size for operation in publication.files.values())
+    manifest, address = bundle.manifest, bundle.address
+    files = bundle.tagged(f"{address.tag_prefix}1").files  # of another tag they are as many
+    size = sum(operation.upload_info.size for operation in files.values())
     audience = "private" if is_private else "public: everyone can read it"
     local = [path for path in manifest.data.path if path not in manifest.data.datasets]
     names = ", ".join([*local, str(manifest.recipe["training"]["output_dir"])])
     return (
-        f"{address.repo} is {audience}; {len(publication.files)} files, {size:,} bytes; "
+        f"{address.repo} is {audience}; {len(files)} files, {size:,} bytes; "
         f"of this machine's paths they name {names}"
     )
 

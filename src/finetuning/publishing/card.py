@@ -14,7 +14,7 @@ from finetuning.errors import TryAgain, UserError
 from finetuning.hub.address import REPO, Address
 from finetuning.hub.client import TIMEOUT, with_retries
 from finetuning.hub.manifest import BaseModelSource, Manifest
-from finetuning.inference.agreement import questions_of
+from finetuning.inference.agreement import Agreement, questions_of
 from finetuning.launch.step_size import step_size
 from finetuning.recipe.recipe import Recipe
 from finetuning.runs.folder import RunFolder, read_samples, sample_parts
@@ -26,17 +26,29 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("model_card.md")
 LICENCE = r"[\w.-]{1,40}|not stated"
 OLD_NAME = r"^[\w.-]{1,96}$"  # of the Hub's first models, such as gpt2, without an owner
+# (behind "fine-tuned", behind what it was trained on)
 METHODS = {
-    "full": "",
-    "adapter": " with LoRA (an adapter)",
-    "merged": " with LoRA, merged into full weights",
+    "full": ("", ""),
+    "adapter": (" with LoRA", " An adapter."),
+    "merged": (" with LoRA", " The adapter is merged into full weights."),
 }
+# Forms in which it is asked, where the name in published.json does not say enough.
+FORMS = {"published": "`src/generate.py`", "transformers": "`model.generate` of transformers"}
 
 
 def model_card(
-    address: Address, manifest: Manifest, recipe: Recipe, run: RunFolder, files: Collection[str]
+    address: Address,
+    manifest: Manifest,
+    recipe: Recipe,
+    run: RunFolder,
+    files: Collection[str],
+    tag: str,
+    agreements: list[Agreement],
 ) -> str:
-    """The card of one subfolder with these files; `recipe` is the one that is published."""
+    """The card of one subfolder with these files, published under the tag.
+
+    `recipe` is the one that is published, `agreements` are those of the forms that were asked.
+    """
     question = questions_of(recipe)[0]
     license = recipe.publish.license if recipe.publish else None
     metadata = ModelCardData(
@@ -51,6 +63,10 @@ def model_card(
         metadata,
         template_path=str(TEMPLATE),
         address=address,
+        tag=tag,
+        agreements=[
+            (FORMS.get(form) or cell(form), asked, same) for form, asked, same in agreements
+        ],
         summary=summary(manifest),
         facts=[*made_of(manifest, license), *lora_fact(recipe)],
         loading=loading(address, manifest.kind, manifest.base),
@@ -71,8 +87,10 @@ def model_card(
 
 def summary(manifest: Manifest) -> str:
     """One sentence, and whether the training was finished."""
-    how = f"{'fine-tuned' if manifest.base else 'trained'}{METHODS[manifest.kind]}"
-    text = f"{base_link(manifest.base)}, {how} on {', '.join(map(cell, manifest.data.path))}."
+    method, result = METHODS[manifest.kind]
+    how = f"{'fine-tuned' if manifest.base else 'trained'}{method}"
+    data = ", ".join(map(code_cell, manifest.data.path))
+    text = f"{base_link(manifest.base)}, {how} on {data}.{result}"
     return text if manifest.finished else f"{text} **The training was not finished.**"
 
 

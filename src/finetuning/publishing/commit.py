@@ -11,7 +11,7 @@ from finetuning.errors import UserError
 from finetuning.hub.address import Address
 from finetuning.hub.client import head_commit, list_files, read_file, with_retries
 from finetuning.hub.manifest import NAME, Manifest, parse_manifest
-from finetuning.publishing.bundle import Publication, checksummed
+from finetuning.publishing.bundle import Bundle, Publication, checksummed
 from finetuning.publishing.provenance import changed_settings
 from finetuning.publishing.repository_card import repository_card
 
@@ -46,19 +46,19 @@ class Published(NamedTuple):
     """False where everything was there already"""
 
 
-def publish(publication: Publication, replace: bool) -> Published:
+def publish(bundle: Bundle, replace: bool) -> Published:
     """One commit and a tag; neither where they are there already. Safe to repeat at any point.
 
     Raises UserError where it would undo somebody else's work, TryAgain where the Hub does not
     answer.
     """
-    address = publication.address
+    address = bundle.address
     committed: list[str] = []
 
     def commit() -> str:
         # Planned anew in each attempt: where only the answer of the last one was lost, nothing is
         # left to do, and a head that moved is built upon.
-        plan = plan_changes(publication, replace)
+        plan = plan_changes(bundle, replace)
         if not plan.operations:
             return plan.head
         committed.append(plan.head)
@@ -76,11 +76,29 @@ def publish(publication: Publication, replace: bool) -> Published:
 # Plan
 
 
-def plan_changes(publication: Publication, replace: bool) -> Plan:
-    """What is to be done at the head of the repository.
+def plan_changes(bundle: Bundle, replace: bool) -> Plan:
+    """What is to be done at the head of the repository, under the last tag or the next.
 
     Raises UserError where it would undo somebody else's work.
     """
+    address, last = bundle.address, last_tag(bundle.address)
+    if last:
+        plan = plan_publication(bundle.tagged(f"{address.tag_prefix}{last}"), replace)
+        if not changes_below(plan, address):
+            return plan
+    return plan_publication(bundle.tagged(f"{address.tag_prefix}{last + 1}"), replace)
+
+
+def changes_below(plan: Plan, address: Address) -> bool:
+    """Whether a file of the subfolder changes."""
+    return any(
+        change.what != "same" and change.path.startswith(f"{address.subfolder}/")
+        for change in plan.changes
+    )
+
+
+def plan_publication(publication: Publication, replace: bool) -> Plan:
+    """The same for a card that is written. Raises UserError as plan_changes."""
     repo, subfolder, _ = publication.address
     head = head_commit(repo)
     listed = list_files(repo, head)
@@ -164,17 +182,22 @@ def fresh_operation(operation: CommitOperationAdd) -> CommitOperationAdd:
 
 def tag_commit(address: Address, commit: str) -> str:
     """The subfolder's tag at the commit: its last one if nothing changed since, else a new one."""
-    api = HfApi()
+    number = last_tag(address)
+    last = f"{address.tag_prefix}{number}"
+    if number and blobs_in(address, last) == blobs_in(address, commit):
+        return last
+    name = f"{address.tag_prefix}{number + 1}"
+    HfApi().create_tag(address.repo, tag=name, revision=commit)
+    return name
+
+
+def last_tag(address: Address) -> int:
+    """The number of the subfolder's last tag; 0 without one."""
     numbers = [0]
-    for tag in api.list_repo_refs(address.repo).tags:
+    for tag in HfApi().list_repo_refs(address.repo).tags:
         number = tag.name.removeprefix(address.tag_prefix)
         numbers += [int(number)] if tag.name != number and number.isdigit() else []
-    last = f"{address.tag_prefix}{max(numbers)}"
-    if max(numbers) and blobs_in(address, last) == blobs_in(address, commit):
-        return last
-    name = f"{address.tag_prefix}{max(numbers) + 1}"
-    api.create_tag(address.repo, tag=name, revision=commit)
-    return name
+    return max(numbers)
 
 
 def blobs_in(address: Address, revision: str) -> dict[str, str]:

@@ -31,9 +31,11 @@ def repository_card(repo: str, before: bytes | None, manifests: dict[str, Manife
         raise UserError(
             f"{repo}: the metadata of its README.md cannot be read: {one_line(error)}; fix it there"
         ) from None
-    bases = [manifest.base.name for manifest in manifests.values() if manifest.base]
+    # A model may be trained on one that was published here: the repository is not its own base.
+    known = [manifest.base.name for manifest in manifests.values() if manifest.base]
+    bases = [name for name in known if name and name != repo and is_repo(name)]
     datasets = [name for manifest in manifests.values() for name in manifest.data.datasets]
-    add_to_metadata(card, "base_model", [name for name in bases if name and is_repo(name)])
+    add_to_metadata(card, "base_model", bases)
     add_to_metadata(card, "datasets", [name for name in datasets if is_repo(name)])
     above, _, rest = card.text.partition(BEGIN)
     below = rest.partition(END)[2] or "\n"
