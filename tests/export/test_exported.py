@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import export
+from finetuning.data.chat_template import ChatTemplate
 from finetuning.errors import UserError
 from finetuning.export import exported
 from finetuning.export.gguf_file import Contents, write_gguf
@@ -187,6 +188,59 @@ def test_relatives_of_llama_answer_as_transformers_does(kind, tmp_path, llama_cp
         asked = {"prompt": text, "n_predict": 6, "temperature": 0, "ignore_eos": True}
         said = server.post("/completion", **asked, return_tokens=True)["tokens"]
         assert said == ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def test_the_scaled_rotary_frequencies_of_llama_3_are_llama_cpps(tmp_path, llama_cpp):
+    tokenizer = tiny.byte_level()
+    contents = Contents("tiny", tokenizer, None, [0], Generation(), None)
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    said = {}
+    for kind, rope in {"scaled": LLAMA_3_ROPE, "plain": None}.items():
+        model = tiny.model_of("llama", vocab_size=len(tokenizer), rope_parameters=rope)
+        model.save_pretrained(tmp_path / kind)
+        write_gguf(tmp_path / kind, contents, "f32", tmp_path / f"{kind}.gguf")
+        server = LlamaCpp(tmp_path / f"{kind}.gguf", 128, 1)
+        inputs = tokenizer(HOSTILE[0], add_special_tokens=False, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=24, do_sample=False, suppress_tokens=ends)
+        asked = {"prompt": HOSTILE[0], "n_predict": 24, "temperature": 0, "ignore_eos": True}
+        said[kind] = server.post("/completion", **asked, return_tokens=True)["tokens"]
+        assert said[kind] == ids[0, inputs["input_ids"].shape[1] :].tolist()
+    assert said["scaled"] != said["plain"]  # it is not for nothing
+
+
+def test_a_file_has_the_trained_chat_template_without_marks_at_every_turn(tmp_path, llama_cpp):
+    tokenizer = tiny.chat_tokenizer("byte_level", "chatml")
+    template = ChatTemplate(tokenizer)
+    tokenizer.chat_template = template.jinja
+    tiny.model_of("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    plain = exported.plain_template(tokenizer.chat_template)
+    ends = [tokenizer.convert_tokens_to_ids(end) for end in template.end_marks]
+    contents = Contents("tiny", tokenizer, plain, ends, Generation(), None)
+    write_gguf(tmp_path, contents, "f32", tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == tiny.CHAT_TEMPLATES["chatml"]
+    server = LlamaCpp(tmp_path / "model.gguf", 256, 1)
+    chat = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi\n there "},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "日本の首都は？"},
+    ]
+    for messages in (chat[1:2], chat[:2], chat):
+        asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert server.tokens(server.prompt(messages)) == asked
+    answer = server.chat(chat, Generation(max_new_tokens=4))
+    assert isinstance(answer, str)
 
 
 # Refusals

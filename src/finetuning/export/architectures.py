@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Change = Callable[[str, torch.Tensor, Any], torch.Tensor]
 Settings = Callable[["GGUFWriter", Any], None]
+SCALED_BY_PAIR = ("llama3",)  # rope types
 TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
 
@@ -33,6 +34,8 @@ class Architecture:
     """a weight as llama.cpp wants it: name in the model's state dict, weight, config"""
     is_supported: Callable[[Any], bool]
     """whether llama.cpp computes what a model of this config computes"""
+    more: Callable[[Any], dict[str, torch.Tensor]] = lambda config: {}
+    """weights that transformers computes from the config instead, by llama.cpp's names"""
 
 
 def architecture_of(config: Any) -> Architecture:
@@ -124,6 +127,18 @@ def llama_settings(writer: "GGUFWriter", config: Any) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
 
 
+def rotary_factors(config: Any) -> dict[str, torch.Tensor]:
+    """What llama.cpp divides the frequency of each rotary pair by (head width / 2,)."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope, width = config.rope_parameters, head_width(config)
+    if rope["rope_type"] not in SCALED_BY_PAIR:
+        return {}
+    scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    plain = rope["rope_theta"] ** -(torch.arange(0, width, 2) / width)
+    return {"rope_freqs.weight": plain / scaled}
+
+
 def llama_change(name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
     """Rotary pairs are neighbours in llama.cpp's Llama, halves apart in transformers'."""
     if not (found := re.search(r"\.([qk])_proj\.", name)):
@@ -143,14 +158,19 @@ def head_width(config: Any) -> int:
     )
 
 
-def is_plain_llama(config: Any) -> bool:
+def is_llama(config: Any) -> bool:
+    """Of llama.cpp's architectures only this one reads factors of its rotary pairs."""
+    return is_plain_llama(config, ("default", "linear", *SCALED_BY_PAIR))
+
+
+def is_plain_llama(config: Any, ropes: tuple[str, ...] = ("default", "linear")) -> bool:
     sliding = getattr(config, "sliding_window", None)
     is_whole = not sliding or sliding >= config.max_position_embeddings
-    is_rope_known = config.rope_parameters["rope_type"] in ("default", "linear")
+    is_rope_known = config.rope_parameters["rope_type"] in ropes
     return config.hidden_act == "silu" and is_whole and is_rope_known
 
 
-LLAMA = Architecture("llama", llama_settings, llama_change, is_plain_llama)
+LLAMA = Architecture("llama", llama_settings, llama_change, is_llama, rotary_factors)
 ARCHITECTURES = {
     "gpt2": Architecture("gpt2", gpt2_settings, gpt2_change, is_plain_gpt2),
     "bloom": Architecture(

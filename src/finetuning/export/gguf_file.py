@@ -110,6 +110,8 @@ def write_weights(
         changed = architecture.change(name, weight.float(), config).contiguous().numpy()
         stored = stored_as(kind, new, changed.shape)
         writer.add_tensor(new, quantize(changed, stored), raw_dtype=stored)
+    for name, tensor in architecture.more(config).items():
+        writer.add_tensor(name, tensor.float().numpy())
 
 
 def weights_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
