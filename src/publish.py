@@ -13,7 +13,7 @@ publish.merged=true publishes a LoRA run as full weights.
 
 --dry-run      shows what would change, and changes nothing
 --replace      overwrites what was published from another recipe
---unfinished   publishes a run that is not finished
+--unfinished   publishes a run that is not finished; one that was stopped, as its last checkpoint is
 --unasked      does not load what is published to ask it
 --verbose      shows what the libraries log and warn of
 
@@ -22,6 +22,7 @@ what is different.
 """
 
 from argparse import Namespace
+from contextlib import ExitStack
 from dataclasses import replace
 
 from finetuning.command_line import ArgumentParser, require_section
@@ -34,10 +35,12 @@ def main(arguments: list[str]) -> None:
     from finetuning.publishing.bundle import (
         address_of,
         announcement,
+        find_publishable,
         gather,
         gguf_if_wanted,
         merged_if_wanted,
         require_publishable,
+        with_model,
     )
     from finetuning.publishing.commit import plan_changes, publish
     from finetuning.publishing.verification import (
@@ -49,24 +52,23 @@ def main(arguments: list[str]) -> None:
         write_record,
     )
     from finetuning.recipe.recipe import load_recipe
-    from finetuning.runs.folder import RunFolder, find_run_folder, lock
+    from finetuning.runs.folder import lock
     from finetuning.runs.terminal import make_console, print_changes
 
     options = read_arguments(arguments)
-    folder = find_run_folder(options.run)
-    run_folder = RunFolder(folder)
+    folder = find_publishable(options.run, options.unfinished)
     recipe = load_recipe(folder / "recipe.yaml", options.overrides)
     address = address_of(recipe)
     console = make_console()
-    require_publishable(run_folder, recipe, unfinished=options.unfinished)
-    require_access(address.repo, write=not options.dry_run)
-    with (
-        lock(folder),
-        merged_if_wanted(run_folder, recipe) as weights,
-        gguf_if_wanted(run_folder, recipe) as gguf,
-    ):
+    with ExitStack() as stack:
+        run_folder = stack.enter_context(with_model(folder))
+        require_publishable(run_folder, recipe, unfinished=options.unfinished)
+        require_access(address.repo, write=not options.dry_run)
+        stack.enter_context(lock(folder))
+        weights = stack.enter_context(merged_if_wanted(run_folder, recipe))
+        gguf = stack.enter_context(gguf_if_wanted(run_folder, recipe))
         bundle = gather(run_folder, recipe, weights, gguf)
-        bundle = replace(bundle, agreements=read_agreements(bundle))
+        bundle = replace(bundle, agreements=read_agreements(folder, bundle))
         hidden = with_retries(lambda: is_private(address.repo), address.repo)
         console.print(announcement(bundle, hidden))
         todo = with_retries(lambda: plan_changes(bundle, options.replace), address.repo)
@@ -81,7 +83,7 @@ def main(arguments: list[str]) -> None:
     console.print(f"{state}: {published.address}, tag {published.tag}")
     if not options.unasked:
         check_published(bundle, published)
-    write_record(bundle, published, forms)
+    write_record(folder, bundle, published, forms)
     print_agreement(console, forms)
 
 

@@ -3,6 +3,7 @@
 import pytest
 from run_folders import copied, retrained
 
+from finetuning.errors import UserError
 from finetuning.publishing.portable import portable_recipe
 from finetuning.recipe.recipe import load_recipe
 
@@ -54,3 +55,17 @@ def test_every_source_of_a_mixture_is_treated_so(travelled):
 def test_a_named_base_takes_the_folders_place(travelled):
     model = travelled(publish__base_model="owner/name@v2").model
     assert (model.name, model.revision) == ("owner/name", "v2")
+
+
+def test_a_named_data_set_takes_the_files_place(travelled):
+    recipe = travelled(publish__data="databricks/databricks-dolly-15k")
+    assert recipe.data.path == "databricks/databricks-dolly-15k"
+    assert recipe.publish.data is None
+
+
+@pytest.mark.parametrize("path", ["owner/name", "[{path: /a/b.jsonl}]"])
+def test_data_that_is_no_local_copy_is_not_called_otherwise(path, runs, tmp_path):
+    changes = {"data__path": path, "publish__data": "databricks/databricks-dolly-15k"}
+    run = retrained(copied(runs["full"], tmp_path / "run"), **changes)
+    with pytest.raises(UserError, match="of which one local file or folder is a copy"):
+        portable_recipe(load_recipe(run / "recipe.yaml"), base_commit=None)

@@ -116,6 +116,20 @@ def test_what_was_published_is_pulled_and_answers_as_the_run_folder(old, hub, ca
     assert pulled == finished
 
 
+def test_a_stopped_run_is_published_as_its_last_checkpoint_is_if_that_is_said(old, hub, call):
+    place = (f"publish.repo={REPO}", "publish.subfolder=stopped")
+    assert "has no trained model" in error_of(call(publish, "stopped", *place))
+    done = call(publish, "stopped", *place, "--unfinished")
+    assert done.code == 0 and "2 of 2 greedy answers are the run folder's" in done.out, done.err
+    assert "The training was not finished." in hub.read(REPO, "stopped/README.md").decode()
+    sent = hub.read(REPO, "stopped/model.safetensors")
+    assert sent == (old / "stopped/checkpoint-20/model.safetensors").read_bytes()
+    assert {path.name for path in (old / "stopped").iterdir()} == {
+        *(path.name for path in (ROOT / "tests/old_runs/stopped").iterdir()),
+        *("published.json", ".lock"),
+    }
+
+
 def test_a_finished_run_is_left_alone_and_one_of_another_recipe_refused(old, call):
     weights = (old / "finished" / "model.safetensors").read_bytes()
     again = call(sft, "recipe.yaml")

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -27,13 +26,14 @@ from finetuning.hub.address import Address
 from finetuning.hub.client import TIMEOUT, with_retries
 from finetuning.hub.manifest import NAME, BaseModelSource, Kind, Manifest, PublishedFile
 from finetuning.inference.agreement import Agreement
+from finetuning.inference.resolve import whole_checkpoint
 from finetuning.model.finite import require_finite_weights
 from finetuning.publishing.card import model_card
 from finetuning.publishing.portable import portable_recipe, publish_section
 from finetuning.publishing.provenance import describe_run
 from finetuning.recipe.recipe import Recipe
-from finetuning.runs.checkpoints import RECOVER, content_damage
-from finetuning.runs.folder import RunFolder
+from finetuning.runs.checkpoints import RECOVER, checkpoints_of, content_damage
+from finetuning.runs.folder import RunFolder, find_run_folder, has_model
 from finetuning.runs.plots import plot_losses
 
 GGUF_TYPE = "f16"  # what is published
@@ -65,13 +65,10 @@ class Bundle:
     """without files"""
     files: Files
     """without card and manifest"""
+    operations: dict[str, CommitOperationAdd]
+    """the same by path in the repository, hashed"""
     agreements: list[Agreement] = field(default_factory=list)
     """of every form that was asked"""
-
-    @cached_property
-    def operations(self) -> dict[str, CommitOperationAdd]:
-        """The files by path in the repository, hashed."""
-        return checksummed(below(self.address, self.files))
 
     @property
     def digest(self) -> str:
@@ -165,6 +162,33 @@ def require_public_base(run: RunFolder, recipe: Recipe) -> None:
         )
 
 
+def find_publishable(name: str, unfinished: bool) -> Path:
+    """The run folder of that name; one without a model only if it may be `unfinished`."""
+    folder = Path(name).expanduser()
+    if unfinished and folder.is_dir() and not has_model(folder) and checkpoints_of(folder):
+        return folder
+    return find_run_folder(name)
+
+
+@contextmanager
+def with_model(folder: Path) -> Iterator[RunFolder]:
+    """The run folder; of a stopped run one with its last whole checkpoint's model, for a while.
+
+    Raises UserError where there is no whole one.
+    """
+    if has_model(folder):
+        yield RunFolder(folder)
+        return
+    checkpoint = whole_checkpoint(folder, "last")
+    model = (*allowed_files.TOKENIZER, *allowed_files.MODEL, *allowed_files.ADAPTER)
+    records = (*allowed_files.RUN_RECORDS, "recipe.yaml", "environment.json", "samples.json")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".stopped-") as joined:
+        for source, names in ((checkpoint, model), (folder, records)):
+            for name, file in allowed_files.matching_files(source, names):
+                link_or_copy(file, Path(joined, name))
+        yield RunFolder(Path(joined))
+
+
 @contextmanager
 def merged_if_wanted(run: RunFolder, recipe: Recipe) -> Iterator[Path | None]:
     """A folder of the run's merged weights, deleted afterwards; None without publish.merged."""
@@ -203,7 +227,9 @@ def gather(run: RunFolder, recipe: Recipe, merged: Path | None, gguf: Path | Non
         files["loss.png"] = plot
     for name, source in files.items():
         allowed_files.require_no_secret(name, source)
-    return Bundle(address_of(recipe), run, portable, manifest, files)
+    address = address_of(recipe)
+    operations = checksummed(below(address, files))
+    return Bundle(address, run, portable, manifest, files, operations)
 
 
 def collect_files(

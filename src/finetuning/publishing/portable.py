@@ -25,16 +25,18 @@ def portable_recipe(recipe: Recipe, base_commit: str | None) -> Recipe:
     """The base model by Hub id and commit, data and output by paths that others can have.
 
     `base_commit` is the commit of a base model of the Hub when it was trained on. Raises UserError
-    where publish.base_model is given and model.name is not a local folder.
+    where publish.base_model or publish.data is given and what it names is not local.
     """
     publish = publish_section(recipe)
     output = f"outputs/{Path(recipe.training.output_dir).name}"
     return recipe.model_copy(
         update={
             "model": portable_model(recipe.model, publish.base_model, base_commit),
-            "data": recipe.data.model_copy(update={"path": portable_sources(recipe.data)}),
+            "data": recipe.data.model_copy(
+                update={"path": portable_sources(recipe.data, publish.data)}
+            ),
             "training": recipe.training.model_copy(update={"output_dir": output}),
-            "publish": publish.model_copy(update={"base_model": None}),
+            "publish": publish.model_copy(update={"base_model": None, "data": None}),
         }
     )
 
@@ -56,7 +58,15 @@ def portable_model(model: Model, base_model: str | None, base_commit: str | None
     return model.model_copy(update={"name": name, "revision": base_commit or model.revision})
 
 
-def portable_sources(data: Data) -> str | list[Source]:
+def portable_sources(data: Data, hub_id: str | None = None) -> str | list[Source]:
+    """The data's paths, or the Hub id of the data set that its one local path is a copy of."""
+    if hub_id:
+        if not isinstance(data.path, str) or not is_local(data.sources[0]):
+            raise UserError(
+                "publish.data names the Hub id of which one local file or folder is a copy; "
+                f"data.path is {data.path if isinstance(data.path, str) else 'a list'}"
+            )
+        return hub_id
     if isinstance(data.path, str):
         return portable_path(data.sources[0])
     # An entry may leave the reader, say, to the data section; whether it is local depends on both.

@@ -129,7 +129,7 @@ def check_published(bundle: Bundle, published: Published) -> None:
 # published.json
 
 
-def write_record(bundle: Bundle, published: Published, forms: list[Form]) -> None:
+def write_record(folder: Path, bundle: Bundle, published: Published, forms: list[Form]) -> None:
     """published.json of the run folder: where it was published, and what was answered."""
     answers = [answer for form in forms if form.name == PUBLISHED for answer in form.answers]
     record = {
@@ -143,13 +143,13 @@ def write_record(bundle: Bundle, published: Published, forms: list[Form]) -> Non
         "files": bundle.digest,
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    write_text(bundle.run.path / RECORD, text)
+    write_text(folder / RECORD, text)
 
 
-def read_agreements(bundle: Bundle) -> list[Agreement]:
+def read_agreements(folder: Path, bundle: Bundle) -> list[Agreement]:
     """What was recorded when the very same files were asked before; nothing for other files."""
     try:
-        record: dict[str, Any] = json.loads((bundle.run.path / RECORD).read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record.get("files") != bundle.digest:
             return []
         forms = record["forms"].items()

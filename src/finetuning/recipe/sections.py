@@ -73,6 +73,8 @@ class Publish(Section):
     """beside the weights also model-f16.gguf for llama.cpp and a Modelfile for Ollama"""
     base_model: str | None = Field(default=None, pattern=REPO[:-1] + r"(@[\w./-]+)?$")
     """Hub id of the base model, owner/name[@revision], where model.name is a local copy of it"""
+    data: str | None = Field(default=None, pattern=REPO)
+    """Hub id of the data set, owner/name, where data.path is a local copy of it"""
     license: str | None = Field(default=None, min_length=1)
     """under which the weights are published, by the Hub's identifiers, such as apache-2.0 or
     cc-by-sa-3.0"""
