@@ -17,6 +17,7 @@ from finetuning.data.readers import READERS
 from finetuning.data.row import Message
 from finetuning.data.templates import CHAT, TEMPLATES, Markers, MarkerTemplate
 from finetuning.launch.compatibility import RULES
+from finetuning.model.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "finetuning"
@@ -82,8 +83,14 @@ def incompatible() -> Rows:
     return [["does not work", "because", "instead"], *rows]
 
 
+def families() -> Rows:
+    """The families of models whose training is tested."""
+    rows = [[f"`{kind}`", family.names, family.note] for kind, family in FAMILIES.items()]
+    return [["`model_type`", "models", "particular"], *rows]
+
+
 TABLES: dict[str, Callable[[], Rows]] = {
-    table.__name__: table for table in (scripts, rooms, readers, templates, incompatible)
+    table.__name__: table for table in (scripts, rooms, readers, templates, incompatible, families)
 }
 
 
@@ -110,9 +117,9 @@ def untranslated(rows: Rows) -> list[str]:
         for cell, other in zip(row, twin, strict=True)
         if cell == other
     ]
-    return [
-        cell for cell in left if not re.fullmatch(r"(`[^`]*`)?|\{.*\}|accelerate_configs/\S+", cell)
-    ]
+    names = [family.names for family in FAMILIES.values()]
+    same = re.compile(r"(`[^`]*`)?|\{.*\}|accelerate_configs/\S+")
+    return [cell for cell in left if not same.fullmatch(cell) and cell not in names]
 
 
 def markdown(rows: Rows) -> str:

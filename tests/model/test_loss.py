@@ -9,7 +9,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetuning.errors import UserError
 from finetuning.model import loss
-from finetuning.model.loss import ResponseHead, ResponseLoss, Targets, require_plain_head
+from finetuning.model.loss import (
+    ResponseHead,
+    ResponseLoss,
+    Targets,
+    require_plain_head,
+    response_loss,
+)
 from finetuning.recipe.sections import Lora
 
 
@@ -216,8 +222,26 @@ def test_a_model_that_changes_what_its_head_returns_is_refused():
         ResponseHead(model).require_unmodified_logits(model)
 
 
-def test_scaled_logits_are_refused():
+def test_a_factor_that_the_model_does_not_apply_is_noticed():
     model = tiny.model_of("llama")
     model.config.logit_scale = 0.5
-    with pytest.raises(UserError, match="logit_scale"):
-        require_plain_head(model, None)
+    with pytest.raises(UserError, match="llama models scale, cap or cut their logits"):
+        ResponseHead(model).require_unmodified_logits(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradients_of_capped_logits_are_autograds(dtype):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 16, dtype=dtype), torch.randn(300, 16, dtype=dtype)
+    tokens = torch.randint(300, (40,))
+    found = [part.clone().requires_grad_() for part in (hidden, weight)]
+    loss, _ = response_loss(*found, None, tokens, 3.0)
+    loss.backward()
+    exact = [part.double().requires_grad_() for part in (hidden, weight)]
+    capped = 3 * torch.tanh(exact[0] @ exact[1].T / 3)
+    expected = F.cross_entropy(capped, tokens, reduction="sum")
+    expected.backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for ours, theirs in zip(found, exact, strict=True):
+        assert (ours.grad - theirs.grad).norm() <= tolerance * theirs.grad.norm()

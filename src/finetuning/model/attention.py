@@ -6,6 +6,7 @@ examples are attended to one by one (CPU), as padded rows (GPU), or by a variabl
 keys and values.
 """
 
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PACKED, PACKED_EAGER = "packed", "packed_eager"  # our names in transformers' attention registry
+CAPPED = ("gemma2", "gemma2_text")  # models that cap their attention's scores, without SDPA
 # Fields of a config by which a token attends to the nearest tokens only.
 WINDOW_FIELDS = ("sliding_window", "attention_chunk_size")
 # Not torch.nn.attention.varlen.varlen_attn: it calls this, but always without dropout.
@@ -175,6 +177,8 @@ def use_packed_attention(model: "PreTrainedModel") -> None:
         for block in blocks.h:
             block.self_attention.forward = types.MethodType(attend_bloom, block.self_attention)
         model.config._attn_implementation = PACKED_EAGER
+    elif kind in CAPPED:
+        model.set_attn_implementation(PACKED_EAGER)
     elif implementation != "sdpa":
         raise UserError(
             f"data.layout: packed, but {kind} models attend in a way of their own "
@@ -398,6 +402,37 @@ def packed_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+def packed_capped_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of CAPPED models, as transformers computes it for padded rows."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    if Current.packing is None:
+        settings = {"scaling": scaling, "dropout": dropout, "softcap": softcap, **kwargs}
+        padded: tuple[torch.Tensor, torch.Tensor | None] = eager(
+            module, query, key, value, attention_mask, **settings
+        )
+        return padded
+    packing, parts = Current.packing, []
+    mask = mask_of(packing, packing.longest, query, None, sliding_window or packing.longest)
+    assert mask is not None
+    splits = (x.split_with_sizes(packing.lengths, dim=2) for x in (query, key, value))
+    for q, k, v in zip(*splits, strict=True):
+        cut = mask[:, :, : q.shape[2], : q.shape[2]]
+        settings = {"scaling": scaling, "dropout": dropout, "softcap": softcap}
+        parts.append(eager(module, q, k, v, cut, **settings)[0])  # (1, T of it, H, D)
+    return torch.cat(parts, dim=1), None
+
+
 def unless_packed(mask: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
     """A function of transformers that makes a mask: none for a packed batch."""
     return lambda *args, **kwargs: mask(*args, **kwargs) if Current.packing is None else None
@@ -419,6 +454,7 @@ def where_a_kernel_takes_it(use_gqa: Callable[..., bool]) -> Callable[..., bool]
 
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, unless_packed(masking_utils.sdpa_mask))
+AttentionInterface.register(PACKED_EAGER, packed_capped_attention)
 AttentionMaskInterface.register(PACKED_EAGER, unless_packed(masking_utils.eager_mask))
 # It asks the device, in every step, whether positions restart. Current.packing says so.
 masking_utils.find_packed_sequence_indices = lambda position_ids: None

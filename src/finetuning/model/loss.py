@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 TILE_LOGITS = 2**24  # alive at once: 64 MiB in float32
 # But no fewer rows: below, a core multiplies a vocabulary of 250,880 a fifth slower.
 TILE_ROWS = 128
-# Fields of a config by which a model caps or scales its logits.
-CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+CLOSE = 0.05  # the loss of logits that were rounded to half precision, and of those that were not
+# Fields of a config by which a model caps or scales its logits: Gemma 2's cap, the factor of Cohere
+# and the divisor of Granite are part of the loss, those of other models are refused.
+CAP, FACTOR, DIVISOR = "final_logit_softcapping", "logit_scale", "logits_scaling"
+NEUTRAL = {CAP: None, FACTOR: 1.0, DIVISOR: 1.0}
+UNKNOWN = ("logits_soft_cap", "output_logit_soft_cap", "lm_head_multiplier", "output_multiplier")
 
 
 class Targets(NamedTuple):
@@ -49,6 +52,46 @@ class Scores(NamedTuple):
     """() how many targets are the likeliest token"""
 
 
+class LogitChange(NamedTuple):
+    """What a model does to the logits of its head: x -> cap * tanh(factor * x / cap)."""
+
+    factor: float
+    cap: float | None
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel") -> "LogitChange":
+        config = model.config.get_text_config()
+        factor = getattr(config, FACTOR, None) or 1
+        divisor = getattr(config, DIVISOR, None) or 1
+        return cls(factor / divisor, getattr(config, CAP, None))
+
+
+Setting = tuple[Any, str, Any]  # (config or module, name, value)
+
+
+def settings_of_change(model: "PreTrainedModel") -> list[Setting]:
+    """Where the model, or its config, says how it changes its logits."""
+    owners = [model.config.get_text_config(), *model.modules()]
+    return [
+        (owner, name, vars(owner)[name])
+        for owner in owners
+        for name in NEUTRAL
+        if vars(owner).get(name) is not None
+    ]
+
+
+@contextmanager
+def unchanged(settings: list[Setting]) -> Iterator[None]:
+    """Within, the model returns what its head returns: the head does the rest, see LogitChange."""
+    for owner, name, _ in settings:
+        setattr(owner, name, NEUTRAL[name])
+    try:
+        yield
+    finally:
+        for owner, name, value in settings:
+            setattr(owner, name, value)
+
+
 class ResponseHead:
     """A model's output embeddings, made to score targets instead of returning logits.
 
@@ -60,6 +103,7 @@ class ResponseHead:
     def __init__(self, model: "PreTrainedModel") -> None:
         recompute_cheap_outputs(model)
         self.last_block = LastBlock(model)
+        self.change, self.settings = LogitChange.of(model), settings_of_change(model)
         self.head: Any = model.get_output_embeddings()
         self.targets: Targets | None = None
         self.scores: Scores | None = None
@@ -71,7 +115,7 @@ class ResponseHead:
         """Within, the model's `logits` are the loss, summed over the targets."""
         self.targets = targets
         try:
-            with recomputing(), self.last_block.at(targets.positions):
+            with recomputing(), self.last_block.at(targets.positions), unchanged(self.settings):
                 yield
         finally:
             self.targets = None
@@ -87,11 +131,17 @@ class ResponseHead:
         was_training = model.training
         model.train(False)
         try:
+            logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
             with self.scoring(Targets(torch.arange(7, device=model.device), tokens[1:])):
                 returned = model(input_ids=tokens[None], use_cache=False).logits
         finally:
             model.train(was_training)
-        if self.scores is None or not torch.equal(returned.float(), self.scores.loss.float()):
+        expected = F.cross_entropy(logits, tokens[1:], reduction="sum")
+        if (
+            self.scores is None
+            or not torch.equal(returned.float(), self.scores.loss.float())
+            or not torch.isclose(self.scores.loss.float(), expected, rtol=CLOSE)
+        ):
             kind = model.config.model_type
             raise UserError(
                 f"model.name: {kind} models scale, cap or cut their logits, which is not supported"
@@ -101,7 +151,11 @@ class ResponseHead:
         if self.targets is None:
             return F.linear(hidden_states, head.weight, head.bias)
         hidden = hidden_states.flatten(0, -2).index_select(0, self.targets.positions)
-        loss, correct = response_loss(hidden, head.weight, head.bias, self.targets.tokens)
+        if self.change.factor != 1:
+            hidden = hidden * self.change.factor
+        loss, correct = response_loss(
+            hidden, head.weight, head.bias, self.targets.tokens, self.change.cap
+        )
         # Detached: the graph would live until the next batch, with bitsandbytes' activations in it.
         self.scores = Scores(loss.detach(), correct)
         return loss
@@ -110,11 +164,11 @@ class ResponseHead:
 def require_plain_head(model: "PreTrainedModel", lora: "Lora | None") -> None:
     """Raises UserError where the loss is more than a product with the head's weight.
 
-    That is with scaled or capped logits, and with an adapter on the head; and where the adapter
-    would not be what was asked for: see require_modules.
+    That is with logits changed in an unknown way, and with an adapter on the head; and where the
+    adapter would not be what was asked for: see require_modules.
     """
     config = model.config.get_text_config()
-    modified = [name for name in (*CAPS, *SCALES) if getattr(config, name, None) not in (None, 1)]
+    modified = [name for name in UNKNOWN if getattr(config, name, None) not in (None, 1)]
     head = model.get_output_embeddings()
     if modified or type(head) is not torch.nn.Linear:
         what = modified[0] if modified else type(head).__name__
@@ -137,7 +191,7 @@ def require_plain_head(model: "PreTrainedModel", lora: "Lora | None") -> None:
 
 
 class ResponseLoss(torch.autograd.Function):
-    """hidden (N, C), weight (V, C), bias (V,) or None, tokens (N,) -> Scores.
+    """hidden (N, C), weight (V, C), bias (V,) or None, tokens (N,), cap or None -> Scores.
 
     Gradients are added up in float32 whatever the products are in, multiplied by what comes after
     the loss, and only then rounded: with bfloat16 sums 13 tiles are off by 4.4e-3 (float32: 4e-4),
@@ -151,8 +205,9 @@ class ResponseLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         tokens: torch.Tensor,
+        cap: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         device, dtype = hidden.device.type, weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -173,7 +228,10 @@ class ResponseLoss(torch.autograd.Function):
             if offset is not None:
                 product += offset
             grad = product.to(wide)  # in float32 the buffer itself
+            slope = None if cap is None else cap_(grad, cap)
             scored = score(grad, wanted)
+            if slope is not None:
+                grad *= slope
             loss += scored.loss
             correct += scored.correct
             if needs_bias:
@@ -198,10 +256,18 @@ class ResponseLoss(torch.autograd.Function):
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         )
         ctx.gradients = None
-        return hidden, weight, bias, None
+        return hidden, weight, bias, None, None
 
 
 response_loss: Callable[..., tuple[torch.Tensor, torch.Tensor]] = ResponseLoss.apply
+
+
+def cap_(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """Caps logits in place; returns the derivative, 1 - tanh(logits / cap) ** 2."""
+    tanh = logits.div_(cap).tanh_()
+    slope = 1 - tanh.square()
+    logits.mul_(cap)
+    return slope
 
 
 def score(logits: torch.Tensor, wanted: torch.Tensor) -> Scores:
