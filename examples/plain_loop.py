@@ -23,6 +23,7 @@ from transformers import get_scheduler, set_seed
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # finetuning need not be installed
 
 from finetuning.data.cache import prepare
+from finetuning.data.named_templates import set_chat_template
 from finetuning.data.prepare import training_texts
 from finetuning.data.tokenization import Example
 from finetuning.model.loading import load_model
@@ -40,6 +41,7 @@ def main(arguments: list[str]) -> None:
 
     # Rows become examples: token ids, and the same ids as labels where the response stands.
     tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
+    set_chat_template(recipe.data, tokenizer)
     examples = list(prepare(recipe.data, tokenizer).train)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

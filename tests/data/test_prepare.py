@@ -552,6 +552,10 @@ OTHER = {
     "max_length": 64,
     "overflow": "cut",
     "loss_on": "all",
+    "turns": "each",
+    "chat_template": "qwen3_training",
+    "chat_template_kwargs": {"enable_thinking": False},
+    "columns": {"answer": "said"},
     "eval": {"every": 5},
 }
 NO_MATTER = {"layout": "padded", "order": "sequential", "batch_tokens": 1000, "num_proc": 3}
@@ -572,6 +576,8 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", OTHER)
 def test_another_setting_is_another_cache_file(folder, name):
+    if name.startswith("chat_template"):
+        folder = {**folder, "template": "chat"}
     other = {**folder, name: OTHER[name], **({"sessions": None} if name == "reader" else {})}
     assert cache_key(Data(**other), TOKENIZER) != cache_key(Data(**folder), TOKENIZER)
 

@@ -230,8 +230,9 @@ NAMES = ", ".join(ROLES)
         ),
         (
             "messages",
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
-            "column messages, turn 0: expected text, found list [{'type': 'text', 'text': 'a'}]",
+            {"messages": [{"role": "user", "content": [{"type": "image", "url": "a"}]}]},
+            "column messages, turn 0: expected text or {type: text, text}, "
+            "found dict {'type': 'image', 'url': 'a'}",
         ),
         (
             "messages",

@@ -268,7 +268,7 @@ def reference_labels(segments, encoder):
         else:
             before = encoder.plain.encode(span.before).ids
             tokens = encoder.plain.encode(span.before + span.text).ids[len(before) :]
-        labels += tokens if span.is_response else [IGNORE_INDEX] * len(tokens)
+        labels += tokens if span.is_trained else [IGNORE_INDEX] * len(tokens)
     return [IGNORE_INDEX, *labels[1:]][: len(labels)]
 
 

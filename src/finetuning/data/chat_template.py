@@ -1,49 +1,68 @@
 """The tokenizer's own chat template -> segments."""
 
+import json
 import re
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from finetuning.data.generation_marks import with_generation_marks, without_generation_marks
-from finetuning.data.row import BadRow, Message, message
-from finetuning.data.templates import Segment, fold_context, literal
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-# The date that a chat template gets when it asks for one: with the current date the same rows would
-# have other ids tomorrow. Llama 3's templates write this one where no date can be asked for.
-TODAY = datetime(2024, 7, 26)
-DATE_PARTS = [f"%{letter}" for letter in ("-d", "-m", *"aAbBdeFHIjmMpSTyY")]
-IS_CLOSED = "messages and messages[-1].role == 'assistant' and not add_generation_prompt"
-MARK_AT_END = re.compile(rf"\{{\{{ \".*\" if {re.escape(IS_CLOSED)} else '' }}}}$")
-PLACEHOLDER = "\ue000\ue001"  # content whose place in a rendering is looked for
+from finetuning.data.jinja_template import JinjaTemplate
+from finetuning.data.named_templates import training_variant
+from finetuning.data.row import BadRow, Message, Tool
+from finetuning.data.templates import Segment, fold_context
 
 Span = tuple[int, int]  # (start, end) in the rendered text
+MARK = re.compile("\ue000(\\d+)\ue001")  # number of a text, in a rendering without these texts
+THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+ANOTHER = "use another template"
+REPEATED = -1
+
+
+class RewritesHistory(BadRow):
+    """A response is written otherwise once turns follow it."""
+
+
+class Text(NamedTuple):
+    """A text of a message."""
+
+    turn: int
+    what: str
+    """content, reasoning or tool call"""
+    text: str
 
 
 class Piece(NamedTuple):
-    """A part of the rendered text: the content of a message, or text of the template."""
+    """A part of the rendered text: text of a message, or of the template."""
 
     text: str
-    owner: int | None
-    """number of the message whose content it is; None if it is the template's"""
+    turn: int | None
+    """number of the message that it is of; None if it is the template's, REPEATED if it was
+    written before (gpt-oss: the name of a called function, in front of its result)"""
 
 
-class Closing(NamedTuple):
-    """What ends a response of a chat template."""
+class Rendering(NamedTuple):
+    """A conversation as text."""
 
-    marks: list[tuple[str, str]]
-    """(text, special token) one after another, behind the content of a response"""
-    is_next_turn: bool = False
-    """the mark belongs to the turn that follows (GLM), so that there is none behind the last"""
+    pieces: list[Piece]
+    written: set[tuple[int, str]]
+    """(turn, what) of the texts that the template wrote"""
+    special: list[Span]
+    """the template's special tokens"""
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    def end_of(self, turn: int, least: int) -> int:
+        """Where the last text of a message ends, `least` if that is further."""
+        ends = accumulate(len(piece.text) for piece in self.pieces)
+        of_turn = (end for end, piece in zip(ends, self.pieces, strict=True) if piece.turn == turn)
+        return max([least, *of_turn])
 
 
-class ChatTemplate:
-    """The chat template of a tokenizer.
+class ChatTemplate(JinjaTemplate):
+    """The chat template of a tokenizer as a Template.
 
     The template itself renders every conversation, once with its content and once with placeholders
     instead: the second shows where content stands, so that special tokens come from the template
@@ -51,245 +70,248 @@ class ChatTemplate:
     adds, through the end mark, is the response.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        self.tokenizer = tokenizer
-
-    @cached_property
-    def special(self) -> re.Pattern[str]:
-        """The tokenizer's added tokens in template text."""
-        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
-        by_length = sorted(tokens, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, by_length))})" if tokens else r"(?!)")
-
-    @cached_property
-    def dated(self) -> str:
-        """The tokenizer's chat template, in which strftime_now is a macro that returns TODAY."""
-        saved = without_generation_marks(self.tokenizer.get_chat_template())
-        template = MARK_AT_END.sub("", saved)
-        if "strftime_now" not in template or "macro strftime_now" in template:
-            return template
-        # A macro shadows transformers' function; arguments of apply_chat_template must be data.
-        replaced = "".join(f".replace({part!r}, {TODAY.strftime(part)!r})" for part in DATE_PARTS)
-        macro = f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}"
-        # The line feed goes with the block's end: the template still begins where a line begins.
-        return f"{macro}\n{template}"
-
-    @cached_property
-    def closing(self) -> Closing | None:
-        """What ends a response in the tokenizer's template; None if nothing does."""
-        if marks := self.leading_marks(self.tail([]), r"[\s\S]*?"):
-            return Closing(marks)
-        marks = self.leading_marks(self.tail([message("user", PLACEHOLDER)]), r"\s*")
-        return Closing(marks[:1], is_next_turn=True) if marks else None
-
-    def tail(self, following: list[Message]) -> str:
-        """The template's text behind a response, up to the content of what follows."""
-        turns = [message("user", "a"), message("assistant", PLACEHOLDER), *following]
-        try:
-            return self.apply(turns, template=self.dated).partition(PLACEHOLDER)[2]
-        except BadRow:  # it refuses such a conversation
-            return ""
-
-    def leading_marks(self, text: str, gap: str) -> list[tuple[str, str]]:
-        """Special tokens that follow each other at the beginning of the text, white space between.
-
-        `gap` is what may stand in front of the first.
-        """
-        text = text.partition(PLACEHOLDER)[0]
-        marks: list[tuple[str, str]] = []
-        while found := re.compile(f"({gap}){self.special.pattern}").match(text):
-            marks.append((found[1], found[2]))
-            text, gap = text[found.end() :], r"\s*"
-        return marks
-
-    @cached_property
-    def jinja(self) -> str:
-        """The template that is saved: what is trained with, and marks around what is trained."""
-        following = [gap + mark for gap, mark in self.closing.marks[1:]] if self.closing else []
-        return with_generation_marks(self.unmarked, self.end_marks, following)
-
-    @cached_property
-    def unmarked(self) -> str:
-        """The template that is trained with: the tokenizer's, with fixed date.
-
-        Where it does not end the last response, an end mark is added: the token of the user's turn,
-        or EOS behind every response if there is no mark at all.
-        """
-        if self.closing is None:
-            return with_mark_in_content(self.dated, self.tokenizer.eos_token)
-        if self.closing.is_next_turn:
-            ((gap, mark),) = self.closing.marks
-            return with_mark_at_end(self.dated, gap + mark)
-        return self.dated
-
-    @cached_property
-    def end_marks(self) -> list[str]:
-        eos = self.tokenizer.eos_token
-        marks = [mark for _, mark in self.closing.marks] if self.closing else []
-        if self.closing and self.closing.is_next_turn:
-            tail = self.tail([message("tool", PLACEHOLDER)])
-            marks += [mark for _, mark in self.leading_marks(tail, r"\s*")[:1]]
-        return list(dict.fromkeys([*marks, *([eos] if eos else [])]))
-
-    @property
-    def added_end_mark(self) -> str | None:
-        if self.closing is None:
-            eos: str | None = self.tokenizer.eos_token
-            return eos
-        return self.closing.marks[0][1] if self.closing.is_next_turn else None
-
     @cached_property
     def response_lead(self) -> list[Segment]:
         text = self.lead_text
-        return self.split([Piece(text[: len(text) - len(self.plain_lead())], None)], [])
+        return self.split([Piece(text[: len(text) - len(self.plain_lead())], None)], {})
 
     def plain_lead(self) -> str:
         """What of the text between prompt and content stands behind its last special token."""
         return self.special.split(self.lead_text)[-1]
 
-    @cached_property
-    def lead_text(self) -> str:
-        question = message("user", "a")
-        try:
-            prompt = self.apply([question], add_generation_prompt=True)
-            text = self.apply([question, message("assistant", PLACEHOLDER)])
-        except BadRow:
-            return ""
-        return text.partition(PLACEHOLDER)[0][len(prompt) :] if text.startswith(prompt) else ""
-
-    def render(self, messages: Sequence[Message]) -> list[Segment]:
-        """The whole conversation.
-
-        Raises BadRow where the template refuses it, or rewrites content or earlier turns.
-        """
-        return self.segments(fold_context(messages))
-
-    def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
-        """The conversation and the template's generation prompt. Raises BadRow as `render`."""
-        return self.segments(fold_context(messages), add_generation_prompt=True)
-
     def strip_markers(self, text: str) -> str:
         return text.removeprefix(self.plain_lead())
 
-    def segments(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Segment]:
+        """The whole conversation.
+
+        Raises RewritesHistory where a trained response is written otherwise once turns follow it,
+        BadRow where the template refuses the conversation, or leaves out or rewrites its text.
+        """
+        return self.segments(fold_context(messages), tools)
+
+    def render_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
     ) -> list[Segment]:
-        pieces = self.pieces(messages, add_generation_prompt)
-        turns = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
-        responses = [self.response_span(messages, number, pieces) for number in turns]
-        return self.split(pieces, responses)
+        """The conversation and the template's generation prompt. Raises BadRow as `render`."""
+        history: list[Message] = [{**turn, "is_trained": False} for turn in fold_context(messages)]
+        return self.segments(history, tools, add_generation_prompt=True)
 
-    def apply(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool = False,
-        template: str | None = None,
-    ) -> str:
-        from jinja2 import TemplateError
+    def segments(
+        self, messages: list[Message], tools: Sequence[Tool], add_generation_prompt: bool = False
+    ) -> list[Segment]:
+        self.check_places(messages, tools)
+        messages = [self.with_thought_in_place(turn) for turn in messages]
+        whole = self.rendering(messages, tools, add_generation_prompt)
+        responses: dict[Span, bool] = {}  # is it trained
+        for number, turn in enumerate(messages):
+            if turn["role"] == "assistant":
+                is_trained = turn.get("is_trained", True)
+                try:
+                    span = self.response_span(messages, tools, number, whole)
+                except BadRow:
+                    if is_trained:
+                        raise
+                    continue  # history is what the template makes of it
+                responses[span] = is_trained
+        check_written(messages, whole)
+        return self.split(whole.pieces, responses)
 
-        if not messages:
-            raise BadRow("the tokenizer's chat template needs a message before the first response")
-        try:
-            text = self.tokenizer.apply_chat_template(
-                cast("Any", list(messages)),
-                chat_template=template or self.unmarked,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (TemplateError, TypeError, KeyError) as error:
-            raise BadRow(
-                f"the tokenizer's chat template refuses the conversation: {error}"
-            ) from None
-        return cast("str", text)
+    def check_places(self, messages: list[Message], tools: Sequence[Tool]) -> None:
+        """Raises BadRow for tools and calls that the template does not write."""
+        if tools and not self.has_tools:
+            raise BadRow(f"the tokenizer's chat template has no place for tools; {ANOTHER}")
+        self.check_spelling(tools)
+        for number, turn in enumerate(messages):
+            calls = turn.get("tool_calls", [])
+            if calls and self.call_form is None:
+                raise BadRow(
+                    f"turn {number}: the tokenizer's chat template has no place for tool calls; "
+                    f"{ANOTHER}"
+                )
+            self.check_spelling([call["function"]["arguments"] for call in calls])
 
-    def pieces(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False
-    ) -> list[Piece]:
-        """The rendered text, cut at the borders of each message's content."""
-        text = self.apply(messages, add_generation_prompt)
-        marked = self.apply(
-            [message(turn["role"], f"\ue000{n}\ue001") for n, turn in enumerate(messages)],
-            add_generation_prompt,
-        )
-        before, *parts = re.split("\ue000(\\d+)\ue001", marked)
-        pieces = [Piece(before, None)]
+    def check_spelling(self, values: Sequence[Any]) -> None:
+        """Raises BadRow where tools or arguments spell a special token, which they would become."""
+        text = json.dumps(values, ensure_ascii=False) if values else ""
+        if found := (self.special.search(text) or re.search("\ue000", text)):
+            raise BadRow(f"tools or arguments of a call spell the special token {found[0]!r}")
+
+    def with_thought_in_place(self, turn: Message) -> Message:
+        """The thought apart from the content, or at its beginning, as the template reads it.
+
+        Where a prompt opens a thought, a response without one gets an empty one.
+        """
+        if turn["role"] != "assistant":
+            return turn
+        content, reasoning = turn["content"], turn.get("reasoning_content", "")
+        found = THOUGHT.match(content)
+        if found and self.has_reasoning and not reasoning:
+            thought, said = found[1].strip("\n"), found[2].lstrip("\n")
+            return {**turn, "content": said, "reasoning_content": thought}
+        if self.opens_thought and not found:
+            content = f"<think>\n{reasoning}\n</think>\n\n{content}"
+            return {**turn, "content": content, "reasoning_content": ""}
+        return turn
+
+    def rendering(
+        self, messages: list[Message], tools: Sequence[Tool], add_generation_prompt: bool = False
+    ) -> Rendering:
+        """The rendered text, cut at the borders of each text of a message."""
+        text = self.apply(messages, tools, add_generation_prompt)
+        numbered, texts = with_numbers(messages)
+        before, *parts = MARK.split(self.apply(numbered, tools, add_generation_prompt))
+        pieces, written = [Piece(before, None)], set()
+        seen: set[int] = set()
         at = len(before)
         for number, after in zip(map(int, parts[::2]), parts[1::2], strict=True):
-            content = messages[number]["content"]
-            # Many templates strip the content of some roles.
-            forms = (content, content.strip(), content.rstrip(), content.lstrip())
-            found = next((form for form in forms if text.startswith(form + after, at)), content)
-            pieces += [Piece(found, number), Piece(after, None)]
+            turn, what, value = texts[number]
+            found = next((f for f in forms(value) if text.startswith(f + after, at)), value)
+            pieces += [Piece(found, REPEATED if number in seen else turn), Piece(after, None)]
+            seen.add(number)
+            written.add((turn, what))
             at += len(found) + len(after)
         if "".join(piece.text for piece in pieces) != text:
             raise BadRow(
                 "the tokenizer's chat template rewrites the content of a message; "
-                "use another template"
+                f"{ANOTHER}{self.offer()}"
             )
-        return pieces
+        return Rendering(pieces, written, self.special_in(pieces))
 
-    def response_span(self, messages: Sequence[Message], number: int, pieces: list[Piece]) -> Span:
-        """Where in the text of all pieces the response of message `number` starts and ends."""
-        text = "".join(piece.text for piece in pieces)
-        prompt = self.apply(messages[:number], add_generation_prompt=True)
-        until = self.apply(messages[: number + 1])
-        ends = accumulate(len(piece.text) for piece in pieces)
-        ends_of_content = (
-            end for end, piece in zip(ends, pieces, strict=True) if piece.owner == number
-        )
-        end = max(next(ends_of_content, 0), len(prompt))
-        if not (text.startswith(prompt) and text[:end] == until[:end]):
+    def special_in(self, pieces: list[Piece]) -> list[Span]:
+        spans, at = [], 0
+        for piece in pieces:
+            if piece.turn is None:
+                found = self.special.finditer(piece.text)
+                spans += [(at + token.start(), at + token.end()) for token in found]
+            at += len(piece.text)
+        return spans
+
+    def response_span(
+        self, messages: list[Message], tools: Sequence[Tool], number: int, whole: Rendering
+    ) -> Span:
+        """Where in the whole text the response of message `number` starts and ends."""
+        prompt = self.apply(messages[:number], tools, add_generation_prompt=True)
+        until = self.apply(messages[: number + 1], tools)
+        if not until.startswith(prompt):
             raise BadRow(
-                f"turn {number}: the tokenizer's chat template rewrites earlier turns, so that the "
-                "prompt of this response is not the beginning of the conversation; use another "
-                "template, or one response a row"
+                f"turn {number}: the response does not begin where the prompt of generation ends, "
+                f"{prompt[-24:]!r}; set what it asks for in data.chat_template_kwargs (such as "
+                f"enable_thinking: true or false), or {ANOTHER}{self.offer()}"
             )
-        return len(prompt), self.end_of_response(text, end)
+        text = whole.text
+        end = whole.end_of(number, len(prompt))
+        shared = shared_length(text, until)
+        closed = self.end_of_response(whole, until, end, shared) if shared >= end else None
+        if closed is None:
+            raise RewritesHistory(
+                f"turn {number}: the tokenizer's chat template rewrites earlier turns, so that the "
+                "prompt of this response is not the beginning of the conversation; "
+                f"data.turns: each makes one example of each response{self.offer()}"
+            )
+        return len(prompt), closed
 
-    def end_of_response(self, text: str, end: int) -> int:
-        """Where the end marks end that begin at `end`, or `end` if there are none."""
-        if self.closing and self.closing.is_next_turn:
-            found = re.compile(rf"\s*{self.special.pattern}").match(text, end)
-            return found.end() if found else end
-        eos = self.tokenizer.eos_token or ""
-        for gap, mark in self.closing.marks if self.closing else [("", eos)]:
-            if not text.startswith(gap + mark, end):
-                break
-            end += len(gap + mark)
-        return end
+    def end_of_response(self, whole: Rendering, until: str, end: int, shared: int) -> int | None:
+        """Where the end marks end behind a response whose content ends at `end`.
 
-    def split(self, pieces: list[Piece], responses: list[Span]) -> list[Segment]:
+        `until` is the text with this response as the last, and begins as the whole text does, for
+        `shared` characters. A template may close the last turn with another token (gpt-oss), or
+        with one more (Phi). None where more than that is different.
+        """
+        behind = [span for span in whole.special if span[0] >= end]
+        inside = [stop for _, stop in behind if stop <= shared]
+        if shared == len(until):
+            return max([end, *inside])
+        start, stop = next((span for span in behind if span[1] > shared), (shared, shared))
+        border = min(shared, start)
+        if self.special.sub("", until[border:]).strip() or whole.text[border:start].strip():
+            return None
+        is_next_turn = self.closing is not None and self.closing.is_next_turn
+        return inside[-1] if inside and not is_next_turn else stop
+
+    def offer(self) -> str:
+        """What a refusal adds where trl has a form of the template that is made for training."""
+        name = training_variant(self.tokenizer.get_chat_template())
+        return f"; data.chat_template: {name} is trl's form of it for training" if name else ""
+
+    def split(self, pieces: list[Piece], responses: dict[Span, bool]) -> list[Segment]:
         """Pieces cut at special tokens and at the borders of responses."""
         segments: list[Segment] = []
         borders = sorted({border for span in responses for border in span})
         at = 0
         for piece in pieces:
-            is_template = piece.owner is None
+            is_template = piece.turn is None
             for part in self.special.split(piece.text) if is_template else [piece.text]:
                 end = at + len(part)
                 cuts = [at, *(border for border in borders if at < border < end), end]
                 for start, stop in pairwise(cuts):
                     text = part[start - at : stop - at]
-                    is_response = any(first <= start < last for first, last in responses)
                     is_special = is_template and bool(self.special.fullmatch(text))
-                    segments.append(Segment(text, is_response, is_special))
+                    found = [on for (first, last), on in responses.items() if first <= start < last]
+                    segments.append(Segment(text, bool(found), is_special, all(found)))
                 at = end
         return [segment for segment in segments if segment.text]
 
 
-def with_mark_at_end(template: str, mark: str) -> str:
-    """The chat template with an end mark behind the last response of a conversation."""
-    # Jinja drops the line feed at the end of a template.
-    return f"{template.removesuffix(chr(10))}{{{{ {literal(mark)} if {IS_CLOSED} else '' }}}}"
+def shared_length(text: str, other: str) -> int:
+    """How many characters both begin with."""
+    if text.startswith(other):
+        return len(other)
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(text), len(other)))
 
 
-def with_mark_in_content(template: str, mark: str) -> str:
-    """The chat template with an end mark behind the content of every response."""
-    return (
-        "{% set closed = namespace(messages=[]) %}{% for message in messages %}"
-        "{% if message.role == 'assistant' %}"
-        f"{{% set ended = dict(message, content=message.content ~ {literal(mark)}) %}}"
-        "{% set closed.messages = closed.messages + [ended] %}"
-        "{% else %}{% set closed.messages = closed.messages + [message] %}{% endif %}{% endfor %}"
-        f"{{% set messages = closed.messages %}}\n{template}"
-    )
+def with_numbers(messages: list[Message]) -> tuple[list[Message], list[Text]]:
+    """The messages with numbers in place of their texts, and the texts."""
+    texts: list[Text] = []
+    numbered: list[Message] = []
+
+    def number(turn: int, what: str, text: str) -> str:
+        texts.append(Text(turn, what, text))
+        return f"\ue000{len(texts) - 1}\ue001"
+
+    for turn, each in enumerate(messages):
+        changed: Message = {**each}
+        calls = each.get("tool_calls", [])
+        if each["content"] or not calls:
+            changed["content"] = number(turn, "content", each["content"])
+        if reasoning := each.get("reasoning_content"):
+            changed["reasoning_content"] = number(turn, "reasoning", reasoning)
+        if calls:
+            changed["tool_calls"] = [
+                with_name(call, number(turn, "tool call", call["function"]["name"]))
+                for call in calls
+            ]
+        numbered.append(changed)
+    return numbered, texts
+
+
+def with_name(call: dict[str, Any], name: str) -> dict[str, Any]:
+    return {**call, "function": {**call["function"], "name": name}}
+
+
+def forms(text: str) -> Iterator[str]:
+    """The text as templates write it: as it is, without white space around it, as JSON."""
+    yield from (text, text.strip(), text.rstrip(), text.lstrip())
+    yield from (text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
+    yield json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def check_written(messages: list[Message], whole: Rendering) -> None:
+    """Raises BadRow where the template leaves out text of a message.
+
+    Thoughts of earlier responses are left out by most templates that know them.
+    """
+    for number, turn in enumerate(messages):
+        is_trained = turn["role"] == "assistant" and turn.get("is_trained", True)
+        texts = {
+            "content": turn["content"].strip(),
+            "tool call": turn.get("tool_calls"),
+            "reasoning": is_trained and turn.get("reasoning_content"),
+        }
+        for what, text in texts.items():
+            if text and (number, what) not in whole.written:
+                raise BadRow(
+                    f"turn {number}: the tokenizer's chat template leaves out the {what} of the "
+                    f"role {turn['role']}; {ANOTHER}"
+                )

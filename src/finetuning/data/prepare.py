@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from finetuning.data.chat_template import ChatTemplate
-from finetuning.data.rendering import read_row, render_row
+from finetuning.data.rendering import has_empty_response, read_row, render_row
 from finetuning.data.row import BadRow, Row
 from finetuning.data.section import Data, Eval, Source
 from finetuning.data.sources import stream_rows
@@ -62,12 +62,15 @@ class Tally:
     """Counts what becomes of rows."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """loaded, where, kept, cut, closed, spelled, merged: rows; prompt, response: tokens"""
+    """loaded, where, read, kept, cut, closed, spelled, merged: rows; prompt, response: tokens;
+    made: examples of the rows that were read; empty: rows with a trained response of no text"""
     dropped: Counter[str] = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)
     """of the first few dropped rows of each reason"""
     longest: int = 0
     """tokens"""
+    unused: set[str] = field(default_factory=set)
+    """columns that nothing was read of"""
 
     def drop(self, reason: str, place: str) -> None:
         self.dropped[reason] += 1
@@ -79,6 +82,7 @@ class Tally:
         self.counts += other.counts
         self.dropped += other.dropped
         self.longest = max(self.longest, other.longest)
+        self.unused |= other.unused
         for reason, places in other.places.items():
             self.places[reason] = (self.places.get(reason, []) + places)[:SHOWN_PLACES]
 
@@ -151,7 +155,7 @@ class Preparation:
         rendered = list(self.render(rows, tally))
         segments = [of_example for _, of_example in rendered]
         responses = tokenize(segments, self.tokenizer)
-        whole = responses if self.data.loss_on == "response" else train_on_all(responses)
+        whole = train_on_all(responses) if self.data.loss_on == "all" else responses
         kept = self.fit(whole, [row.place for row, _ in rendered], tally)
 
         examples = whole.select(kept, self.data.max_length)
@@ -184,6 +188,10 @@ class Preparation:
             except BadRow as error:
                 refuse(row.place, error, self.data, tally)
                 continue
+            tally.unused |= conversation.unused
+            tally.counts += Counter(
+                read=1, made=len(examples), empty=int(has_empty_response(conversation.messages))
+            )
             for segments in examples:
                 yield row, segments
 
@@ -251,6 +259,10 @@ def load_template(data: Data, tokenizer: "PreTrainedTokenizerFast") -> Template:
                 "data.template: chat: the tokenizer's chat template ends no response, and the "
                 "tokenizer has no EOS token to end it with; use another template"
             )
+        try:
+            template.check()
+        except BadRow as error:
+            raise UserError(f"data.template: chat: {error}; use another template") from None
         return template
     if tokenizer.eos_token is None:
         raise UserError(
@@ -416,4 +428,8 @@ def make_report(tally: Tally, train: int, held_out: int) -> dict[str, Any]:
         "places": [place for places in tally.places.values() for place in places],
         "spelled": counts["spelled"],
         "merged": counts["merged"],
+        "empty": counts["empty"],
+        "conversations": counts["read"] if counts["made"] > counts["read"] else 0,
+        "examples": counts["made"],
+        "unused": sorted(tally.unused),
     }

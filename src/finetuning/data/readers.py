@@ -13,13 +13,21 @@ from finetuning.data.harry_potter import harry_potter_rows, read_session_record
 from finetuning.data.row import (
     BadRow,
     Message,
+    Record,
     Role,
     Row,
     brief,
-    checked_text,
     columns,
     message,
     text,
+)
+from finetuning.data.row_keys import (
+    calls_of,
+    is_trained,
+    parsed,
+    reasoning_of,
+    refuse_unread,
+    text_of,
 )
 
 # The roles as data sets on the Hub spell them (FastChat, ShareGPT, OpenAI, xLAM, Llama 3).
@@ -27,11 +35,13 @@ SPELLINGS: dict[Role, tuple[str, ...]] = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
     "assistant": (
-        *("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"),
+        *("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai"),
         "function_call",
     ),
     "tool": ("tool", "function", "observation", "function_response", "tool_response", "ipython"),
 }
+# The keys of a turn: whose it is, and its content.
+TURN_KEYS = {"from": "value", "speaker": "text", "role": "content"}
 ROLES: dict[str, Role] = {name: role for role, names in SPELLINGS.items() for name in names}
 
 
@@ -48,9 +58,9 @@ def read_alpaca(row: Row) -> list[Message]:
 
 
 def read_prompt_response(row: Row) -> list[Message]:
-    """{prompt, response}; `completion`, TRL's name of the response, is read too."""
+    """{prompt, response}; both may be turns, and the response may be TRL's `completion`."""
     response = "completion" if "completion" in row and "response" not in row else "response"
-    return [message("user", text(row, "prompt")), message("assistant", text(row, response))]
+    return [*text_or_turns(row, "prompt", "user"), *text_or_turns(row, response, "assistant")]
 
 
 def read_messages(row: Row) -> list[Message]:
@@ -63,12 +73,18 @@ def read_sharegpt(row: Row) -> list[Message]:
     return read_conversation(row, ("conversations", "conversation"))
 
 
+def read_text(row: Row) -> list[Message]:
+    """{text} without a question, for continued pre-training; goes with template `text`."""
+    return [message("assistant", text(row, "text"))]
+
+
 READERS: dict[str, Callable[[Row], list[Message]]] = {
     "dolly": read_dolly,
     "alpaca": read_alpaca,
     "sharegpt": read_sharegpt,
     "messages": read_messages,
     "prompt_response": read_prompt_response,
+    "text": read_text,
     "harry_potter": read_session_record,
 }
 # Formats whose file is not a list of rows: (the file's JSON, data.sessions) -> rows.
@@ -84,10 +100,22 @@ def question_with_context(row: Row, question: str, context: str) -> list[Message
     return [*asked, message("context", material)] if material else asked
 
 
+def text_or_turns(row: Row, column: str, role: Role) -> list[Message]:
+    """The turns in a column, or the one turn of this role whose text it is."""
+    if isinstance(row.get(column), list):
+        return read_conversation(row, (column,))
+    return [message(role, text(row, column))]
+
+
 def read_conversation(row: Row, names: tuple[str, ...]) -> list[Message]:
-    """The conversation in the first of the named columns that the row has."""
+    """The conversation in the first of the named columns that the row has.
+
+    In a csv file it is a text of JSON.
+    """
     column = next((name for name in names if name in row), names[0])
     turns = row.get(column)
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        turns = parsed(turns, f"column {column}")
     if not isinstance(turns, list) or not turns:
         found = f"{brief(turns)}{columns(row, column)}"
         raise BadRow(f"column {column}: expected a list of turns, found {found}")
@@ -95,13 +123,45 @@ def read_conversation(row: Row, names: tuple[str, ...]) -> list[Message]:
 
 
 def read_turn(turn: Any, place: str) -> Message:
+    """A turn with all that its keys say."""
     if not isinstance(turn, dict):
         raise BadRow(f"{place}: expected {{from, value}} or {{role, content}}, found {brief(turn)}")
-    names = ("from", "value") if "from" in turn else ("role", "content")
-    speaker, content = (turn.get(name) for name in names)
+    turn = Record(turn)
+    key = next((key for key in TURN_KEYS if key in turn), "role")
+    speaker, content = turn.get(key), turn.get(TURN_KEYS[key])
     role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         raise BadRow(f"{place}: unknown role {brief(speaker)}; allowed are {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise BadRow(f"{place}: expected text, found {brief(content)}")
-    return message(role, checked_text(content, place))
+    calls = calls_of(turn, place)
+    if not calls and speaker.lower() == "function_call" and looks_like_calls(content):
+        calls, content = calls_of(Record({"tool_calls": content}), place), None
+    if content is None and calls:
+        content = ""
+    read = message(role, text_of(content, place))
+    add_parts(read, turn, calls, place)
+    refuse_unread(turn, f"{place}, key")
+    return read
+
+
+def looks_like_calls(content: Any) -> bool:
+    """Whether the content of ShareGPT's function_call is JSON, as it mostly is."""
+    return isinstance(content, str) and content.lstrip()[:1] in ("{", "[")
+
+
+def add_parts(read: Message, turn: Record, calls: list[dict[str, Any]], place: str) -> None:
+    """Adds to a message what its turn has beside content. Raises BadRow for another role's."""
+    reasoning = reasoning_of(turn, place)
+    trained = is_trained(turn, f"{place}, key")
+    if read["role"] != "assistant" and (calls or reasoning):
+        raise BadRow(f"{place}: tool calls or reasoning of the role {read['role']}")
+    if calls:
+        read["tool_calls"] = calls
+    if reasoning:
+        read["reasoning_content"] = reasoning
+    if not trained and read["role"] == "assistant":
+        read["is_trained"] = False
+    if read["role"] == "tool":
+        if isinstance(name := turn.get("name"), str):
+            read["name"] = name
+        if isinstance(call := turn.get("tool_call_id"), str):
+            read["tool_call_id"] = call

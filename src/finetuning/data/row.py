@@ -1,14 +1,44 @@
 """Rows, messages, and reading a column of a row."""
 
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 Row = dict[str, Any]
 Role = Literal["system", "user", "context", "assistant", "tool"]
+Tool = dict[str, Any]
+"""JSON schema of a function that the assistant may call"""
 
 
 class Message(TypedDict):
+    """One turn, with transformers' names for its parts."""
+
     role: Role
     content: str
+    reasoning_content: NotRequired[str]
+    """what the assistant thinks before its content"""
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    """{type: function, function: {name, arguments: {...}}} of each call of the assistant"""
+    name: NotRequired[str]
+    """of the function that gave a tool's result"""
+    tool_call_id: NotRequired[str]
+    """of the call that a tool's result belongs to"""
+    is_trained: NotRequired[bool]
+    """False for a response that is read, but not trained"""
+
+
+class Record(dict[str, Any]):
+    """A row or turn that knows which of its keys were asked for."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
 
 
 class BadRow(ValueError):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from finetuning.data.readers import READERS
-from finetuning.data.templates import CHAT, TEMPLATES
+from finetuning.data.templates import CHAT, TEMPLATES, TEXT
 from finetuning.section import Section
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class RowSettings(Section):
     """name of the split"""
     reader: ReaderName | None = None
     """how a row is read into messages"""
+    columns: dict[str, str | None] = Field(default_factory=dict)
+    """{the reader's name of a column: the data's name}; null leaves a column out"""
     sessions: int | None = Field(default=None, ge=1, le=10**9)
     """reader harry_potter: only the first sessions of the file"""
     where: dict[str, Any] = Field(default_factory=dict)
@@ -83,14 +85,20 @@ class Data(RowSettings):
     """a row that does not fit its reader or template: refuse the run, or drop and count it"""
     template: TemplateName
     """how messages are written as text"""
+    chat_template: str | None = None
+    """template chat: a file, or a name of the tokenizer's or of trl's, instead of its default"""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """template chat: variables that it is asked with, such as {enable_thinking: false}"""
     newline: str | None = None
     """written instead of every line feed, such as <NL>; undone in answers"""
     max_length: int = Field(default=512, ge=2, le=10**9)
     """tokens of an example at most, end mark included"""
     overflow: Literal["drop", "cut", "error"] = "drop"
     """a longer example: drop and count it, cut it (and its end mark), or refuse the run"""
-    loss_on: Literal["response", "all"] = "response"
-    """tokens that are trained: responses and their end marks, or all of them"""
+    loss_on: Literal["response", "last_response", "all"] = "response"
+    """tokens that are trained: responses and their end marks, the last one's, or all of them"""
+    turns: Literal["together", "each"] | None = None
+    """a conversation is one example, or one for each response; null: together where that works"""
     num_proc: int | None = Field(default=None, ge=1, le=1024)
     """processes that prepare the rows; as many as there are cores if not given"""
     layout: Literal["packed", "padded"] = "packed"
@@ -108,11 +116,16 @@ class Data(RowSettings):
             raise ValueError(
                 "newline does not go with template: chat, whose line feeds are the tokenizer's own"
             )
+        for name in ("chat_template", "chat_template_kwargs"):
+            if getattr(self, name) and self.template != CHAT:
+                raise ValueError(f"{name} belongs to template: chat")
         for source in self.sources:
             if source.reader is None:
                 raise ValueError(
                     f"reader is missing for {source.path}; allowed are {', '.join(READERS)}"
                 )
+            if source.reader == TEXT and self.template != TEXT:
+                raise ValueError("reader: text goes with template: text")
             if self.eval and self.eval.split == source.split:
                 raise ValueError(
                     f"eval.split {source.split} is what is trained on; name another split"

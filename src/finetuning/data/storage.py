@@ -41,7 +41,9 @@ class Prepared:
     report: dict[str, Any]
     """rows: {loaded, where, kept, train, eval}; dropped: {reason: rows}; cut: rows; of the kept
     rows tokens: {prompt, response, total, max} and end_mark_share (0..1); places: of the first few
-    dropped rows of each reason; added_end_mark: of Template; spelled, merged: rows of Exceptions"""
+    dropped rows of each reason; added_end_mark: of Template; spelled, merged: rows of Exceptions;
+    empty: rows with an empty response; conversations: how many were made into more examples, else
+    0; unused: columns"""
     fingerprint: str
     """digest of the examples: changes with any token, label or row number"""
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from finetuning.data.row import BadRow, Message, message
+from finetuning.data.row import BadRow, Message, Tool, message
 
 
 class Segment(NamedTuple):
@@ -25,6 +25,8 @@ class Segment(NamedTuple):
     text: str
     is_response: bool = False
     is_special: bool = False
+    is_trained: bool = True
+    """False for a response that is read, but not trained"""
 
 
 class Template(Protocol):
@@ -46,10 +48,12 @@ class Template(Protocol):
     def jinja(self) -> str:
         """The same as a chat template of transformers, which the saved tokenizer brings along."""
 
-    def render(self, messages: Sequence[Message]) -> list[Segment]:
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Segment]:
         """The whole conversation. Raises BadRow where the template cannot write it."""
 
-    def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
+    def render_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
+    ) -> list[Segment]:
         """The conversation up to where the next response starts. Raises BadRow as `render`."""
 
     def strip_markers(self, text: str) -> str:
@@ -73,8 +77,10 @@ class Markers:
     """between the end mark of a response and the next turn"""
 
 
+NO_PLACE = "the template has no place"
 BELOW = "\n\n"  # between a question and its material, where the template has no place for that
 CHAT = "chat"  # data.template of the tokenizer's own chat template
+TEXT = "text"  # data.reader and data.template of text that answers nothing
 TEMPLATES: dict[str, Markers] = {
     "question_answer": Markers(
         system=("", "\n"),
@@ -99,6 +105,7 @@ TEMPLATES: dict[str, Markers] = {
         generation_prompt="Assistant:",
         response_prefix=" ",
     ),
+    TEXT: Markers(user=("", ""), generation_prompt=""),
 }
 
 
@@ -128,7 +135,9 @@ class MarkerTemplate:
     def jinja(self) -> str:
         return marker_jinja(self)
 
-    def render(self, messages: Sequence[Message]) -> list[Segment]:
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Segment]:
+        if tools:
+            raise BadRow(f"{NO_PLACE} for tools; template: chat may have one")
         if self.markers.context is None:
             messages = fold_context(messages)
         segments = [Segment(self.bos, is_special=True)] if self.bos else []
@@ -138,8 +147,10 @@ class MarkerTemplate:
             segments += self.render_turn(turn, number)
         return segments
 
-    def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
-        *prompt, _response, _eos = self.render([*messages, message("assistant", "")])
+    def render_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
+    ) -> list[Segment]:
+        *prompt, _response, _eos = self.render([*messages, message("assistant", "")], tools)
         return prompt
 
     def strip_markers(self, text: str) -> str:
@@ -148,20 +159,25 @@ class MarkerTemplate:
 
     def render_turn(self, turn: Message, number: int) -> list[Segment]:
         role, content = turn["role"], turn["content"]
+        for part in ("reasoning_content", "tool_calls"):
+            if turn.get(part):
+                raise BadRow(f"turn {number}: {NO_PLACE} for {part}; template: chat may have one")
         if role == "assistant":
+            is_trained = turn.get("is_trained", True)
+            response = self.plain(self.markers.response_prefix + content)
             return [
                 self.plain(self.markers.generation_prompt),
-                self.plain(self.markers.response_prefix + content, is_response=True),
-                Segment(self.eos, is_response=True, is_special=True),
+                response._replace(is_response=True, is_trained=is_trained),
+                Segment(self.eos, True, True, is_trained),
             ]
         around: tuple[str, str] | None = getattr(self.markers, role)
         if around is None:
-            raise BadRow(f"turn {number}: the template has no place for the role {role}")
+            raise BadRow(f"turn {number}: {NO_PLACE} for the role {role}")
         before, after = around
         return [self.plain(before + content + after)]
 
-    def plain(self, text: str, is_response: bool = False) -> Segment:
-        return Segment(text.replace("\n", self.newline) if self.newline else text, is_response)
+    def plain(self, text: str) -> Segment:
+        return Segment(text.replace("\n", self.newline) if self.newline else text)
 
 
 def marker_jinja(template: MarkerTemplate) -> str:

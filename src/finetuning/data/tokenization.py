@@ -98,7 +98,7 @@ class TextSpan(NamedTuple):
     """Neighbouring segments that are encoded as one text."""
 
     text: str
-    is_response: bool
+    is_trained: bool
     is_special: bool
     before: str | None
     """the special token (and the white space that it includes) in front of it, "" at the beginning
@@ -119,8 +119,8 @@ def tokenize(conversations: list[list[Segment]], tokenizer: "PreTrainedTokenizer
     input_ids, tokens_in_span = encoder.encode(spans)
     lengths = sums(tokens_in_span, spans_in_each)
 
-    is_response = np.array([span.is_response for span in spans], bool)  # (spans,)
-    is_trained = np.repeat(is_response, tokens_in_span)  # (tokens,)
+    is_trained_span = np.array([span.is_trained for span in spans], bool)  # (spans,)
+    is_trained = np.repeat(is_trained_span, tokens_in_span)  # (tokens,)
     is_trained[first_tokens(lengths)] = False
     labels = np.where(is_trained, input_ids, np.int32(IGNORE_INDEX))
     return Examples(input_ids, labels, lengths, np.arange(len(conversations)))
@@ -221,12 +221,12 @@ class Encoder:
         """Neighbouring ordinary segments of one kind joined; special tokens alone."""
         spans: list[TextSpan] = []
         before: str | None = ""
-        for (is_response, is_special), group in groupby(segments, key=lambda s: s[1:]):
+        for (is_response, is_special, is_trained), group in groupby(segments, lambda s: s[1:]):
             texts = [segment.text for segment in group]
             for text in filter(None, texts if is_special else ["".join(texts)]):
                 if is_special and spans and self.added_tokens[text].lstrip:
                     spans[-1] = spans[-1]._replace(after=self.secret_name(text))
-                spans.append(TextSpan(text, is_response, is_special, before, ""))
+                spans.append(TextSpan(text, is_response and is_trained, is_special, before, ""))
                 before = self.before_next(spans[-1])
         return spans
 

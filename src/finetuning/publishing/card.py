@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("model_card.md")
 LICENCE = r"[\w.-]{1,40}|not stated"
 OLD_NAME = r"^[\w.-]{1,96}$"  # of the Hub's first models, such as gpt2, without an owner
+LOSS_ON = {
+    "response": "responses",
+    "last_response": "the last response of a conversation",
+    "all": "all tokens",
+}
 # (behind "fine-tuned", behind what it was trained on)
 METHODS = {
     "full": ("", ""),
@@ -227,7 +232,7 @@ def training_table(recipe: Recipe, manifest: Manifest) -> list[tuple[str, Any]]:
         ("processes", manifest.processes),
         ("learning rate", f"{training.learning_rate}, {training.lr_scheduler_type or 'linear'}"),
         ("tokens of an example at most", recipe.data.max_length),
-        ("loss on", "responses" if recipe.data.loss_on == "response" else "all tokens"),
+        ("loss on", LOSS_ON[recipe.data.loss_on]),
         ("loss of the evaluation set", evaluated or "not evaluated"),
     ]
     return [(name, value) for name, value in rows if value is not None]

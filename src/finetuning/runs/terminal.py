@@ -54,6 +54,15 @@ def print_funnel(console: Console, report: dict[str, Any]) -> None:
         f"rows     {rows['loaded']:,} loaded -> {rows['where']:,} selected -> "
         f"{rows['kept']:,} kept -> {rows['train']:,} train, {rows['eval']:,} eval",
     )
+    if conversations := report.get("conversations"):
+        console.print(
+            f"turns    {conversations:,} conversations -> {report['examples']:,} examples: "
+            "one for each response"
+        )
+    if unused := report.get("unused"):
+        console.print(f"unused   columns {', '.join(unused)}")
+    if empty := report.get("empty"):
+        console.print(f"{empty:,} rows have an empty response, which trains a bare end mark")
     lost = {**report["dropped"], **({"cut": report["cut"]} if report["cut"] else {})}
     if lost:
         console.print(

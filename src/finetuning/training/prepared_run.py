@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetuning.data.cache import cache_folder, prepare
+from finetuning.data.named_templates import set_chat_template
 from finetuning.data.prepare import load_template, training_texts
 from finetuning.data.storage import Prepared
 from finetuning.data.templates import Template
@@ -43,6 +44,7 @@ def prepare_run(recipe: Recipe, strategy: Strategy, *, trains_here: bool) -> Pre
     require_hub(needs_of(recipe))
     recipe = pin_base_model(recipe)
     tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
+    set_chat_template(recipe.data, tokenizer)
     examples = prepare(recipe.data, tokenizer, cache_folder())
     # It is saved with the tokenizer, for other programs, instead of the base model's.
     tokenizer.chat_template = load_template(recipe.data, tokenizer).jinja
