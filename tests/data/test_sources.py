@@ -1,14 +1,18 @@
 """Rows are what the files say, whatever the kind of file; a row's place can be told."""
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 import tracemalloc
 
 import datasets
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
+from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from finetuning.data.section import Source
@@ -30,10 +34,26 @@ def parquet(rows):
     return sink.getvalue().to_pybytes()
 
 
+def arrow(rows, new=pyarrow.ipc.new_stream):
+    table = pyarrow.Table.from_pylist(rows)
+    sink = pyarrow.BufferOutputStream()
+    with new(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+PACK = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pyarrow.compress(content, "zstd", asbytes=True),
+}
+
+
 def write(file, content):
     content = content if isinstance(content, bytes) else content.encode()
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+    file.write_bytes(PACK.get(file.suffix.lower(), bytes)(content))
     return Source(path=str(file))
 
 
@@ -50,11 +70,28 @@ KINDS = {
     "rows.csv": CSV,
     "bom.csv": b"\xef\xbb\xbf" + CSV.encode(),
     "UPPER.JSONL": LINES,
+    "rows.ndjson": LINES,
+    "array.jsonl": json.dumps(ROWS),
+    "indented_array.jsonl": json.dumps(ROWS, indent=2),
+    "data.json": json.dumps({"version": "1", "data": ROWS}),
+    "indented_data.json": json.dumps({"data": ROWS}, indent=2) + "\n\n",
+    "train.json": json.dumps({"train": ROWS}) + "\n\n",
+    "columns.json": json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}),
+    "rows.tsv": CSV.replace("prompt,response", "prompt\tresponse")
+    .replace('","', '"\t"')
+    .replace("b,", "b\t")
+    .replace('",null', '"\tnull'),
+    "semicolon.csv": CSV.replace("prompt,response", "prompt;response")
+    .replace('","', '";"')
+    .replace("b,", "b;")
+    .replace('",null', '";null'),
+    "rows.arrow": arrow(ROWS),
+    "file.arrow": arrow(ROWS, pyarrow.ipc.new_file),
     "rows.parquet": parquet(ROWS),
 }
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".GZ", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, suffix):
     loaded = load_rows(write(tmp_path / f"{name}{suffix}", KINDS[name]))
@@ -193,6 +230,120 @@ def test_a_file_has_no_other_split_than_train(tmp_path):
     source = write(tmp_path / "rows.jsonl", LINES)
     with pytest.raises(UserError, match="no split 'test' in a file"):
         load_rows(source.model_copy(update={"split": "test"}))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"prompt": [{"content": "a"}], "completion": [{"content": "b"}]},
+        {"a": [1, 2], "b": 3},
+        {"a": [1, 2], "b": [3]},
+        {"data": "a"},
+        {},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_file_of_one_object_is_one_row_if_it_is_no_table(tmp_path, row, indent):
+    source = write(tmp_path / "row.json", json.dumps(row, indent=indent))
+    assert load_rows(source).rows == [row]
+
+
+def test_a_broken_line_is_named_wherever_it_stands(tmp_path):
+    for number in (1, 2, 3):
+        lines = LINES.split("\n")
+        lines[number - 1] = '{"prompt": '
+        with pytest.raises(UserError, match=rf"rows\.jsonl:{number}: is not JSON"):
+            load_rows(write(tmp_path / "rows.jsonl", "\n".join(lines)))
+
+
+def test_a_comma_in_quotes_is_not_what_stands_between_columns(tmp_path):
+    rows = [{"a, b, c": "1", "d": "2"}]
+    assert load_rows(write(tmp_path / "rows.csv", '"a, b, c";d\n1;2\n')).rows == rows
+    assert load_rows(write(tmp_path / "rows.csv", "text\none; two\n")).rows == [
+        {"text": "one; two"}
+    ]
+
+
+def test_what_save_to_disk_writes_is_read(tmp_path):
+    splits = {name: Dataset.from_list(rows) for name, rows in (("train", ROWS), ("test", ROWS[:1]))}
+    DatasetDict(splits).save_to_disk(tmp_path / "both")
+    assert load_rows(Source(path=str(tmp_path / "both"))).rows == ROWS
+    assert load_rows(Source(path=str(tmp_path / "both"), split="test")).rows == ROWS[:1]
+    splits["train"].save_to_disk(tmp_path / "one")
+    write(tmp_path / "one" / "cache-0123.arrow", arrow(ROWS[:1]))  # what Dataset.map leaves there
+    assert load_rows(Source(path=str(tmp_path / "one"))).rows == ROWS
+
+
+@pytest.mark.parametrize("damaged", [b"", b"ARROW1\0\0", arrow(ROWS)[:100], b"x" * 100])
+def test_a_damaged_arrow_file_is_refused(tmp_path, damaged):
+    with pytest.raises(UserError, match=r"rows\.arrow: is not Arrow: \w+"):
+        load_rows(write(tmp_path / "rows.arrow", damaged))
+
+
+# The configs of README.md
+
+
+def readme(folder, configs):
+    front = json.dumps({"license": "mit", "configs": configs})  # JSON is YAML
+    write(folder / "README.md", f"---\n{front}\n---\n# A data set\n")
+
+
+def test_a_local_copy_of_a_hub_data_set_has_the_files_that_its_readme_names(tmp_path):
+    path = folder_of(tmp_path, "a.jsonl", "b.jsonl", "more/c.jsonl", "more/d.jsonl", "e.jsonl")
+    splits = [{"split": "train", "path": "more/*.jsonl"}, {"split": "test", "path": ["a.jsonl"]}]
+    readme(tmp_path / "data", [{"config_name": "main", "data_files": splits}])
+    assert names_in(path) == ["more/c.jsonl", "more/d.jsonl"]
+    assert names_in(path, "test") == ["a.jsonl"]
+    with pytest.raises(UserError, match=r"no split 'validation'; it has train, test"):
+        names_in(path, "validation")
+
+
+def test_a_configuration_is_chosen_by_name_or_is_the_default(tmp_path):
+    path = folder_of(tmp_path, "en.jsonl", "ja.jsonl", "xx.jsonl")
+    configs = [
+        {"config_name": "en", "data_files": "en.jsonl"},
+        {"config_name": "ja", "data_files": ["ja.jsonl"], "default": True},
+    ]
+    readme(tmp_path / "data", configs)
+    assert names_in(path) == ["ja.jsonl"]
+    [row] = load_rows(Source(path=path, config="en")).rows
+    assert row == {"name": "en.jsonl"}
+    with pytest.raises(UserError, match=r"data\.config: .*has the configurations en, ja"):
+        load_rows(Source(path=path, config="fr"))
+    del configs[1]["default"]
+    readme(tmp_path / "data", configs)
+    with pytest.raises(UserError, match=r"data\.config: .*has the configurations en, ja"):
+        names_in(path)
+
+
+@pytest.mark.parametrize("pattern", ["../secret.jsonl", "/etc/*", "https://a/b.jsonl"])
+def test_a_readme_names_no_file_outside_its_folder(tmp_path, pattern):
+    path = folder_of(tmp_path, "a.jsonl")
+    readme(tmp_path / "data", [{"config_name": "default", "data_files": pattern}])
+    with pytest.raises(UserError, match="is not in this folder"):
+        names_in(path)
+
+
+def test_a_readme_that_names_no_files_changes_nothing(tmp_path):
+    path = folder_of(tmp_path, "a.jsonl")
+    for text in ("# No front matter", "---\nlicense: mit\n---\n", "---\n- a\n---\n"):
+        write(tmp_path / "data" / "README.md", text)
+        assert names_in(path) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"revision": "main"}, r"data\.revision: .* is local: only a Hub data set has revisions"),
+        ({"config": "en"}, r"data\.config: .* has no README\.md with configurations"),
+    ],
+)
+def test_what_only_a_hub_data_set_has_is_refused_for_a_local_one(tmp_path, settings, message):
+    source = write(tmp_path / "rows.jsonl", LINES).model_copy(update=settings)
+    for read in (load_rows, fingerprint):
+        with pytest.raises(UserError, match=message):
+            read(source)
 
 
 # The Hub

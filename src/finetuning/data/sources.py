@@ -1,24 +1,29 @@
 """Source -> rows.
 
-A source is a local json, jsonl, csv or parquet file (also .gz), a folder of them, or a data set of
-the Hub. Local files are read here and not by `datasets`: an unreadable line is named by its number,
-rows of uneven columns are no error, and nothing heavy is imported.
+A source is a local file (see file_kinds.py), a folder of such files, or a data set of the Hub.
+Local files are read here and not by `datasets`: an unreadable line is named by its number, rows of
+uneven columns are no error, and nothing heavy is imported.
 """
 
-import codecs
-import csv
-import gzip
 import hashlib
-import io
 import json
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from finetuning.data.configurations import configured_files
+from finetuning.data.file_kinds import (
+    BATCH,
+    FILE_KINDS,
+    METADATA_FILES,
+    PARSERS,
+    UNREADABLE,
+    open_data,
+    suffix_of,
+)
 from finetuning.data.readers import FILE_READERS
 from finetuning.data.row import BadRow, Row
 from finetuning.data.section import Source
@@ -28,12 +33,6 @@ from finetuning.errors import UserError, one_line
 SPLIT_NAME = re.compile(
     r"(?<![a-z])(?:(?:train|test|dev|val)(?:ing|set)?|valid[a-z]*|eval[a-z]*)(?![a-z])"
 )
-# Files that `datasets` writes beside the data.
-METADATA_FILES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
-
-MAX_RATIO = 100  # of a .gz; texts compress by 3 to 20
-BATCH = 1024  # rows of a table that are Python objects at a time
-UNREADABLE = (OSError, EOFError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def stream_rows(source: Source) -> Iterator[tuple[str, Iterator[Row]]]:
         yield f"{source.path} ({source.split})", hub_rows(source)
         return
     is_empty = True
-    for file in files_of_split(local_path(source), source.split):
+    for file in local_files(source):
         rows = read_rows(file, source)
         first = next(rows, None)
         is_empty = is_empty and first is None
@@ -99,7 +98,7 @@ def fingerprint(source: Source, digest_of: Callable[[Path], str] = digest_of) ->
     if not is_local(source):
         return str(load_hub(source)._fingerprint)
     digest = hashlib.sha256()
-    for file in files_of_split(local_path(source), source.split):
+    for file in local_files(source):
         digest.update(bytes.fromhex(digest_of(file)))
     return digest.hexdigest()
 
@@ -114,8 +113,21 @@ def local_path(source: Source) -> Path:
 
 def looks_local(path: str) -> bool:
     """Whether a path that does not exist was meant as one: Hub ids are `name` or `owner/name`."""
-    is_file_name = path.removesuffix(".gz").endswith(tuple(PARSERS))
-    return is_file_name or path.startswith((".", "/", "~")) or path.count("/") > 1
+    return (
+        suffix_of(Path(path)) in PARSERS or path.startswith((".", "/", "~")) or path.count("/") > 1
+    )
+
+
+def local_files(source: Source) -> list[Path]:
+    """The data files of a local source, in order.
+
+    Raises UserError where there are none, or where it has no such configuration or revision.
+    """
+    path = local_path(source)
+    if source.revision:
+        raise UserError(f"data.revision: {path} is local: only a Hub data set has revisions")
+    files = configured_files(path, source.config, source.split)
+    return files_of_split(path, source.split) if files is None else files
 
 
 def files_of_split(path: Path, split: str) -> list[Path]:
@@ -154,39 +166,8 @@ def is_data(path: Path) -> bool:
     Hidden files are copies of others: Jupyter's `.ipynb_checkpoints/`, the `._rows.jsonl` of macOS.
     """
     is_hidden = any(part.startswith(".") for part in path.parts)
-    return suffix_of(path) in PARSERS and not is_hidden and path.name not in METADATA_FILES
-
-
-def suffix_of(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
-
-
-def open_data(path: Path) -> io.BufferedReader:
-    """The file's content, unpacked as it is read."""
-    return io.BufferedReader(Unpacked(path) if path.suffix == ".gz" else io.FileIO(path))
-
-
-class Unpacked(io.RawIOBase):
-    """What a .gz unpacks to. Raises UserError where that is more than rows compress by."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.stream = path, gzip.GzipFile(path)
-        self.left = MAX_RATIO * path.stat().st_size + 2**20
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = self.stream.readinto(buffer)
-        self.left -= count
-        if self.left < 0:
-            found = f"unpacks to more than {MAX_RATIO} times its size"
-            raise UserError(f"{self.path}: {found}; unpack it first")
-        return count
-
-    def close(self) -> None:
-        self.stream.close()
-        super().close()
+    is_about = path.name in METADATA_FILES or path.match("cache-*.arrow")
+    return suffix_of(path) in PARSERS and not is_hidden and not is_about
 
 
 def read_rows(path: Path, source: Source) -> Iterator[Row]:
@@ -207,91 +188,6 @@ def read_rows(path: Path, source: Source) -> Iterator[Row]:
         raise UserError(f"{path}: {error}") from None
     except UNREADABLE as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-
-
-def parse_json(stream: BinaryIO) -> Iterator[Row]:
-    """One JSON array of objects; lines of JSON under the wrong file name are read too."""
-    head = b""
-    for line in stream:
-        head += line
-        if line.removeprefix(codecs.BOM_UTF8).strip():
-            break
-    if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-        content = (head + stream.read()).removeprefix(codecs.BOM_UTF8)
-        for number, row in enumerate(json.loads(content)):
-            yield checked_row(row, f"row {number}")
-    else:
-        yield from parse_jsonl(chain(io.BytesIO(head), stream))
-
-
-def parse_jsonl(lines: Iterable[bytes]) -> Iterator[Row]:
-    before = 0  # bytes of the lines above
-    for number, line in enumerate(lines, start=1):
-        text = decoded(line, before)
-        before += len(line)
-        if text.strip():
-            try:
-                yield checked_row(json.loads(text), f"line {number}")
-            except json.JSONDecodeError as error:
-                raise json.JSONDecodeError(
-                    error.msg, "\n" * (number - 1) + text, number - 1 + error.pos
-                ) from None
-
-
-def decoded(line: bytes, before: int) -> str:
-    """The line as text. An error names the byte in the file, `before` of which are above it."""
-    try:
-        return line.decode("utf-8" if before else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        places = before + error.start, before + error.end
-        raise UnicodeDecodeError("utf-8", line, *places, error.reason) from None
-
-
-def parse_csv(stream: BinaryIO) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses a field of more than 131,072 characters
-    text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
-    # strict: a quote that is never closed is an error, instead of one field to the end of the file.
-    lines = csv.DictReader(text, strict=True)
-    try:
-        names = lines.fieldnames or []
-        if len(set(names)) < len(names):
-            raise BadRow(f"line 1: two columns have the same name: {', '.join(names)}")
-        for row in lines:
-            if None in row or None in row.values():
-                raise BadRow(f"line {lines.line_num}: not as many columns as the header")
-            yield row
-    except csv.Error as error:
-        raise BadRow(f"line {lines.reader.line_num}: {error}") from None
-    except UnicodeDecodeError:  # its place is counted from what was read last
-        raise BadRow(f"line {lines.reader.line_num + 1} or below: is not UTF-8 text") from None
-
-
-def parse_parquet(stream: BinaryIO) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        # Its parts are read in any order, which a packed stream cannot do.
-        content = stream if stream.seekable() else pyarrow.BufferReader(stream.read())
-        for batch in pyarrow.parquet.ParquetFile(content).iter_batches(BATCH):
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BadRow(f"is not parquet: {error}") from None
-
-
-def checked_row(row: Any, place: str) -> Row:
-    if not isinstance(row, dict):
-        raise BadRow(f"{place}: expected an object, found {type(row).__name__}")
-    return row
-
-
-PARSERS: dict[str, Callable[[BinaryIO], Iterable[Row]]] = {
-    ".jsonl": parse_jsonl,
-    ".json": parse_json,
-    ".csv": parse_csv,
-    ".parquet": parse_parquet,
-}
-FILE_KINDS = f"{', '.join(PARSERS)}, also with .gz"
 
 
 def hub_rows(source: Source) -> Iterator[Row]:
