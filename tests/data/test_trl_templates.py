@@ -140,7 +140,9 @@ def thinking_template(name: str, thinks: bool) -> ChatTemplate:
 
 def render(name: str, conversation: str) -> list:
     data = Data(path="a", reader="messages", template="chat")
-    return render_row(CONVERSATIONS[conversation], template_of(name, conversation), data)
+    return render_row(
+        CONVERSATIONS[conversation], template_of(name, conversation), data.loss_on, data.turns
+    )
 
 
 def trained_texts(segments) -> list[str]:
@@ -273,7 +275,7 @@ def text_of(segments) -> str:
 def test_a_conversation_whose_history_is_rewritten_is_one_example_of_each_response():
     data = Data(path="a", reader="messages", template="chat")
     template = thinking_template("qwen3", True)
-    first, second = render_row(CONVERSATIONS["turns"], template, data)
+    first, second = render_row(CONVERSATIONS["turns"], template, data.loss_on, data.turns)
     assert text_of(first) == (
         "<|im_start|>user\nQ1<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n\n</think>\n\nR1<|im_end|>\n"
@@ -300,19 +302,23 @@ def test_a_conversation_whose_history_is_rewritten_is_one_example_of_each_respon
 )
 def test_the_recipe_says_which_turns_are_trained(settings, expected):
     data = Data(path="a", reader="messages", template="chat", **settings)
-    examples = render_row(CONVERSATIONS["turns"], template_of("qwen2_5", "turns"), data)
+    examples = render_row(
+        CONVERSATIONS["turns"], template_of("qwen2_5", "turns"), data.loss_on, data.turns
+    )
     assert [trained_texts(segments) for segments in examples] == expected
 
 
 def test_a_history_that_is_rewritten_is_refused_where_the_turns_must_stay_together():
     data = Data(path="a", reader="messages", template="chat", turns="together")
     with pytest.raises(BadRow, match=r"turn 1: .* rewrites earlier turns.* data\.turns: each"):
-        render_row(CONVERSATIONS["turns"], template_of("qwen3", "turns"), data)
+        render_row(CONVERSATIONS["turns"], template_of("qwen3", "turns"), data.loss_on, data.turns)
 
 
 def test_the_last_response_is_trained_where_history_is_rewritten():
     data = Data(path="a", reader="messages", template="chat", loss_on="last_response")
-    [segments] = render_row(CONVERSATIONS["turns"], template_of("qwen3", "turns"), data)
+    [segments] = render_row(
+        CONVERSATIONS["turns"], template_of("qwen3", "turns"), data.loss_on, data.turns
+    )
     assert segments == render("qwen3", "turns")[1]
 
 
@@ -322,7 +328,7 @@ def test_a_turn_that_the_row_does_not_train_is_read_and_not_trained():
     data = Data(path="a", reader="messages", template="chat")
     for name in ("qwen2_5", "qwen3"):
         template = template_of(name, "turns")
-        [segments] = render_row(Conversation(messages, tools), template, data)
+        [segments] = render_row(Conversation(messages, tools), template, data.loss_on, data.turns)
         [text] = trained_texts(segments)
         assert "R2" in text and "R1" in text_of(segments)
 

@@ -145,14 +145,12 @@ class ChatTemplate(JinjaTemplate):
         if turn["role"] != "assistant":
             return turn
         content, reasoning = turn["content"], turn.get("reasoning_content", "")
-        found = THOUGHT.match(content)
-        if found and self.has_reasoning and not reasoning:
-            thought, said = found[1].strip("\n"), found[2].lstrip("\n")
-            return {**turn, "content": said, "reasoning_content": thought}
-        if self.opens_thought and not found:
-            content = f"<think>\n{reasoning}\n</think>\n\n{content}"
-            return {**turn, "content": content, "reasoning_content": ""}
-        return turn
+        found = None if reasoning else THOUGHT.match(content)
+        if found and (self.has_reasoning or self.opens_thought):
+            reasoning, content = found[1].strip("\n"), found[2].lstrip("\n")
+        if self.opens_thought:
+            content, reasoning = f"<think>\n{reasoning}\n</think>\n\n{content}", ""
+        return {**turn, "content": content, "reasoning_content": reasoning}
 
     def rendering(
         self, messages: list[Message], tools: Sequence[Tool], add_generation_prompt: bool = False

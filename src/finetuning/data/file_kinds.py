@@ -243,9 +243,9 @@ def checked_row(row: Any, place: str) -> Row:
 
 PARSERS: dict[str, Callable[[BinaryIO], Iterable[Row]]] = {
     ".jsonl": parse_json,
-    ".ndjson": parse_json,
     ".json": parse_json,
     ".csv": parse_csv,
+    ".ndjson": parse_json,
     ".tsv": parse_csv,
     ".parquet": parse_parquet,
     ".arrow": parse_arrow,

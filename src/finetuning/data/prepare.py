@@ -184,7 +184,9 @@ class Preparation:
         for row in rows:
             try:
                 conversation = read_row(row.columns, self.sources[row.source])
-                examples = render_row(conversation, self.template, self.data)
+                examples = render_row(
+                    conversation, self.template, self.data.loss_on, self.data.turns
+                )
             except BadRow as error:
                 refuse(row.place, error, self.data, tally)
                 continue
@@ -290,7 +292,7 @@ def training_texts(data: Data) -> Iterator[str]:
     for row in chain.from_iterable(blocks_of_rows(data, Tally())):
         try:
             conversation = read_row(row.columns, sources[row.source])
-            examples = render_row(conversation, template, data)
+            examples = render_row(conversation, template, data.loss_on, data.turns)
         except BadRow as error:
             refuse(row.place, error, data, Tally())
             continue

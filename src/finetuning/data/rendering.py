@@ -1,14 +1,16 @@
 """One row -> its messages -> the segments of each example that is made of it."""
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from finetuning.data.chat_template import RewritesHistory
 from finetuning.data.readers import READERS
 from finetuning.data.row import Message, Record, Row, Tool
 from finetuning.data.row_keys import COLUMN, refuse_unread, tools_of, with_columns
-from finetuning.data.section import Data, Source
+from finetuning.data.section import Source
 from finetuning.data.templates import Segment, Template
+
+Turns = Literal["together", "each"] | None
 
 
 class Conversation(NamedTuple):
@@ -43,19 +45,22 @@ def renamed(row: Row, columns: dict[str, str | None]) -> Record:
     return Record({**kept, **moved})
 
 
-def render_row(conversation: Conversation, template: Template, data: Data) -> list[list[Segment]]:
+def render_row(
+    conversation: Conversation, template: Template, loss_on: str = "response", turns: Turns = None
+) -> list[list[Segment]]:
     """The segments of each example that is made of a conversation, at least one.
 
     Together, where the prompt of every response is the beginning of the text, else one example for
-    each response, which ends with it. Raises BadRow where the template cannot write it.
+    each response, which ends with it; `loss_on` and `turns` are those of the data section. Raises
+    BadRow where the template cannot write it.
     """
     messages, tools = conversation.messages, conversation.tools
-    trained = trained_turns(messages, data.loss_on)
-    if data.turns != "each" or len(trained) < 2:
+    trained = trained_turns(messages, loss_on)
+    if turns != "each" or len(trained) < 2:
         try:
             return [template.render(training_only(messages, trained), tools)]
         except RewritesHistory:
-            if data.turns == "together":
+            if turns == "together":
                 raise
     return [template.render(training_only(messages[: turn + 1], [turn]), tools) for turn in trained]
 

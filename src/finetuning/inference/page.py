@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetuning.data.readers import read_messages
+from finetuning.data.rendering import Conversation, render_row
 from finetuning.data.row import BadRow, message
 from finetuning.data.tokenization import tokenize
 from finetuning.errors import UserError, one_line
@@ -70,8 +71,8 @@ class Column:
             raise UserError(str(error)) from None
         with self.as_base():
             answer = asker.stream(messages, show)
-        said = asker.template.render([*messages, message("assistant", answer)])
-        (example,) = tokenize([said], asker.tokenizer)
+        said = Conversation([*messages, message("assistant", answer)], [])
+        (example,) = tokenize(render_row(said, asker.template)[-1:], asker.tokenizer)
         return {"answer": answer, "prompt": trained_and_not(example, asker.tokenizer)}
 
     def changed(self, settings: dict[str, Any]) -> Generation:
