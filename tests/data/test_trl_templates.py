@@ -201,7 +201,7 @@ def oracle(template: ChatTemplate, conversation: Conversation) -> list[str]:
         texts, spans = render_jinja_template(
             [turns],
             tools=tools,
-            chat_template=template.jinja,
+            chat_template=template.unmarked,
             **template.tokenizer.special_tokens_map,
             **settings,
         )
