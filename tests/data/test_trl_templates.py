@@ -268,6 +268,17 @@ def test_the_text_of_every_template_is_the_one_transformers_renders(name):
     assert text.startswith(prompt)
 
 
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_the_saved_template_writes_what_the_tokenizers_own_writes_at_every_turn(name):
+    template = template_of(name)
+    tokenizer = tokenizer_of(template.jinja)
+    messages = CONVERSATIONS["turns"].messages
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == template.apply(messages)
+    prompt = tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True)
+    assert prompt == template.apply(messages[:3], add_generation_prompt=True)
+
+
 def text_of(segments) -> str:
     return "".join(segment.text for segment in segments)
 

@@ -4,7 +4,7 @@ import pytest
 from run_folders import copied, retrained
 
 from finetuning.errors import UserError
-from finetuning.publishing.portable import portable_recipe
+from finetuning.publishing.portable import portable_recipe, portable_template
 from finetuning.recipe.recipe import load_recipe
 
 
@@ -42,6 +42,19 @@ def test_folders_of_this_machine_become_names(travelled, runs):
 )
 def test_data_keeps_its_name_on_the_hub_or_in_the_project(path, expected, travelled):
     assert travelled(data__path=path).data.path == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("/home/ada/client/mine.jinja", "./mine.jinja"),
+        ("~/mine.jinja", "./mine.jinja"),
+        ("qwen3_training", "qwen3_training"),
+        (None, None),
+    ],
+)
+def test_a_chat_template_keeps_its_name_and_not_its_folder(name, expected):
+    assert portable_template(name) == expected
 
 
 def test_every_source_of_a_mixture_is_treated_so(travelled):

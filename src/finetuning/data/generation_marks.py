@@ -16,18 +16,20 @@ BEFORE = "{%- macro generation_whole(messages, add_generation_prompt) %}\n"
 # Of white space at its end nothing is lost: `+` is against lstrip_blocks.
 BEHIND = "{%+ endmacro -%}"
 # A response: from the end of its prompt through the end marks behind it. One whose prompt is not
-# the beginning of the conversation has no marks. The names are such as no template has: a macro
-# sees them.
+# the beginning of the conversation has no marks, nor has one that ends otherwise once turns follow
+# it (gpt-oss): the mark that it has as the last turn is that of a later one. The names are such as
+# no template has: a macro sees them.
 PARTS = """
 {%- set generation_text = generation_whole(messages, add_generation_prompt) -%}
 {%- set generation_at = namespace(written=0, asked=false) -%}
 {%- for generation_turn in messages -%}
 {%- if generation_turn.role == 'assistant' and generation_at.asked -%}
 {%- set start = generation_whole(messages[:loop.index0], true) -%}
+{%- set alone = generation_whole(messages[:loop.index], false) -%}
 {%- set end = namespace(first=-1, last=-1) -%}
 {%- for mark in ENDS -%}
 {%- set found = generation_text.find(mark, start | length) -%}
-{%- if found >= 0 and (end.first < 0 or found < end.first) -%}
+{%- if 0 <= found < alone | length and (end.first < 0 or found < end.first) -%}
 {%- set end.first = found -%}{%- set end.last = found + mark | length -%}
 {%- endif -%}
 {%- endfor -%}

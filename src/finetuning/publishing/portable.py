@@ -33,7 +33,10 @@ def portable_recipe(recipe: Recipe, base_commit: str | None) -> Recipe:
         update={
             "model": portable_model(recipe.model, publish.base_model, base_commit),
             "data": recipe.data.model_copy(
-                update={"path": portable_sources(recipe.data, publish.data)}
+                update={
+                    "path": portable_sources(recipe.data, publish.data),
+                    "chat_template": portable_template(recipe.data.chat_template),
+                }
             ),
             "training": recipe.training.model_copy(update={"output_dir": output}),
             "publish": publish.model_copy(update={"base_model": None, "data": None}),
@@ -72,6 +75,12 @@ def portable_sources(data: Data, hub_id: str | None = None) -> str | list[Source
     # An entry may leave the reader, say, to the data section; whether it is local depends on both.
     entries = zip(data.path, data.sources, strict=True)
     return [entry.model_copy(update={"path": portable_path(source)}) for entry, source in entries]
+
+
+def portable_template(name: str | None) -> str | None:
+    """The name of a chat template, or `./` and the name of its file, which the tokenizer has."""
+    is_path = name is not None and ("/" in name or Path(name).is_file())
+    return f"./{Path(name).name}" if name is not None and is_path else name
 
 
 def portable_path(source: Source) -> str:
