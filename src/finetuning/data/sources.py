@@ -186,7 +186,9 @@ def read_rows(path: Path, source: Source) -> Iterator[Row]:
         raise UserError(f"{path}: is nested too deeply") from None
     except BadRow as error:
         raise UserError(f"{path}: {error}") from None
-    except UNREADABLE as error:
+    except UserError:
+        raise
+    except (*UNREADABLE, ValueError) as error:  # ValueError: a number of thousands of digits
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 

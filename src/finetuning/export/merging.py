@@ -7,6 +7,7 @@ from finetuning.inference.generation import Asker, saved_generation_config
 from finetuning.inference.resolve import pin_base_model
 from finetuning.model.loading import load_model
 from finetuning.model.location import location
+from finetuning.model.lora import load_adapter
 from finetuning.recipe.recipe import Recipe
 from finetuning.recipe.sections import Model
 from finetuning.runs.folder import RunFolder
@@ -22,12 +23,10 @@ def merge(run: RunFolder, recipe: Recipe, target: Path) -> Path:
     base, answers change by what quantization rounds off (2e-2 to 4e-1, measured); in another
     format, files change their size.
     """
-    from peft import PeftModel
-
     model = pin_base_model(recipe).model
     plain = model.model_copy(update={"quantization": None, "dtype": stored_dtype(model)})
     base = load_model(plain, run.tokenizer, recipe.training.seed)
-    merged = PeftModel.from_pretrained(base, str(run.path)).merge_and_unload()
+    merged = load_adapter(base, run.path).merge_and_unload()
     template = load_template(recipe.data, run.tokenizer)
     asker = Asker(merged, run.tokenizer, template, recipe.generation)
     merged.generation_config = saved_generation_config(asker)

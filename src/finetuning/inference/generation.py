@@ -17,6 +17,7 @@ from finetuning.data.tokenization import encode_prompts
 from finetuning.errors import UserError, one_line
 from finetuning.inference.resolve import pin_base_model
 from finetuning.model.loading import load_model
+from finetuning.model.lora import load_adapter
 from finetuning.model.tokenizer import read_tokenizer
 from finetuning.recipe.recipe import Recipe
 from finetuning.recipe.sections import Generation, Model
@@ -260,12 +261,9 @@ def load_trained(
     """
     if not (folder / "adapter_config.json").exists():
         return load_model(Model(name=str(folder), dtype=recipe.model.dtype), tokenizer, seed=0)
-    from peft import PeftModel
-
     # A base from scratch is the same only with the seed of training.
     base = load_model(pin_base_model(recipe).model, tokenizer, recipe.training.seed, device)
-    adapted: Any = PeftModel.from_pretrained(base, str(folder))
-    return cast("PreTrainedModel", adapted)
+    return cast("PreTrainedModel", load_adapter(base, folder))
 
 
 def cut_at_end(ids: list[int], ends: list[int]) -> list[int]:

@@ -1,8 +1,9 @@
 """peft's settings, and whether the model has the modules they name."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.errors import UserError, did_you_mean, one_line
+from finetuning.errors import UserError, did_you_mean, is_out_of_memory, one_line
 from finetuning.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -22,6 +23,23 @@ def lora_config(recipe: Recipe) -> "LoraConfig | None":
         return LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump(exclude_unset=True))
     except (TypeError, ValueError) as error:
         raise UserError(f"lora: {one_line(error)}") from None
+
+
+def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
+    """The base model with the folder's adapter on it.
+
+    Raises UserError for whatever peft says to an adapter_config.json, which may be a stranger's.
+    """
+    from peft import PeftModel
+
+    try:
+        adapted: PeftModel = PeftModel.from_pretrained(base, str(folder))
+        return adapted
+    except Exception as error:  # of many kinds
+        if is_out_of_memory(error):
+            raise
+        said = one_line(error) or type(error).__name__
+        raise UserError(f"{folder}: the adapter cannot be loaded: {said}") from None
 
 
 def add_adapter(

@@ -1,6 +1,7 @@
 """The base model's tokenizer, or one trained from scratch."""
 
 import json
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning.errors import UserError, one_line
 from finetuning.model.location import location
 from finetuning.recipe.sections import FromScratch, Model
+from finetuning.untrusted_text import short_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,11 +41,23 @@ def read_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
     Raises UserError where there is none, or none that tokenizes in batches.
     """
     tokenizer = plain_tokenizer(name, revision) or auto_tokenizer(name, revision)
+    require_template_names(name, tokenizer)
     for name_of_loading in ("is_local", "local_files_only"):  # would be saved with it
         tokenizer.init_kwargs.pop(name_of_loading, None)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+def require_template_names(name: str, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Raises UserError for names that could not be files, when the tokenizer is saved."""
+    templates: Any = tokenizer.chat_template
+    for template in templates if isinstance(templates, dict) else ():
+        if not re.fullmatch(r"\w[\w.-]*", template):
+            raise UserError(
+                f"model.name: {name} has a chat template called {short_line(template)}, which "
+                "cannot be a file; names are of letters, digits, `_`, `.` and `-`"
+            )
 
 
 def plain_tokenizer(name: str, revision: str | None) -> "PreTrainedTokenizerFast | None":
