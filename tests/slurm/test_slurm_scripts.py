@@ -211,3 +211,39 @@ def test_processes_of_a_job_are_counted_from_its_options(options, processes):
     command = [ROOT / "slurm" / "count_processes", *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == (f"{processes}\n", "")
+
+
+HOSTILE = [
+    "$(touch MARK)",
+    "`touch MARK`",
+    "'a;touch MARK'",
+    "'a|touch MARK'",
+    "'a&&touch MARK'",
+    "*",
+]
+
+
+def test_nothing_in_a_sweep_is_run_by_the_shell(tmp_path):
+    """A stranger's file of overrides: its name and its lines are words, as they stand."""
+    mark = ROOT / "mark-of-a-stranger"
+    words = [word.replace("MARK", mark.name) for word in HOSTILE]
+    sweep = tmp_path / f"x $(touch {mark.name});`touch {mark.name}`.txt"
+    lines = [f'training.run_name="{word}"' if " " in word else word for word in words]
+    sweep.write_text("\n".join(f"training.run_name={line}" for line in lines) + "\n")
+    arguments = ["accelerate_configs/cpu.yaml", "recipes/dolly_gpt2.yaml", str(sweep), *words]
+    array, table = called("array.sh", f"--comment={words[0]}", "--", *arguments, folder=tmp_path)
+    assert array[-len(arguments) :] == arguments and f"--comment={words[0]}" in array
+    programs = tmp_path / "bin"
+    (programs / "python").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" >{tmp_path}/compared\n')
+    (programs / "python").chmod(0o755)
+    variables = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    wrap = table[-1].removeprefix("--wrap ").replace("$PWD/.venv/bin:", "")
+    subprocess.run(["sh", "-c", wrap], cwd=ROOT, env=variables, check=True)
+    assert (tmp_path / "compared").read_text() == f"src/compare.py\noutputs/{sweep.stem}\n"
+    for number in range(1, len(words) + 1):
+        task = {**variables, "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(number)}
+        task |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": str(ROOT)}
+        subprocess.run(
+            [ROOT / "slurm/array.sh", *arguments], cwd=ROOT, env=task, capture_output=True
+        )
+    assert not mark.exists()
