@@ -4,7 +4,8 @@ python src/compare.py outputs/learning_rates                           # every r
 python src/compare.py outputs/dolly_gpt2 outputs/try outputs/short     # these
 
 Prints the settings in which the runs differ and the last figures of each, the run with the least
-evaluation loss first. Writes comparison.csv and comparison.png to the folder that holds them all.
+evaluation loss first, and mean and standard deviation of runs that differ in nothing but their
+seed. Writes comparison.csv, .json and .png to the folder that holds them all.
 An unfinished run is compared as far as it is.
 """
 
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> None:
     console, folder = make_console(), common_folder(runs)
     print_runs(console, runs)
     write_comparison(runs, folder)
-    console.print(f"written to {folder}: comparison.csv, comparison.png")
+    console.print(f"written to {folder}: comparison.csv, .json, .png")
 
 
 def read_arguments(arguments: list[str]) -> Namespace:

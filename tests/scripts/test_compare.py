@@ -64,12 +64,45 @@ def test_the_table_has_what_differs_and_what_came_of_it(sweep, capsys):
         "evaluation loss": "1.0",
         "evaluation accuracy": "0.5",
         "tokens/s": "10000.0",
+        "hours": "",
+        "GPU hours": "",
         "state": "finished",
     }
     assert table(sweep)[1]["state"] == "step 10"
     printed = capsys.readouterr().out
     assert "learning_rate" in printed and "2e-05" in printed and "max_steps" not in printed
     assert (sweep / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_differ_in_their_seed_only_have_a_mean_and_a_spread(sweep, capsys):
+    for name, rate, seed, loss in (("a", "1e-5", 1, 3.5), ("b", "1e-5", 2, 4.5), ("c", "9", 3, 1)):
+        recipe = make_run(sweep / "seeds" / name, rate, [5.0, loss]) / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("max_steps", f"seed: {seed}, max_steps"))
+    compare.main([str(sweep / "seeds")])
+    assert "evaluation loss" in (printed := capsys.readouterr().out) and "4 ± 0.7071" in printed
+    found = json.loads((sweep / "seeds/comparison.json").read_text())
+    assert [run["evaluation loss"] for run in found["runs"]] == [1.0, 3.5, 4.5]
+    (row,) = found["seeds"]
+    assert (row["seeds"], row["training.learning_rate"], row["evaluation loss"]) == (2, 1e-5, 4.0)
+    assert row["evaluation loss sd"] == pytest.approx(0.5**0.5)
+    assert "2,1e-05," in (sweep / "seeds/comparison_seeds.csv").read_text()
+
+
+def test_the_table_has_the_hours_of_all_launches_and_those_of_gpus(sweep):
+    launches = [
+        {"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T01:00:00+00:00"},
+        {"started": "2026-01-01T02:00:00+00:00"},  # killed
+        {"started": "2026-01-01T04:00:00+00:00", "ended": "2026-01-01T04:30:00+00:00"},
+    ]
+    launches = [{**launch, "device": "cuda:0", "processes": 4} for launch in launches]
+    launches[2]["device"] = "cpu"
+    (sweep / "2/environment.json").write_text(json.dumps({"finished": None, "launches": launches}))
+    old = {"started": "2026-01-01T00:00:00+00:00", "device": "cpu", "processes": 1}
+    ended = {"finished": "2026-01-01T00:15:00+00:00", "launches": [old]}  # before ends were noted
+    (sweep / "1/environment.json").write_text(json.dumps(ended))
+    compare.main([str(sweep)])
+    hours = {row["run"]: (row["hours"], row["GPU hours"]) for row in table(sweep)}
+    assert hours["2"] == ("1.5", "4.0") and hours["1"] == ("0.25", "0.0")
 
 
 def test_brackets_and_colons_are_letters_like_others(sweep, capsys):

@@ -94,6 +94,7 @@ def test_a_run_folder_explains_itself(tmp_path):
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["torch"] and environment["data"] and environment["finished"]
     (launch,) = environment["launches"]
+    assert launch["started"] <= environment["finished"] <= launch["ended"]
     assert (launch["strategy"], launch["processes"], launch["precision"]) == ("single", 1, "fp32")
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2]

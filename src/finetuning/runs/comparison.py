@@ -1,22 +1,27 @@
 """Run folders side by side: a table of what was set and what came of it, a plot of the losses."""
 
 import csv
+import json
 import math
 import os
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from finetuning.errors import UserError
+from finetuning.files import write_text
 from finetuning.runs.folder import RunFolder
 from finetuning.runs.plots import label, pyplot
 from finetuning.untrusted_text import printable, short_line
 
 NOT_COMPARED = ("training.output_dir",)
-
+DEVIATION = " sd"  # ends the column of a standard deviation
+SEEDS = ("training.seed", "training.data_seed")
 
 # Column and the figure of metrics.jsonl whose last value stands there.
 FIGURES = {
@@ -34,6 +39,39 @@ class Run(RunFolder):
     def settings(self) -> dict[str, Any]:
         """Every setting of recipe.yaml as section.key: value."""
         return dict(flat(self.recipe.resolved()))
+
+    @property
+    def hours(self) -> float | None:
+        """How long it ran, all launches together; None where that was not noted.
+
+        What a launch that was killed had done is not in it.
+        """
+        return sum(hours for hours, _ in self.durations) if self.durations else None
+
+    @property
+    def gpu_hours(self) -> float | None:
+        return sum(hours * gpus for hours, gpus in self.durations) if self.durations else None
+
+    @cached_property
+    def durations(self) -> list[tuple[float, int]]:
+        """(hours, GPUs) of every launch whose end was noted."""
+        launches = self.environment.get("launches") or []
+        found = []
+        for launch in launches:
+            end = launch.get("ended") or (
+                self.environment.get("finished") if launch is launches[-1] else None
+            )
+            if end and launch.get("started"):
+                passed = datetime.fromisoformat(end) - datetime.fromisoformat(launch["started"])
+                gpus = 0 if launch.get("device") == "cpu" else launch.get("processes", 1)
+                found.append((passed.total_seconds() / 3600, gpus))
+        return found
+
+    @property
+    def results(self) -> dict[str, float | None]:
+        """{column: what came of it}"""
+        figures = {column: self.last(figure) for column, figure in FIGURES.items()}
+        return {**figures, "hours": self.hours, "GPU hours": self.gpu_hours}
 
     @property
     def state(self) -> str:
@@ -94,12 +132,43 @@ def differing(runs: list[Run]) -> list[str]:
 def table_of(runs: list[Run]) -> tuple[list[str], list[list[Any]]]:
     """(columns, rows): the settings in which runs differ, then their figures; the best first."""
     names = differing(runs)
-    columns = ["run", *names, *FIGURES, "state"]
+    columns = ["run", *names, *runs[0].results, "state"]
     rows = []
     for run in sorted(runs, key=rank):
         settings = [run.settings.get(name) for name in names]
-        rows.append([name_of(run, runs), *settings, *map(run.last, FIGURES.values()), run.state])
+        rows.append([name_of(run, runs), *settings, *run.results.values(), run.state])
     return columns, rows
+
+
+def seed_table(runs: list[Run]) -> tuple[list[str], list[list[Any]]] | None:
+    """(columns, rows): mean and standard deviation of runs that differ in nothing but their seed.
+
+    None where there are no two such runs.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=rank):
+        same = {k: v for k, v in run.settings.items() if k not in (*NOT_COMPARED, *SEEDS)}
+        groups.setdefault(repr(same), []).append(run)
+    seeds = [group for group in groups.values() if len(group) > 1]
+    if not seeds:
+        return None
+    names = [name for name in differing(runs) if name not in SEEDS]
+    results = runs[0].results
+    columns = ["seeds", *names, *(f"{name}{end}" for name in results for end in ("", DEVIATION))]
+    rows = []
+    for group in seeds:
+        spreads = [spread([run.results[name] for run in group]) for name in results]
+        settings = [group[0].settings.get(name) for name in names]
+        rows.append([len(group), *settings, *(number for pair in spreads for number in pair)])
+    return columns, rows
+
+
+def spread(values: list[float | None]) -> tuple[float | None, float | None]:
+    """(mean, sample standard deviation) of the values that are known; None of too few."""
+    known = [value for value in values if value is not None]
+    if not all(map(math.isfinite, known)):
+        return math.nan, math.nan
+    return mean(known) if known else None, stdev(known) if len(known) > 1 else None
 
 
 def rank(run: Run) -> list[float]:
@@ -114,18 +183,38 @@ def name_of(run: Run, runs: list[Run]) -> str:
 
 
 def print_runs(console: Console, runs: list[Run]) -> None:
+    """A line for each run, and below it one for the runs that differ in their seed only."""
+    print_table(console, *table_of(runs), len(differing(runs)))
+    if found := seed_table(runs):
+        console.print("mean ± standard deviation over seeds")
+        print_seeds(console, *found, len(set(differing(runs)) - set(SEEDS)))
+
+
+def print_seeds(console: Console, columns: list[str], rows: list[list[Any]], settings: int) -> None:
+    begin = 1 + settings
+    heads = [*columns[:begin], *columns[begin::2]]
+    cells = [
+        [*row[:begin], *map(with_deviation, row[begin::2], row[begin + 1 :: 2])] for row in rows
+    ]
+    print_table(console, heads, cells, settings)
+
+
+def with_deviation(number: float | None, deviation: float | None) -> str:
+    return cell(number) if deviation is None else f"{cell(number)} ± {cell(deviation)}"
+
+
+def print_table(console: Console, columns: list[str], rows: list[list[Any]], settings: int) -> None:
     """One table, or where that is too wide two: the settings that differ, then the figures."""
-    columns, rows = table_of(runs)
     columns = [short(column) for column in columns]
     table = text_table(columns, rows)
     wide = console.options.update(max_width=10_000)
     if console.measure(table, options=wide).maximum <= console.width:
         console.print(table, soft_wrap=False)
         return
-    end = 1 + len(differing(runs))
+    end = 1 + settings
     for chosen in (slice(1, end), slice(end, None)):
-        # Lines may break behind an underscore.
-        heads = [column.replace("_", "_\n") for column in columns[chosen]]
+        # A word or a part of it on a line: rich would cut words where two lines could be had.
+        heads = [column.replace("_", "_\n").replace(" ", "\n") for column in columns[chosen]]
         cells = [[row[0], *row[chosen]] for row in rows]
         console.print(text_table([columns[0], *heads], cells), soft_wrap=False)
 
@@ -155,16 +244,31 @@ def label_of(run: Run, runs: list[Run]) -> str:
 
 
 def write_comparison(runs: list[Run], folder: Path) -> None:
-    """comparison.csv and comparison.png. Raises UserError where they cannot be written."""
+    """comparison.csv, .json and .png. Raises UserError where they cannot be written."""
+    seeds = seed_table(runs)
     try:
-        write_csv(runs, folder / "comparison.csv")
+        write_csv(table_of(runs), folder / "comparison.csv")
+        if seeds:
+            write_csv(seeds, folder / "comparison_seeds.csv")
+        found = {"runs": records(table_of(runs)), "seeds": records(seeds) if seeds else []}
+        write_text(folder / "comparison.json", json.dumps(found, indent=1, ensure_ascii=False))
         plot_runs(runs, folder / "comparison.png")
     except OSError as error:
         raise UserError(f"{folder}: the comparison cannot be written: {error.strerror}") from None
 
 
-def write_csv(runs: list[Run], file: Path) -> None:
-    columns, rows = table_of(runs)
+def records(table: tuple[list[str], list[list[Any]]]) -> list[dict[str, Any]]:
+    """A table for JSON, which has no NaN."""
+    columns, rows = table
+    return [dict(zip(columns, map(finite, row), strict=True)) for row in rows]
+
+
+def finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_csv(table: tuple[list[str], list[list[Any]]], file: Path) -> None:
+    columns, rows = table
     with file.open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream).writerows([map(csv_cell, row) for row in (columns, *rows)])
 

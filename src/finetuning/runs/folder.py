@@ -13,8 +13,8 @@ import math
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -205,6 +205,19 @@ def write_start(folder: Path, recipe: Recipe, fingerprint: str, launch: dict[str
 
 def write_finish(folder: Path) -> None:
     write_environment(folder, {**read_environment(folder), "finished": now()})
+
+
+@contextmanager
+def noting_end(folder: Path, is_first: bool) -> Iterator[None]:
+    """Notes when the launch ended, however it does but by a kill; the first process does it."""
+    try:
+        yield
+    finally:
+        environment = known_environment(folder) if is_first else None
+        if environment and environment.get("launches"):
+            environment["launches"][-1]["ended"] = now()
+            with suppress(OSError):  # a full disk must not hide why it ended
+                write_environment(folder, environment)
 
 
 def write_environment(folder: Path, environment: dict[str, Any]) -> None:

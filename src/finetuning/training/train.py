@@ -13,7 +13,7 @@ from finetuning.model.loading import fuse_gelu, leave_out_router_loss, load_mode
 from finetuning.model.lora import add_adapter, lora_config
 from finetuning.model.loss import require_plain_head
 from finetuning.model.precision import with_weight_format
-from finetuning.runs.folder import write_finish
+from finetuning.runs.folder import noting_end, write_finish
 from finetuning.runs.terminal import print_answers
 from finetuning.training.callbacks import MetricsFile, Watchdog
 from finetuning.training.library_checks import require_library_settings
@@ -44,6 +44,23 @@ def train(run: PreparedRun, stop: Stop, console: Console) -> None:
     trainer.add_callback(MetricsFile(trainer.run_folder))
     trainer.add_callback(Watchdog())
     trainer.add_callback(SynchronizedStop(stop, trainer))
+    with noting_end(trainer.run_folder, trainer.is_world_process_zero()):
+        losses = train_and_save(trainer, run, stop, progress, console)
+    console.print(losses)
+    console.print(f"run folder: {trainer.run_folder}")
+    # Torch asks for it, lest a process leaves while another still has something to receive from it
+    # by NCCL.
+    trainer.accelerator.end_training()
+
+
+def train_and_save(
+    trainer: ResponseTrainer,
+    run: PreparedRun,
+    stop: Stop,
+    progress: ProgressLines,
+    console: Console,
+) -> str:
+    """Fills the run folder. How far the loss fell is returned, as a line."""
     with closing(progress), stop.after_a_step():
         resume_or_train(trainer)
         losses = loss_before_and_after(trainer)
@@ -55,11 +72,7 @@ def train(run: PreparedRun, stop: Stop, console: Console) -> None:
         log_samples(run.recipe, trainer.run_folder, samples, trainer.state.global_step)
         write_finish(trainer.run_folder)
         print_answers(console, samples)
-    console.print(losses)
-    console.print(f"run folder: {trainer.run_folder}")
-    # Torch asks for it, lest a process leaves while another still has something to receive from it
-    # by NCCL.
-    trainer.accelerator.end_training()
+    return losses
 
 
 def make_trainer(run: PreparedRun) -> ResponseTrainer:
