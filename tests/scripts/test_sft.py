@@ -66,8 +66,11 @@ def stand_in(recipe, folder: Path) -> list[str]:
     """Overrides: a tiny model and a few rows in the place of what the recipe takes from the Hub."""
     if recipe.model.from_scratch:
         return []
-    kind = "bloom" if "bloom" in recipe.model.name else "gpt2"
+    kinds = {"bloom": "bloom", "llm-jp-3": "llama"}
+    kind = next((kind for name, kind in kinds.items() if name in recipe.model.name), "gpt2")
     tokenizer = tiny.byte_level()
+    if recipe.data.template == "chat":
+        tokenizer = tiny.chat_tokenizer("byte_level", "chatml")
     width = 64 if recipe.model.quantization else 32  # bitsandbytes rounds in blocks of 64
     tiny.model_of(kind, vocab_size=len(tokenizer), width=width).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
