@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+from conftest import ROOT
 from run_folders import copied, error_of, run_folder
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -268,3 +270,12 @@ def test_without_the_library_it_is_named(run, call, monkeypatch):
     monkeypatch.setattr(exported, "installed", lambda name: None)
     assert "pip install -e '.[export]'" in error_of(call(export, run))
     assert installed("gguf")
+
+
+def test_weights_that_are_not_finite_are_not_exported(call, tmp_path):
+    run = copied(ROOT / "tests/old_runs/finished", tmp_path / "run")
+    weights = load_file(run / "model.safetensors")
+    weights["transformer.ln_f.bias"][0] = float("nan")
+    save_file(weights, run / "model.safetensors", {"format": "pt"})
+    assert "transformer.ln_f.bias is not finite" in error_of(call(export, run))
+    assert not list(run.rglob("*.gguf"))

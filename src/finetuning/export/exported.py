@@ -24,6 +24,7 @@ from finetuning.hub.allowed_files import ADAPTER_WEIGHTS
 from finetuning.inference.agreement import Answer, ask_greedily, questions_of
 from finetuning.inference.resolve import pin_base_model
 from finetuning.launch.software import installed
+from finetuning.model.finite import require_finite_weights
 from finetuning.model.loading import load_config
 from finetuning.recipe.recipe import Recipe
 from finetuning.runs.folder import RunFolder, now
@@ -88,7 +89,8 @@ def require_gguf() -> None:
 def export(folder: Path, recipe: Recipe, kind: str, target: Path) -> Path:
     """Writes model-<kind>.gguf and a Modelfile to the target folder; returns the GGUF file.
 
-    Raises UserError for a model that llama.cpp does not compute.
+    Raises UserError for a model that llama.cpp does not compute, and for weights that are not
+    finite.
     """
     trained = Trained(RunFolder(folder), recipe)
     architecture_of(config_of(trained))
@@ -105,6 +107,7 @@ def export(folder: Path, recipe: Recipe, kind: str, target: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     file = target / f"model-{kind}.gguf"
     with full_weights(trained) as weights:
+        require_finite_weights(weights)
         write_gguf(weights, contents, kind, file)
     turns = turns_of(trained.prompt)
     text = modelfile(file.name, turns, ends, recipe.generation, license)
