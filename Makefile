@@ -68,6 +68,8 @@ bench: $(VENV)/.base  ## speed and memory beside trl and transformers, about an 
 	  benchmarks/results/small_full.json benchmarks/results/bloom_lora.json
 	$(RUN)/python benchmarks/memory.py --json benchmarks/results/memory_cpu.json
 	$(RUN)/python benchmarks/data.py $(BENCH)
+	$(RUN)/python benchmarks/rows.py $(BENCH) --rows 15000
+	$(RUN)/python benchmarks/rows.py $(BENCH) --rows 300000
 	$(RUN)/python benchmarks/startup.py $(BENCH)
 
 lint: $(VENV)/.dev  ## ruff and mypy

@@ -9,13 +9,17 @@ python src/preview.py recipes/dolly_gpt2.yaml --gpu l4 --num_processes 8 \\
 Shows how many rows are kept and why others are not, some examples with the trained tokens in green,
 and a budget: what a process will need of the memory of this machine, or of the GPU that is named;
 steps, time and disk. --config_file and --num_processes mean what they mean to accelerate launch.
-Writes report.json, token_lengths.png and examples.jsonl to <training.output_dir>/preview/. The
-plot's labels are Japanese where the locale is, as with LANG=ja_JP.UTF-8.
+Says what is wrong with the data: prompts on both sides of the evaluation split, copies, different
+answers to one question, empty responses, broken characters. Writes report.html, a page with all of
+it and the examples that show it, report.json, token_lengths.png and examples.jsonl to
+<training.output_dir>/preview/. The plot's labels are Japanese where the locale is, as with
+LANG=ja_JP.UTF-8.
 """
 
 import json
 import os
 from argparse import Namespace
+from itertools import islice
 from pathlib import Path
 
 from finetuning.command_line import ArgumentParser
@@ -23,15 +27,19 @@ from finetuning.errors import UserError
 from finetuning.script import run
 
 SHOWN = 3  # examples printed
+LOOKED_AT = 20_000  # examples at most that findings are of
 
 
 def main(arguments: list[str]) -> None:
+    import numpy as np
+
     from finetuning.budget.savings import enough
     from finetuning.files import write_text
     from finetuning.launch import devices
     from finetuning.launch.strategy import launch_environment, requested_strategy
     from finetuning.model.quantization import hide_bitsandbytes
     from finetuning.recipe.recipe import Recipe, load_recipe
+    from finetuning.runs.doctor import Shown, diagnose
     from finetuning.runs.folder import (
         make_folder,
         output_folder,
@@ -39,12 +47,15 @@ def main(arguments: list[str]) -> None:
         require_local_output,
     )
     from finetuning.runs.plots import plot_lengths
+    from finetuning.runs.report_page import report_page
     from finetuning.runs.terminal import (
         examples_in_order,
         make_console,
         print_budget,
         print_example,
+        print_findings,
         print_funnel,
+        trained_and_not,
     )
     from finetuning.training.prepared_run import prepare_run
 
@@ -58,26 +69,37 @@ def main(arguments: list[str]) -> None:
     run = prepare_run(recipe, strategy, trains_here=False)
     recipe, tokenizer, prepared = run.recipe, run.tokenizer, run.examples
     folder = make_folder(output_folder(recipe) / "preview")
-    examples = examples_in_order(prepared.train, prepared.eval)
+    parts = [prepared.train] if prepared.eval is None else [prepared.train, prepared.eval]
+    lengths = np.concatenate([part.lengths for part in parts])
+    looked_at = [
+        Shown(number, row, split, trained_and_not(example, tokenizer))
+        for number, (split, row, example) in enumerate(
+            islice(examples_in_order(prepared.train, prepared.eval), LOOKED_AT)
+        )
+    ]
+    findings = diagnose(looked_at, run.template.end_marks)
 
     console = make_console()
     print_funnel(console, prepared.report)
+    print_findings(console, findings)
     console.rule("examples: prompt grey, response green")
-    for _, _, example in examples[:SHOWN]:
+    for _, _, example in islice(examples_in_order(prepared.train, prepared.eval), SHOWN):
         print_example(console, example, tokenizer)
 
     write_text(
         folder / "report.json", json.dumps(prepared.report, indent=2, ensure_ascii=False) + "\n"
     )
-    plot_lengths(
-        [len(example["input_ids"]) for _, _, example in examples], recipe.data.max_length, folder
-    )
+    plot_lengths(lengths, recipe.data.max_length, folder)
+    page = report_page(prepared.report, lengths, looked_at, findings)
+    write_text(folder / "report.html", page)
     with (folder / "examples.jsonl").open("w", encoding="utf-8") as stream:
-        for split, row, example in examples:
+        for split, row, example in examples_in_order(prepared.train, prepared.eval):
             input_ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
             line = {"split": split, "row": row, "input_ids": input_ids, "labels": labels}
             stream.write(json.dumps(line) + "\n")
-    console.print(f"written to {folder}: report.json, token_lengths.png, examples.jsonl")
+    console.print(
+        f"written to {folder}: report.html, report.json, token_lengths.png, examples.jsonl"
+    )
 
     console.rule("budget")
     hide_bitsandbytes(recipe)

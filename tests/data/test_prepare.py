@@ -285,8 +285,11 @@ def test_every_nth_of_the_kept_rows_is_held_out_beginning_with_the_first(data_of
 
 def test_a_drawn_share_is_the_same_every_time_and_another_with_another_seed(data_of):
     drawn = {}
+    rows = [
+        {**row, "response": f"{number} {row['response']}"} for number, row in enumerate(pairs(40))
+    ]
     for seed in (None, 0, 1, 2):
-        prepared = prepare(data_of(pairs(40), eval={"fraction": 0.25, "seed": seed}), TOKENIZER)
+        prepared = prepare(data_of(rows, eval={"fraction": 0.25, "seed": seed}), TOKENIZER)
         held, train = prepared.eval.rows.tolist(), prepared.train.rows.tolist()
         assert len(held) == 10
         assert sorted(held + train) == list(range(40))
@@ -294,9 +297,9 @@ def test_a_drawn_share_is_the_same_every_time_and_another_with_another_seed(data
         drawn[seed] = held
     assert drawn[None] == drawn[0]
     assert len({tuple(held) for held in drawn.values()}) == 3
-    assert plain(
-        prepare(data_of(pairs(40), eval={"fraction": 0.25, "seed": 2}), TOKENIZER)
-    ) == plain(prepared)
+    assert plain(prepare(data_of(rows, eval={"fraction": 0.25, "seed": 2}), TOKENIZER)) == plain(
+        prepared
+    )
 
 
 def test_a_drawn_share_is_the_one_it_has_always_been(data_of):
@@ -554,6 +557,7 @@ OTHER = {
     "chat_template": "qwen3_training",
     "chat_template_kwargs": {"enable_thinking": False},
     "columns": {"answer": "said"},
+    "duplicates": "drop",
     "eval": {"every": 5},
 }
 HUB_ONLY = {"config", "revision"}  # a local source has none, and datasets' own fingerprint has them

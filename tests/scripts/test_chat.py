@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import shutil
 import subprocess
 import sys
 import urllib.error
@@ -119,32 +117,6 @@ def test_an_adapter_is_shown_beside_the_base_it_lies_on(runs, answer):
         )
     assert names[0].startswith("base model ") and names[1] == str(runs["lora"])
     assert trained == answer("lora") != base
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    programs = [shutil.which("chromium"), shutil.which("chromedriver")]
-    if not all(programs):
-        assert not os.environ.get("CI"), "chromium and chromedriver are not installed"
-        pytest.skip("chromium and chromedriver are not installed")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    profile = tmp_path_factory.mktemp("browser")
-    for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--disable-background-networking",
-        f"--user-data-dir={profile}",
-        "--lang=en-US",
-    ):
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
-    yield driver
-    driver.quit()
 
 
 def test_a_question_typed_in_a_browser_is_answered(page, browser, answer):

@@ -1,6 +1,6 @@
 """Recipe and tokenizer -> training and evaluation examples, every row accounted for.
 
-load -> where -> read -> render -> tokenize -> overflow -> eval split -> weight
+load -> where -> read -> render -> tokenize -> overflow -> duplicates -> eval split -> weight
 
 Rows are read and worked on in blocks, by as many processes as there are cores, and what becomes of
 them is on disk at once: memory does not grow with the number of rows.
@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from finetuning.data.chat_template import ChatTemplate
-from finetuning.data.rendering import has_empty_response, read_row, render_row
+from finetuning.data.groups import first_of_group, key_of, prompt_key, response_key, value_key
+from finetuning.data.rendering import Conversation, has_empty_response, read_row, render_row
 from finetuning.data.row import BadRow, Row
-from finetuning.data.section import Data, Eval, Source
+from finetuning.data.section import SAME_TEXT, Data, Eval, Source
 from finetuning.data.sources import stream_rows
 from finetuning.data.storage import Arrays, GrowingArrays, seal, write_examples
 from finetuning.data.templates import CHAT, TEMPLATES, MarkerTemplate, Segment, Template
@@ -41,6 +42,10 @@ from finetuning.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# Of each example, and added up in the report: its trained tokens; whether it was cut; whether its
+# last trained token is an end mark; spelled and merged of Exceptions.
+COUNTED = ("trained", "cut", "closed", "spelled", "merged")
+SHARED = ("row_keys", "prompts", "responses")  # keys of rows that stay on one side of the split
 SHOWN_PLACES = 5  # dropped rows of a reason that the report names
 BLOCK_ROWS, BLOCK_TEXT = 2048, 2**22  # rows and characters that are worked on at once, about
 
@@ -62,13 +67,11 @@ class Tally:
     """Counts what becomes of rows."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """loaded, where, read, kept, cut, closed, spelled, merged: rows; prompt, response: tokens;
-    made: examples of the rows that were read; empty: rows with a trained response of no text"""
+    """loaded, where, read: rows; made: examples of the rows that were read; empty: rows with a
+    trained response of no text; duplicates: examples"""
     dropped: Counter[str] = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)
     """of the first few dropped rows of each reason"""
-    longest: int = 0
-    """tokens"""
     unused: set[str] = field(default_factory=set)
     """columns that nothing was read of"""
 
@@ -81,7 +84,6 @@ class Tally:
     def add(self, other: "Tally") -> None:
         self.counts += other.counts
         self.dropped += other.dropped
-        self.longest = max(self.longest, other.longest)
         self.unused |= other.unused
         for reason, places in other.places.items():
             self.places[reason] = (self.places.get(reason, []) + places)[:SHOWN_PLACES]
@@ -91,7 +93,8 @@ class Block(NamedTuple):
     """What became of a block of rows."""
 
     arrays: Arrays
-    """input_ids, labels, lengths and rows of Examples; sources and is_eval of LoadedRow"""
+    """of the examples that fit: those of Examples; sources and is_eval of LoadedRow; COUNTED; Keys:
+    copies of the tokens, and SHARED"""
     tally: Tally
 
 
@@ -107,31 +110,32 @@ def build(data: Data, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> Non
     for block in map_in_order(preparation, blocks, data.num_proc or cores()):
         kept.append(block.arrays)
         tally.add(block.tally)
-    if not tally.counts["kept"]:
-        raise nothing_to("train", tally, 0, 0)
-
     arrays = kept.mapped()
-    is_eval = evaluation_set(arrays["is_eval"], data.eval)
-    copies = copies_by_weight(arrays["sources"], data.sources)
-    train = np.repeat(np.arange(len(is_eval)), copies * ~is_eval)
-    held_out = np.flatnonzero(is_eval)
+    group_by = data.eval.group_by if data.eval else None
+    if group_by and group_by != SAME_TEXT:
+        tally.unused.discard(group_by)
+        if not arrays["prompts"].any():
+            raise UserError(f"data.eval.group_by: no row has a column {group_by}")
+    numbers = without_duplicates(arrays, data, tally)
+    same = first_of_group(*(arrays[name][numbers] for name in SHARED))
+    groups = same if group_by else first_of_group(arrays["row_keys"][numbers])
+    is_eval = evaluation_set(arrays["is_eval"][numbers], groups, data.eval)
+    copies = copies_by_weight(arrays["sources"][numbers], data.sources)
+    train = np.repeat(numbers, copies * ~is_eval)
+    held_out = numbers[is_eval]
+    report = make_report(tally, arrays, numbers, len(train), len(held_out))
+    report["leaked"] = int(np.isin(same[is_eval], same[~is_eval]).sum())
+    report["added_end_mark"] = preparation.template.added_end_mark
     if len(train) == 0 or (data.eval and len(held_out) == 0):
         which = "train" if len(train) == 0 else "evaluate"
-        raise nothing_to(which, tally, len(train), len(held_out))
+        counts = f"{json.dumps(report['rows'])}, dropped {json.dumps(report['dropped'])}"
+        raise UserError(f"nothing to {which} on: {counts}")
 
     digest = hashlib.sha256()
     write_examples(folder, "train", arrays, train, digest)
     if data.eval:
         write_examples(folder, "eval", arrays, held_out, digest)
-    report = make_report(tally, len(train), len(held_out))
-    report["added_end_mark"] = preparation.template.added_end_mark
     seal(folder, report, digest.hexdigest())
-
-
-def nothing_to(which: str, tally: Tally, train: int, held_out: int) -> UserError:
-    report = make_report(tally, train, held_out)
-    counts = f"{json.dumps(report['rows'])}, dropped {json.dumps(report['dropped'])}"
-    return UserError(f"nothing to {which} on: {counts}")
 
 
 @dataclass(frozen=True)
@@ -153,10 +157,10 @@ class Preparation:
         """Raises UserError where a row does not fit, unless such rows are dropped."""
         tally = Tally()
         rendered = list(self.render(rows, tally))
-        segments = [of_example for _, of_example in rendered]
+        segments = [of_example for _, _, of_example in rendered]
         responses = tokenize(segments, self.tokenizer)
         whole = train_on_all(responses) if self.data.loss_on == "all" else responses
-        kept = self.fit(whole, [row.place for row, _ in rendered], tally)
+        kept = self.fit(whole, [row.place for row, _, _ in rendered], tally)
 
         examples = whole.select(kept, self.data.max_length)
         is_closed = ends_with_mark(
@@ -165,22 +169,20 @@ class Preparation:
         kept_segments = [segments[number] for number in kept]
         other = exceptions(kept_segments, self.tokenizer)
         require_special_tokens_found(kept_segments, other, self.tokenizer)
-        trained = int((examples.labels != IGNORE_INDEX).sum())
-        tally.longest = int(examples.lengths.max(initial=0))
-        tally.counts += Counter(
-            kept=len(kept),
-            closed=int(is_closed.sum()),
-            spelled=int(other.spelled.sum()),
-            merged=int(other.merged.sum()),
-            prompt=len(examples.input_ids) - trained,
-            response=trained,
-        )
-        return Block(arrays_of(examples, [rendered[number][0] for number in kept]), tally)
+        trained = np.add.reduceat(examples.labels != IGNORE_INDEX, examples.ends - examples.lengths)
+        counted = {
+            "trained": trained.astype(np.int32),
+            "cut": whole.lengths[kept] > self.data.max_length,
+            "closed": is_closed,
+            **other._asdict(),
+        }
+        made_of = [rendered[number][:2] for number in kept]
+        return Block({**arrays_of(examples, made_of, self.data.eval), **counted}, tally)
 
     def render(
         self, rows: list[LoadedRow], tally: Tally
-    ) -> Iterator[tuple[LoadedRow, list[Segment]]]:
-        """The segments of every example, and the row that it is made of."""
+    ) -> Iterator[tuple[LoadedRow, Conversation, list[Segment]]]:
+        """The segments of every example, and what it is made of."""
         for row in rows:
             try:
                 conversation = read_row(row.columns, self.sources[row.source])
@@ -195,7 +197,7 @@ class Preparation:
                 read=1, made=len(examples), empty=int(has_empty_response(conversation.messages))
             )
             for segments in examples:
-                yield row, segments
+                yield row, conversation, segments
 
     def fit(self, whole: Examples, places: list[str], tally: Tally) -> NDArray[np.int64]:
         """(kept,) numbers of the examples that fit max_length and have a token left to train.
@@ -211,7 +213,6 @@ class Preparation:
         for number in np.flatnonzero(~has_response & ~is_dropped):
             tally.drop("no_response", places[number])
         kept = np.flatnonzero(has_response & ~is_dropped)
-        tally.counts["cut"] += int(is_long[kept].sum())
         return kept
 
     def check_overflow(
@@ -234,13 +235,26 @@ def refuse(place: str, error: BadRow, data: Data, tally: Tally) -> None:
     tally.drop("invalid", f"{place}: {error}")
 
 
-def arrays_of(examples: Examples, rows: list[LoadedRow]) -> Arrays:
+def arrays_of(
+    examples: Examples, made_of: list[tuple[LoadedRow, Conversation]], split: Eval | None
+) -> Arrays:
     """What is kept of each example and of the row that it was made of."""
-    numbers = np.array([row.number for row in rows], np.int64)
+    rows = np.array([row.number for row, _ in made_of], np.int64)
+    tokens = np.split(np.stack([examples.input_ids, examples.labels], 1), examples.ends[:-1])
+    column = split.group_by if split else None
+    if column in (None, SAME_TEXT):
+        groups = [(prompt_key(each.messages), response_key(each.messages)) for _, each in made_of]
+    else:
+        groups = [(value_key(row.columns.get(str(column))), 0) for row, _ in made_of]
+    prompts, responses = np.array(groups, np.uint64).reshape(-1, 2).T
     return {
-        **vars(replace(examples, rows=numbers)),
-        "sources": np.array([row.source for row in rows], np.int32),
-        "is_eval": np.array([row.is_eval for row in rows], bool),
+        **vars(replace(examples, rows=rows)),
+        "sources": np.array([row.source for row, _ in made_of], np.int32),
+        "is_eval": np.array([row.is_eval for row, _ in made_of], bool),
+        "copies": np.array([key_of(each.tobytes()) for each in tokens if len(each)], np.uint64),
+        "row_keys": (rows + 1).astype(np.uint64),
+        "prompts": prompts,
+        "responses": responses,
     }
 
 
@@ -381,22 +395,44 @@ def ends_with_mark(
     return np.isin(tokens, tokenizer.convert_tokens_to_ids(template.end_marks)) & (last >= 0)
 
 
-def evaluation_set(is_eval: NDArray[np.bool_], split: Eval | None) -> NDArray[np.bool_]:
+def without_duplicates(arrays: Arrays, data: Data, tally: Tally) -> NDArray[np.int64]:
+    """(kept,) numbers of the examples, without copies of earlier ones where the recipe says so."""
+    first = first_of_group(arrays["copies"])
+    numbers = np.arange(len(first))
+    copies = np.flatnonzero(first != numbers)
+    tally.counts["duplicates"] = len(copies)
+    if data.duplicates != "drop":
+        return numbers
+    rows = arrays["rows"]
+    for number in copies[:SHOWN_PLACES].tolist():
+        tally.drop("duplicate", f"row {rows[number]} of all is row {rows[first[number]]} once more")
+    tally.dropped["duplicate"] += max(0, len(copies) - SHOWN_PLACES)
+    return np.delete(numbers, copies)
+
+
+def evaluation_set(
+    is_eval: NDArray[np.bool_], groups: NDArray[np.int64], split: Eval | None
+) -> NDArray[np.bool_]:
     """(kept,) which of the kept rows are evaluated on. The same on every machine and run.
 
-    is_eval: (kept,) whether a row is of the split that is named for it.
+    is_eval: (kept,) whether a row is of the split that is named for it. groups: (kept,) of
+    first_of_group: a group goes where its first row is drawn to.
     """
-    numbers = np.arange(len(is_eval))
     if split is None:
         return np.zeros(len(is_eval), bool)
+    if split.split:
+        return is_eval
+    numbers = np.arange(len(is_eval))
     if split.every:
-        drawn: NDArray[np.bool_] = numbers % split.every == 0
-        return drawn
-    if split.fraction:
+        drawn = numbers % split.every == 0
+    else:
+        assert split.fraction is not None
         count = max(1, round(len(is_eval) * split.fraction))
         order = np.random.default_rng(split.seed or 0).permutation(len(is_eval))
-        return np.isin(numbers, order[:count])
-    return is_eval
+        drawn = np.isin(numbers, order[:count])
+    of_group: NDArray[np.bool_] = drawn[groups]
+    # One group at least, as one row at least is drawn.
+    return of_group if of_group.any() else groups == groups[drawn.argmax()]
 
 
 def copies_by_weight(source_of: NDArray[np.int32], sources: list[Source]) -> NDArray[np.int64]:
@@ -407,29 +443,34 @@ def copies_by_weight(source_of: NDArray[np.int32], sources: list[Source]) -> NDA
     return copies
 
 
-def make_report(tally: Tally, train: int, held_out: int) -> dict[str, Any]:
-    """Of so many training and evaluation examples."""
-    counts = tally.counts
+def make_report(
+    tally: Tally, arrays: Arrays, kept: NDArray[np.int64], train: int, held_out: int
+) -> dict[str, Any]:
+    """Of the examples of these numbers, so many of which are trained and evaluated on."""
+    counts, lengths = tally.counts, arrays["lengths"][kept]
+    total = int(lengths.sum())
+    counted = {name: int(arrays[name][kept].sum()) for name in COUNTED}
     return {
         "rows": {
             "loaded": counts["loaded"],
             "where": counts["where"],
-            "kept": counts["kept"],
+            "kept": len(kept),
             "train": train,
             "eval": held_out,
         },
-        "dropped": dict(tally.dropped),
-        "cut": counts["cut"],
+        "dropped": {reason: count for reason, count in tally.dropped.items() if count},
+        "cut": counted["cut"],
         "tokens": {
-            "prompt": counts["prompt"],
-            "response": counts["response"],
-            "total": counts["prompt"] + counts["response"],
-            "max": tally.longest,
+            "prompt": total - counted["trained"],
+            "response": counted["trained"],
+            "total": total,
+            "max": int(lengths.max(initial=0)),
         },
-        "end_mark_share": counts["closed"] / counts["kept"] if counts["kept"] else 0.0,
+        "end_mark_share": counted["closed"] / len(kept) if len(kept) else 0.0,
         "places": [place for places in tally.places.values() for place in places],
-        "spelled": counts["spelled"],
-        "merged": counts["merged"],
+        "spelled": counted["spelled"],
+        "merged": counted["merged"],
+        "duplicates": counts["duplicates"],
         "empty": counts["empty"],
         "conversations": counts["read"] if counts["made"] > counts["read"] else 0,
         "examples": counts["made"],

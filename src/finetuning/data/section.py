@@ -16,6 +16,9 @@ else:  # a recipe with another name is refused with the allowed ones
     TemplateName = Literal[(*TEMPLATES, CHAT)]
 
 
+SAME_TEXT = "same_text"
+
+
 class Eval(Section):
     """Which examples are the evaluation set: one of `every`, `fraction`, `split`."""
 
@@ -27,6 +30,9 @@ class Eval(Section):
     """of the draw for `fraction`; 0 if not given"""
     split: str | None = None
     """name of another split of the same data"""
+    group_by: str | None = None
+    """column: rows of one value are all trained or all evaluated on; same_text: so are rows that
+    share their prompt or a long response"""
 
     @model_validator(mode="after")
     def check(self) -> "Eval":
@@ -37,6 +43,8 @@ class Eval(Section):
             )
         if self.seed is not None and self.fraction is None:
             raise ValueError("seed belongs to fraction: every and split draw nothing")
+        if self.group_by is not None and self.split is not None:
+            raise ValueError("group_by belongs to every and fraction: a named split is as it is")
         return self
 
 
@@ -91,6 +99,9 @@ class Data(RowSettings):
     """template chat: variables that it is asked with, such as {enable_thinking: false}"""
     newline: str | None = None
     """written instead of every line feed, such as <NL>; undone in answers"""
+    duplicates: Literal["keep", "drop"] | None = None
+    """examples that are copies of earlier ones, token by token: keep and count, or drop; keep if
+    not given"""
     max_length: int = Field(default=512, ge=2, le=10**9)
     """tokens of an example at most, end mark included"""
     overflow: Literal["drop", "cut", "error"] = "drop"

@@ -43,7 +43,9 @@ class Prepared:
     rows tokens: {prompt, response, total, max} and end_mark_share (0..1); places: of the first few
     dropped rows of each reason; added_end_mark: of Template; spelled, merged: rows of Exceptions;
     empty: rows with an empty response; conversations: how many were made into more examples, else
-    0; unused: columns"""
+    0; unused: columns;
+    duplicates: copies of earlier examples; leaked: evaluation examples whose prompt or response
+    is trained"""
     fingerprint: str
     """digest of the examples: changes with any token, label or row number"""
 

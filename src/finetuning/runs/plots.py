@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 JAPANESE = {
     "tokens": "事例の長さ (トークン数)",
@@ -21,7 +22,7 @@ JAPANESE = {
 }
 
 
-def plot_lengths(lengths: list[int], max_length: int, folder: Path) -> None:
+def plot_lengths(lengths: NDArray[np.int64], max_length: int, folder: Path) -> None:
     """token_lengths.png: histogram of example lengths in tokens."""
     plt, median = pyplot(), np.median(lengths)
     figure, axes = plt.subplots(figsize=(8, 4.5))

@@ -1,6 +1,8 @@
 """What a person sees: the funnel of rows, coloured masks, answers before and after, the budget."""
 
+import heapq
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetuning.data.tokenization import IGNORE_INDEX, Example, Examples
+from finetuning.runs.doctor import KINDS, Finding
 from finetuning.runs.folder import Sample
 from finetuning.untrusted_text import printable
 
@@ -78,6 +81,16 @@ def print_funnel(console: Console, report: dict[str, Any]) -> None:
     console.print(f"end mark trained in {report['end_mark_share']:.1%} of the kept rows")
     if mark := report["added_end_mark"]:
         console.print(f"the chat template ends no last response: {mark} is added, and saved in it")
+    if report["duplicates"] and "duplicate" not in report["dropped"]:
+        console.print(
+            f"{report['duplicates']:,} examples are copies of earlier ones "
+            "(data.duplicates: drop leaves them out)"
+        )
+    if report["leaked"]:
+        console.print(
+            f"{report['leaked']:,} evaluation examples have their prompt or a long response in "
+            "training (data.eval.group_by: same_text keeps them apart)"
+        )
     if report["spelled"]:
         console.print(f"{report['spelled']:,} rows spell a special token: it stays text there")
     if report["merged"]:
@@ -212,9 +225,18 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
 
 
-def examples_in_order(train: Examples, held: Examples | None) -> list[tuple[str, int, Example]]:
+def examples_in_order(train: Examples, held: Examples | None) -> Iterator[tuple[str, int, Example]]:
     """(split, row, example) of every example, in the order of the rows."""
-    found = [("train", int(row), example) for row, example in zip(train.rows, train, strict=True)]
-    if held is not None:
-        found += [("eval", int(row), example) for row, example in zip(held.rows, held, strict=True)]
-    return sorted(found, key=lambda item: item[1])
+    parts = [
+        zip(repeat(name), part.rows.tolist(), part, strict=False)
+        for name, part in (("train", train), ("eval", held))
+        if part is not None
+    ]
+    return heapq.merge(*parts, key=lambda item: item[1])
+
+
+def print_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """What is wrong with the data, and how often."""
+    for finding in findings:
+        if finding.groups:
+            console.print(f"found    {len(finding.groups):,} times {KINDS[finding.kind]}")

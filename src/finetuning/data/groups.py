@@ -1,0 +1,72 @@
+"""Rows that say the same: copies, and rows that must not be on both sides of the evaluation split.
+
+What a row says is kept as 64-bit keys; 0 is no key, which nothing else has in common.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetuning.data.row import Message
+from finetuning.data.tokenization import Counts
+
+Keys = NDArray[np.uint64]
+
+# Characters from which a response that stands in two rows is the same answer. A shorter one, such
+# as `Yes` or a label, is an answer to many questions.
+SAME_ANSWER = 40
+
+
+def prompt_key(messages: Sequence[Message]) -> int:
+    """Of what is asked before the first response; a system message asks nothing."""
+    before = takewhile(lambda turn: turn["role"] != "assistant", messages)
+    return text_key(*(turn["content"] for turn in before if turn["role"] != "system"))
+
+
+def response_key(messages: Sequence[Message]) -> int:
+    """Of all responses."""
+    texts = [turn["content"] for turn in messages if turn["role"] == "assistant"]
+    return text_key(*texts) if sum(map(len, texts)) >= SAME_ANSWER else 0
+
+
+def text_key(*texts: str) -> int:
+    """Of the texts, whatever their case and white space."""
+    words = [" ".join(text.split()).casefold() for text in texts]
+    return key_of("\n".join(words).encode()) if any(words) else 0
+
+
+def value_key(value: Any) -> int:
+    """Of the value of a column."""
+    if value is None:
+        return 0
+    return key_of(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+def key_of(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def first_of_group(*keys: Keys) -> Counts:
+    """(n,) for each of n rows the number of the first row that it has a key in common with.
+
+    Groups that share a row are one group.
+    """
+    first = np.arange(len(keys[0]))
+    members = [np.flatnonzero(key) for key in keys]
+    groups = [
+        np.unique(key[numbers], return_inverse=True)[1]
+        for key, numbers in zip(keys, members, strict=True)
+    ]
+    while True:
+        before = first.copy()
+        for numbers, group in zip(members, groups, strict=True):
+            least = np.full(group.max(initial=-1) + 1, len(first))
+            np.minimum.at(least, group, first[numbers])
+            first[numbers] = least[group]
+        if np.array_equal(first, before):
+            return first
