@@ -80,9 +80,19 @@ def changed_settings(before: Manifest, now: Manifest) -> list[str]:
     """`setting was x, is y` for every setting that decides what is trained."""
     return [
         f"{name} was {old!r}, is {new!r}"
-        for name, old, new in differences(before.recipe, now.recipe)
+        for name, old, new in differences(with_later_settings(before.recipe), now.recipe)
         if not any(name == other or name.startswith(f"{other}.") for other in NOT_TRAINED)
     ]
+
+
+def with_later_settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with the settings that versions since then have added, at their defaults; as it is
+    where this version does not read it.
+    """
+    try:
+        return Recipe.model_validate(recipe).resolved()
+    except ValueError:
+        return recipe
 
 
 def unlike_published(recipe: Path, data: str, versions: dict[str, str]) -> list[str]:
