@@ -5,11 +5,13 @@ import json
 import re
 
 import pytest
+from conftest import ROOT
 from hub_server import OWNER, REPO
 from huggingface_hub import constants
 from run_folders import error_of, files_below
 from safetensors.numpy import save
 
+import preview
 import pull
 from finetuning.errors import UserError
 from finetuning.hub import protocol
@@ -138,3 +140,21 @@ def test_the_address_of_a_mirror_does_not_show_its_password(hub, call, monkeypat
     line = error_of(call(pull, REPO, "m"))
     assert "correct-horse" not in line and "127.0.0.1:9" in line
     assert json.dumps(line)
+
+
+def test_a_base_model_that_a_library_fetches_is_checked_too(hub, call, outside, tmp_path):
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    hub.put(REPO, dict.fromkeys(names, b"{}"))
+    before, victim = outside(), str(tmp_path / "victim").lstrip("/")
+    hub.fault("/resolve/", times=99, lies={"ETag": f'"{UP}{UP}{victim}"'})
+    rows = f"data.path={ROOT / 'recipes/data/quickstart.jsonl'}"
+    base = ["model.from_scratch=null", f"model.name={REPO}"]
+    done = call(
+        preview,
+        ROOT / "recipes/quickstart.yaml",
+        rows,
+        *base,
+        f"training.output_dir={tmp_path / 'run'}",
+    )
+    assert "(ETag), which is not a digest; refused" in error_of(done)
+    assert outside() == before
