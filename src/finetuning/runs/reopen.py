@@ -151,11 +151,14 @@ def same(before: Any, now: Any) -> bool:
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(setting, value before, value now) of every setting that differs."""
+    """(setting, value before, value now) of every setting that differs.
+
+    Older recipes lack the settings that were added since: an empty one is none.
+    """
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
             yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
+    elif before != now and not (before in (None, {}) and now in (None, {})):
         yield name, before, now
 
 
