@@ -5,8 +5,9 @@ python src/compare.py outputs/dolly_gpt2 outputs/try outputs/short     # these
 
 Prints the settings in which the runs differ and the last figures of each, the run with the least
 evaluation loss first, and mean and standard deviation of runs that differ in nothing but their
-seed. Writes comparison.csv, .json and .png to the folder that holds them all.
-An unfinished run is compared as far as it is.
+seed. Writes comparison.csv, .json and .png to the folder that holds them all, and
+comparison.html with the scores and answers too, to look at; one run alone gets its report.html
+anew. An unfinished run is compared as far as it is.
 """
 
 from argparse import Namespace
@@ -16,6 +17,8 @@ from finetuning.script import run
 
 
 def main(arguments: list[str]) -> None:
+    from finetuning.evaluation.report import report, write_report
+    from finetuning.files import write_text
     from finetuning.runs.comparison import common_folder, find_runs, print_runs, write_comparison
     from finetuning.runs.terminal import make_console
 
@@ -24,7 +27,10 @@ def main(arguments: list[str]) -> None:
     console, folder = make_console(), common_folder(runs)
     print_runs(console, runs)
     write_comparison(runs, folder)
-    console.print(f"written to {folder}: comparison.csv, .json, .png")
+    if len(runs) == 1:
+        write_report(runs[0].path)
+    write_text(folder / "comparison.html", report(runs))
+    console.print(f"written to {folder}: comparison.csv, .json, .png, .html")
 
 
 def read_arguments(arguments: list[str]) -> Namespace:

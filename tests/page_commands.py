@@ -12,6 +12,7 @@ from pages import listed_recipes
 
 import chat
 import compare
+import evaluate
 import export
 import generate
 import preview
@@ -19,6 +20,7 @@ import publish
 import pull
 import sft
 import sweep
+from finetuning.data.readers import READERS
 from finetuning.hub.address import parse_address
 from finetuning.launch.devices import GPUS
 from finetuning.launch.strategy import launch_environment
@@ -28,7 +30,7 @@ from finetuning.recipe.recipe import load_recipe
 RECIPES = listed_recipes()
 SCRIPTS = {
     f"src/{one.__name__}.py": one
-    for one in (chat, compare, export, generate, preview, publish, pull, sft, sweep)
+    for one in (chat, compare, evaluate, export, generate, preview, publish, pull, sft, sweep)
 }
 PULLED = "outputs/pulled/recipe.yaml"  # what a command of the pages pulls
 
@@ -55,7 +57,8 @@ def check_command(command: str) -> None:
         assert {word for word in arguments if "=" not in word} <= make_targets()
     elif program == "accelerate":
         launched = launch_command_parser().parse_args(arguments[1:])
-        assert arguments[0] == "launch" and launched.training_script == "src/sft.py"
+        assert arguments[0] == "launch"
+        assert launched.training_script in ("src/sft.py", "src/evaluate.py")
         check_script(launched.training_script, launched.training_script_args)
         processes = launched.num_processes
         launch_environment(launched.config_file, processes and str(processes))
@@ -123,6 +126,12 @@ def check_compare(options: Namespace) -> None:
     assert set(options.folders) <= sweeps | run_folders().keys() | {"outputs/try", "outputs/short"}
 
 
+def check_evaluate(options: Namespace) -> None:
+    runs = [name for name in options.runs if not name.startswith("hub:")]
+    assert set(runs) <= run_folders().keys() | {"outputs/try"}
+    assert options.reader is None or options.reader in READERS
+
+
 def check_sweep(options: Namespace) -> None:
     launch_environment(str(ROOT / options.config_file), options.num_processes)
     for overrides in read_sweep(ROOT / options.file, options.overrides).values():
@@ -137,6 +146,7 @@ CHECKS = {
     "src/publish.py": check_publish,
     "src/pull.py": check_pull,
     "src/compare.py": check_compare,
+    "src/evaluate.py": check_evaluate,
     "src/sweep.py": check_sweep,
     "src/export.py": check_export,
 }

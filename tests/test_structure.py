@@ -19,7 +19,7 @@ PACKAGE = SOURCE / "finetuning"
 # Each imports itself and what stands before it; publishing and training do not know each other.
 ORDER = [
     ["untrusted_text"],
-    ["errors", "files", "secrets", "section"],
+    ["errors", "files", "html_page", "secrets", "section"],
     ["data", "hub"],
     ["recipe"],
     ["launch"],
@@ -28,6 +28,7 @@ ORDER = [
     ["runs"],
     ["inference"],
     ["export"],
+    ["evaluation"],
     ["training", "publishing"],
 ]
 BESIDE = ["script", "command_line"]  # how a script starts and ends: for scripts only

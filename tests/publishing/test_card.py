@@ -87,7 +87,9 @@ def test_it_says_what_was_trained_on_what_under_which_licences(hub, runs, call, 
     )
     assert call(publish, run, "--unasked", "publish.base_model=elith/tiny-base@v1").code == 0
     card = card_of(hub)
-    assert metadata_of(card) == {
+    metadata = metadata_of(card)
+    assert metadata.pop("model-index")[0]["name"] == S
+    assert metadata == {
         "base_model": "elith/tiny-base",
         "datasets": ["databricks/dolly"],
         "library_name": "peft",
@@ -279,3 +281,24 @@ def test_links_are_not_published(hub, runs, call, tmp_path):
         assert "is a link" in error_of(done)
         (run / name).unlink()
         (tmp_path / name).rename(run / name)
+
+
+def test_the_card_has_the_scores_of_base_and_trained_with_intervals(crowded):
+    hub, run = crowded
+    evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    publish.main([str(run), "--unasked"])
+    card = card_of(hub)
+    trained = evaluation["scores"]["trained"]["char_f1"]
+    assert f"| {evaluation['questions']} answers | base | trained | difference |" in card
+    assert f"| character F1 | {evaluation['scores']['base']['char_f1']['mean']:.1f} [" in card
+    (index,) = metadata_of(card)["model-index"]
+    metrics = {each["type"]: each["value"] for each in index["results"][0]["metrics"]}
+    assert metrics["char_f1"] == round(trained["mean"], 2)
+    assert metrics.keys() == {"exact_match", "char_f1", "chrf", "rouge_l"}
+
+
+def test_a_run_without_scores_has_a_card_without_them(crowded):
+    hub, run = crowded
+    (run / "evaluation.json").unlink()
+    publish.main([str(run), "--unasked"])
+    assert "model-index" not in metadata_of(card_of(hub)) and "bootstrap" not in card_of(hub)

@@ -234,7 +234,7 @@ def test_a_finished_run_is_left_alone_whatever_the_processes(recipe_of):
     folder = begun(recipe_of(), Strategy("zero3", 8))
     assert is_finished(folder) is None
     (folder / "model.safetensors").touch()
-    write_finish(folder)
+    write_finish(folder, 5)
     assert is_finished(folder).startswith("20")
     assert open_run_folder(recipe_of(), "rows", Strategy("single", 1)) == folder
 
@@ -364,7 +364,7 @@ def test_a_run_may_be_made_longer_and_what_becomes_of_the_rate_is_said(
 def test_a_finished_run_that_is_to_be_longer_needs_a_checkpoint(recipe_of):
     folder = begun(recipe_of("training.max_steps=3"), Strategy("single", 1))
     (folder / "model.safetensors").touch()
-    write_finish(folder)
+    write_finish(folder, 5)
     assert is_finished(folder, recipe_of("training.max_steps=3"))
     with pytest.raises(UserError, match="is finished, but it has no whole checkpoint"):
         is_finished(folder, recipe_of("training.max_steps=4"))

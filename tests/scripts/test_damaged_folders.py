@@ -52,6 +52,7 @@ FILES = [
     *("model.safetensors", "config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "sealed.json"),
     *("recipe.yaml", "environment.json", "metrics.jsonl", "samples.json", "samples.md", ".lock"),
+    *("answers.jsonl", "evaluation.json"),
 ]
 OF_CHECKPOINT = ["trainer_state.json", "optimizer.pt", "model.safetensors", "sealed.json"]
 SEALED = FILES[:5]

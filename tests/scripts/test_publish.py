@@ -73,7 +73,8 @@ def test_a_dry_run_shows_what_would_change_and_changes_nothing(hub, runs, call, 
     done = published(call, run, "--dry-run")
     size = f"{(run / 'model.safetensors').stat().st_size:,} bytes"
     assert re.search(rf"new.*{S}/model.safetensors.*{size}", done.out)
-    assert "stays here: a[old].txt, checkpoint-30, environment.json, samples.json" in done.out
+    records = "environment.json, evaluation.json, report.html, samples.json"
+    assert f"stays here: a[old].txt, answers.jsonl, checkpoint-30, {records}" in done.out
     published(call, run)
     (run / "samples.md").write_text("# Other\n")
     hub.put(REPO, {f"{S}/stray.txt": b"x"})

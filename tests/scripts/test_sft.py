@@ -422,6 +422,7 @@ def test_loggers_get_scalars_and_answers(tmp_path, logger):
             and "eval/perplexity" in events.Tags()["scalars"]
         )
         assert events.Tags()["tensors"]
+        assert "eval/chrf" in events.Tags()["scalars"]
     else:
         assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
 

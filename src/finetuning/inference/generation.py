@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from finetuning.data.prepare import load_template
-from finetuning.data.row import BadRow, Message, message
+from finetuning.data.row import BadRow, Message, Tool, message
 from finetuning.data.templates import Template
 from finetuning.data.tokenization import encode_prompts
 from finetuning.errors import UserError, one_line
@@ -57,10 +57,10 @@ class Asker:
         """
         return self.answer_prompts([self.prompt(each) for each in conversations])
 
-    def prompt(self, conversation: Conversation) -> list[int]:
+    def prompt(self, conversation: Conversation, tools: Sequence[Tool] = ()) -> list[int]:
         """The token ids that the next response is generated from. Raises UserError; see answer."""
         try:
-            segments = self.template.render_prompt(conversation)
+            segments = self.template.render_prompt(conversation, tools)
         except BadRow as error:
             raise UserError(str(error)) from None
         ids = encode_prompts([segments], self.tokenizer)[0]

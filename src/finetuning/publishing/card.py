@@ -7,10 +7,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from finetuning.data.prepare import load_template
 from finetuning.errors import TryAgain, UserError
+from finetuning.evaluation.results import TRAINED
+from finetuning.evaluation.scores import BETTER_IF_HIGHER, SCORES
+from finetuning.evaluation.table import score_rows
 from finetuning.hub.address import REPO, Address
 from finetuning.hub.client import TIMEOUT, with_retries
 from finetuning.hub.manifest import BaseModelSource, Manifest
@@ -63,6 +66,8 @@ def model_card(
         base_model=manifest.base.name if manifest.base else None,
         datasets=manifest.data.datasets or None,
         tags=["sft", "trl", *(["lora"] if recipe.lora else [])],
+        model_name=address.subfolder,
+        eval_results=model_index(run.evaluation, manifest) or None,
     )
     card = ModelCard.from_template(
         metadata,
@@ -78,6 +83,8 @@ def model_card(
         asking=asking(recipe, run.tokenizer, question),
         question=shlex.quote(question if question.isprintable() else "QUESTION"),
         training=[(name, cell(str(v))) for name, v in training_table(recipe, manifest)],
+        evaluation=run.evaluation,
+        scores=score_rows(run.evaluation),
         has_plot="loss.png" in files,
         gguf=next((name for name in files if name.endswith(".gguf")), None),
         kind=manifest.kind,
@@ -236,6 +243,24 @@ def training_table(recipe: Recipe, manifest: Manifest) -> list[tuple[str, Any]]:
         ("loss of the evaluation set", evaluated or "not evaluated"),
     ]
     return [(name, value) for name, value in rows if value is not None]
+
+
+def model_index(evaluation: dict[str, Any] | None, manifest: Manifest) -> list[EvalResult]:
+    """The means of the trained model, as the Hub shows them beside a model."""
+    trained = (evaluation or {}).get("scores", {}).get(TRAINED, {})
+    path = manifest.data.path[0]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=path if path in manifest.data.datasets else "local",
+            dataset_name=f"evaluation set of {path}",
+            metric_type=name,
+            metric_name=label,
+            metric_value=round(trained[name]["mean"], 2),
+        )
+        for name, label in SCORES.items()
+        if name in BETTER_IF_HIGHER and name in trained
+    ]
 
 
 def made_with(manifest: Manifest) -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from finetuning.runs.reopen import differences
 NOT_TRAINED = (
     "publish",
     "generation",
+    "evaluation",
     "training.output_dir",
     "training.report_to",
     "training.run_name",

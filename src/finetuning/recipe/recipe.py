@@ -17,7 +17,7 @@ from finetuning.data.section import Data
 from finetuning.errors import UserError, did_you_mean, one_line
 from finetuning.recipe.error_messages import KeyPath, explain, is_inside, owner_of, shown
 from finetuning.recipe.ownership import OWNED, RENAMED
-from finetuning.recipe.sections import Generation, Lora, Model, Publish, Training
+from finetuning.recipe.sections import Evaluation, Generation, Lora, Model, Publish, Training
 from finetuning.section import Section
 
 MAX_CHARACTERS, MAX_DEPTH = 200_000, 100  # of a recipe
@@ -37,6 +37,8 @@ class Recipe(Section):
     """how it is trained"""
     generation: Generation = Generation()
     """how it is asked"""
+    evaluation: Evaluation = Evaluation()
+    """how its answers are scored"""
     publish: Publish | None = None
     """where it belongs on the Hub"""
 
@@ -54,6 +56,11 @@ class Recipe(Section):
         if self.training.eval_strategy != "no" and self.data.eval is None:
             raise ValueError(
                 "training.eval_strategy is set, but data.eval is null: there is no evaluation set"
+            )
+        if self.training.early_stopping_patience and self.training.eval_strategy == "no":
+            raise ValueError(
+                "training.early_stopping_patience counts evaluations, but there are none: set "
+                "training.eval_strategy: steps or epoch"
             )
         return self
 

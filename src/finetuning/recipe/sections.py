@@ -88,6 +88,15 @@ class Publish(Section):
         return self
 
 
+NOT_OF_SFT_CONFIG = (
+    "global_batch_size",
+    "auto_find_batch_size",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+)
+"""settings of `training` that are ours, or that we do otherwise"""
+
+
 class Training(SFTConfigFields):
     """Any field of trl.SFTConfig that no other section owns."""
 
@@ -105,6 +114,10 @@ class Training(SFTConfigFields):
     # runs out of memory.
     auto_find_batch_size: bool = False
     """out of memory before the first step: half the micro-batch, twice as many"""
+    early_stopping_patience: int | None = Field(default=None, ge=1, le=10**6)
+    """stop after so many evaluations without a better training.metric_for_best_model"""
+    early_stopping_threshold: float = Field(default=0.0, ge=0, le=10**6)
+    """by how much it has to be better to count"""
     # The library's default asks the device, in every micro-batch, for a loss that it replaces by
     # an average.
     logging_nan_inf_filter: bool = False
@@ -124,6 +137,15 @@ class Training(SFTConfigFields):
 
 class Lora(LoraConfigFields):
     """Any field of peft.LoraConfig; the base model is then frozen."""
+
+
+class Evaluation(Section):
+    """The answers to the evaluation set that are scored, of the base and the trained model."""
+
+    questions: int | Literal["all"] = Field(default=50, ge=0, le=10**9)
+    """how many responses of the evaluation set are asked for, always the same ones; all, or 0"""
+    max_seconds: float = Field(default=60, gt=0, le=10**7)
+    """after which no further question is asked before training; after it the same are asked"""
 
 
 class Generation(GenerationConfigFields):

@@ -34,12 +34,19 @@ CONDITIONS = {
         ),
         Condition(
             ("metric_for_best_model", "greater_is_better"),
-            "training.load_best_model_at_end: true, or training.save_strategy: best",
+            "training.load_best_model_at_end: true, training.save_strategy: best, or "
+            "training.early_stopping_patience",
             lambda recipe: (
                 recipe.training.load_best_model_at_end
                 or recipe.training.save_strategy == "best"
+                or recipe.training.early_stopping_patience is not None
                 or recipe.training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
             ),
+        ),
+        Condition(
+            ("early_stopping_threshold",),
+            "training.early_stopping_patience",
+            lambda recipe: recipe.training.early_stopping_patience is not None,
         ),
         Condition(
             ("num_train_epochs",),
@@ -55,6 +62,13 @@ CONDITIONS = {
             ("torch_compile_backend", "torch_compile_mode"),
             "training.torch_compile: true",
             lambda recipe: recipe.training.torch_compile,
+        ),
+    ),
+    "evaluation": (
+        Condition(
+            ("questions", "max_seconds"),
+            "data.eval: there is no evaluation set",
+            lambda recipe: recipe.data.eval is not None,
         ),
     ),
     "generation": (

@@ -4,6 +4,8 @@ recipe.yaml       every setting, as resolved
 environment.json  versions, git revision, data, launches
 metrics.jsonl     one JSON object per logged step
 samples.md        answers before and after, samples.json too
+answers.jsonl     answers to the evaluation set, base and trained, with their scores
+evaluation.json   the scores' means with intervals
 checkpoint-N/     to resume from
 model.safetensors or adapter_model.safetensors, tokenizer.json, ...
 """
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 
 from finetuning.errors import UserError
 from finetuning.files import write_text
@@ -39,7 +42,8 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 
 # What a run, or a preview, writes before it has written recipe.yaml and environment.json.
-BEGUN = {LOCK, "preview", "runs", "wandb", "samples.json", "samples.md", "recipe.yaml"}
+ANSWERS, EVALUATION = "answers.jsonl", "evaluation.json"
+BEGUN = {LOCK, "preview", "runs", "wandb", "samples.json", "samples.md", "recipe.yaml", ANSWERS}
 
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -53,6 +57,26 @@ class Sample(NamedTuple):
     """None where it was not asked before training, or what it said is lost"""
     after: str | None = None
     """None as long as the run is not finished"""
+
+
+@dataclass(frozen=True)
+class IntervalRecord:
+    """A mean, and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """What evaluation.json has at least; evaluation/results.py writes it."""
+
+    questions: int
+    of: int
+    names: list[str]
+    scores: dict[str, dict[str, IntervalRecord]]
+    differences: dict[str, dict[str, IntervalRecord]]
 
 
 @dataclass(frozen=True)
@@ -76,6 +100,21 @@ class RunFolder:
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         return read_tokenizer(str(self.path))
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any] | None:
+        """evaluation.json; None for a run without one, or where it is damaged."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / EVALUATION).read_text("utf-8"))
+            TypeAdapter(EvaluationRecord).validate_python(found)
+        except (OSError, ValueError):  # pydantic's error is a ValueError
+            return None
+        return found
+
+    @cached_property
+    def answers(self) -> list[dict[str, Any]]:
+        """The lines of answers.jsonl; nothing without it."""
+        return read_lines(self.path / ANSWERS)
 
     @property
     def is_finished(self) -> bool:
@@ -203,8 +242,10 @@ def write_start(folder: Path, recipe: Recipe, fingerprint: str, launch: dict[str
     write_environment(folder, {**environment, "launches": launches})
 
 
-def write_finish(folder: Path) -> None:
-    write_environment(folder, {**read_environment(folder), "finished": now()})
+def write_finish(folder: Path, kept_step: int) -> None:
+    """`kept_step`: whose weights the run folder has, the last step's or the best's."""
+    finish = {"finished": now(), "kept_step": kept_step}
+    write_environment(folder, {**read_environment(folder), **finish})
 
 
 @contextmanager
@@ -255,12 +296,17 @@ def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl holds; a line that a killed run left unfinished is passed over."""
-    file, entries = folder / "metrics.jsonl", []
-    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-    for line in text.splitlines():
+    return [entry for entry in read_lines(folder / "metrics.jsonl") if "step" in entry]
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON object of each line; one that a killed run left unfinished is passed over."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    entries = []
+    for line in text.split("\n"):
         with suppress(ValueError):
             entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
+    return [entry for entry in entries if isinstance(entry, dict)]
 
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:

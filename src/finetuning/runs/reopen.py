@@ -25,6 +25,7 @@ from finetuning.runs.folder import (
 # the same; what is logged, saved and asked; how rows and batches are loaded; and what comes after
 # training.
 MAY_CHANGE = (
+    "evaluation.",
     "training.per_device_train_batch_size",
     "training.gradient_accumulation_steps",
     "training.per_device_eval_batch_size",
@@ -114,7 +115,8 @@ def refused_differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any,
 def chooses_by_evaluation(recipe: Recipe) -> bool:
     training = recipe.training
     is_by_loss = training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-    return bool(training.load_best_model_at_end) or is_by_loss
+    stops_early = training.early_stopping_patience is not None
+    return bool(training.load_best_model_at_end) or is_by_loss or stops_early
 
 
 def is_lengthened(before: Recipe, now: Recipe) -> bool:

@@ -6,11 +6,14 @@ import socket
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from finetuning.errors import UserError
+from finetuning.evaluation.report import write_report
 from finetuning.runs.folder import append_metrics, write_metrics
 
 
@@ -29,6 +32,18 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             append_metrics(self.folder, state.log_history[-1])
+
+
+class ReportFile(TrainerCallback):
+    """report.html, at every checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with suppress(UserError):  # a damaged record is no reason to stop training
+                write_report(self.folder)
 
 
 class Watchdog(TrainerCallback):

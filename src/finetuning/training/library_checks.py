@@ -27,7 +27,7 @@ from finetuning.model.loading import load_config
 from finetuning.model.lora import lora_config
 from finetuning.model.loss import require_plain_head
 from finetuning.recipe.recipe import Recipe
-from finetuning.recipe.sections import Generation
+from finetuning.recipe.sections import NOT_OF_SFT_CONFIG, Generation
 from finetuning.training.prepared_run import PreparedRun
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def trial_arguments(recipe: Recipe) -> SFTConfig:
     launch = ("WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
     for name in launch:  # there are no other processes here
         os.environ.pop(name, None)
-    ours = {"global_batch_size", "auto_find_batch_size"}
+    ours = set(NOT_OF_SFT_CONFIG)
     device = {"bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu", "ddp_backend"}
     settings = recipe.training.model_dump(exclude_unset=True, exclude=ours | device)
     settings["activation_checkpointing"] = bool(recipe.training.activation_checkpointing)

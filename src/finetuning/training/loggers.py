@@ -90,8 +90,12 @@ def resume_tensorboard(trainer: "Trainer", run_folder: Path, step: int) -> None:
     trainer.add_callback(callback)
 
 
-def log_samples(recipe: Recipe, folder: Path, samples: list[Sample], step: int) -> None:
-    """The answers before and after as text in tensorboard and as a table in wandb."""
+def log_samples(
+    recipe: Recipe, folder: Path, samples: list[Sample], scores: dict[str, float], step: int
+) -> None:
+    """The answers before and after as text in tensorboard and as a table in wandb; the scores as
+    figures beside the evaluation's. Others have closed the run by now.
+    """
     loggers = loggers_of(recipe)
     if "tensorboard" in loggers:
         from torch.utils.tensorboard import SummaryWriter
@@ -103,10 +107,12 @@ def log_samples(recipe: Recipe, folder: Path, samples: list[Sample], step: int) 
                 parts = ("question", question), ("before", before or ""), ("after", after or "")
                 text = "\n\n".join(f"{name}:\n\n{quoted(part)}" for name, part in parts)
                 writer.add_text(f"samples/{number}", text, step)
+            for name, score in scores.items():
+                writer.add_scalar(f"eval/{name}", score, step)
     if "wandb" in loggers:
         import wandb
 
         table = wandb.Table(
             columns=["question", "before", "after"], data=[list(sample) for sample in samples]
         )
-        wandb.log({"samples": table})
+        wandb.log({"samples": table, **{f"eval/{name}": score for name, score in scores.items()}})

@@ -4,6 +4,7 @@ decide."""
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from trl import SFTConfig
@@ -14,6 +15,7 @@ from finetuning.launch.step_size import step_size
 from finetuning.launch.strategy import is_set
 from finetuning.model.precision import precision
 from finetuning.recipe.recipe import Recipe
+from finetuning.recipe.sections import NOT_OF_SFT_CONFIG
 
 
 def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
@@ -26,9 +28,7 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     if on_gpu:
         require_kernels()
     capability = torch.cuda.get_device_capability() if on_gpu else None
-    settings = recipe.training.model_dump(
-        exclude_unset=True, exclude={"global_batch_size", "auto_find_batch_size"}
-    )
+    settings = recipe.training.model_dump(exclude_unset=True, exclude=set(NOT_OF_SFT_CONFIG))
     step = step_size(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     settings["per_device_train_batch_size"] = step.micro_batch
     settings["gradient_accumulation_steps"] = step.accumulation
@@ -43,6 +43,7 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     # where it must.
     settings["activation_checkpointing"] = bool(settings.get("activation_checkpointing"))
     settings["logging_nan_inf_filter"] = recipe.training.logging_nan_inf_filter
+    settings |= best_metric(recipe)
     # The loss before training: the summary and the card compare with it.
     settings["eval_on_start"] = has_eval
     settings["per_device_eval_batch_size"] = (
@@ -55,3 +56,21 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     # A process has one GPU; of more that it sees Trainer would make a DataParallel.
     args._n_gpu = min(args.n_gpu, 1)
     return args
+
+
+def best_metric(recipe: Recipe) -> dict[str, Any]:
+    """What early stopping and load_best_model_at_end go by.
+
+    transformers takes the loss only with load_best_model_at_end, and of all but losses the highest
+    for the best: of perplexity too.
+    """
+    training = recipe.training
+    metric = training.metric_for_best_model
+    if metric is None and training.early_stopping_patience:
+        metric = "loss"
+    if metric is None:
+        return {}
+    is_higher_better = training.greater_is_better
+    if is_higher_better is None:
+        is_higher_better = not metric.endswith(("loss", "perplexity"))
+    return {"metric_for_best_model": metric, "greater_is_better": is_higher_better}

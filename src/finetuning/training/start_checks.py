@@ -12,6 +12,7 @@ from finetuning.launch.step_size import StepSize
 from finetuning.launch.strategy import launch_of, require_strategy
 from finetuning.model.attention import require_isolation
 from finetuning.runs.folder import write_start
+from finetuning.training.answers import evaluate_base
 from finetuning.training.memory_check import check_memory
 from finetuning.training.prepared_run import PreparedRun
 from finetuning.training.samples import ask_before_training
@@ -66,8 +67,10 @@ class StartChecks(TrainerCallback):
         self.trainer.remember_weights()
         if not state.global_step:  # else the model has learnt since
             ask_before_training(self.trainer, self.run)
+            evaluate_base(self.trainer, self.run, self.console)
         if state.is_world_process_zero:
             launch = launch_of(self.trainer, self.run.strategy)
+            launch["rows"] = self.run.examples.report["rows"]
             fingerprint = self.run.examples.fingerprint
             write_start(self.trainer.run_folder, self.run.recipe, fingerprint, launch)
             how = f"{self.run.strategy}, {launch['precision']}, on {launch['device']}"

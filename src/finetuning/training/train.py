@@ -3,19 +3,23 @@
 from contextlib import closing
 
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
 from finetuning.data.batching import Collator, ExampleSet
 from finetuning.errors import UserError, one_line
+from finetuning.evaluation.report import write_report
+from finetuning.evaluation.table import print_evaluation
 from finetuning.inference.generation import Asker, saved_generation_config
 from finetuning.model.attention import use_packed_attention
 from finetuning.model.loading import fuse_gelu, leave_out_router_loss, load_model
 from finetuning.model.lora import add_adapter, lora_config
 from finetuning.model.loss import require_plain_head
 from finetuning.model.precision import with_weight_format
+from finetuning.recipe.recipe import Recipe
 from finetuning.runs.folder import noting_end, write_finish
 from finetuning.runs.terminal import print_answers
-from finetuning.training.callbacks import MetricsFile, Watchdog
+from finetuning.training.answers import evaluate_trained, means
+from finetuning.training.callbacks import MetricsFile, ReportFile, Watchdog
 from finetuning.training.library_checks import require_library_settings
 from finetuning.training.loggers import log_samples
 from finetuning.training.prepared_run import PreparedRun
@@ -42,6 +46,7 @@ def train(run: PreparedRun, stop: Stop, console: Console) -> None:
     progress = ProgressLines(console)
     trainer.add_callback(progress)
     trainer.add_callback(MetricsFile(trainer.run_folder))
+    trainer.add_callback(ReportFile(trainer.run_folder))
     trainer.add_callback(Watchdog())
     trainer.add_callback(SynchronizedStop(stop, trainer))
     with noting_end(trainer.run_folder, trainer.is_world_process_zero()):
@@ -60,19 +65,27 @@ def train_and_save(
     progress: ProgressLines,
     console: Console,
 ) -> str:
-    """Fills the run folder. How far the loss fell is returned, as a line."""
+    """Fills the run folder. Returns how far the loss fell, and which weights were kept if not the
+    last.
+    """
     with closing(progress), stop.after_a_step():
         resume_or_train(trainer)
         losses = loss_before_and_after(trainer)
     trainer.require_finite_weights()
     trainer.require_moved_weights()
     trainer.save_trained()
+    step, why = kept(trainer)
     samples = ask_after_training(trainer, run)
+    evaluation = evaluate_trained(trainer, run)
     if trainer.is_world_process_zero():
-        log_samples(run.recipe, trainer.run_folder, samples, trainer.state.global_step)
-        write_finish(trainer.run_folder)
+        scores = means(evaluation) if evaluation else {}
+        log_samples(run.recipe, trainer.run_folder, samples, scores, trainer.state.global_step)
+        write_finish(trainer.run_folder, step)
+        write_report(trainer.run_folder)
         print_answers(console, samples)
-    return losses
+        if evaluation:
+            print_evaluation(console, evaluation)
+    return f"{losses}\n{why}" if why else losses
 
 
 def make_trainer(run: PreparedRun) -> ResponseTrainer:
@@ -103,10 +116,36 @@ def make_trainer(run: PreparedRun) -> ResponseTrainer:
             order=recipe.data.order,
             batch_tokens=recipe.data.batch_tokens,
             generation_config=saved_generation_config(asker),
+            early_stopping=early_stopping(recipe),
         )
     except ValueError as error:  # what transformers and peft find wrong with the settings
         section = "lora" if recipe.lora else "training"
         raise UserError(f"{section}: {one_line(error)}") from error
+
+
+def early_stopping(recipe: Recipe) -> EarlyStoppingCallback | None:
+    training = recipe.training
+    if training.early_stopping_patience is None:
+        return None
+    threshold = training.early_stopping_threshold
+    return EarlyStoppingCallback(training.early_stopping_patience, threshold)
+
+
+def kept(trainer: ResponseTrainer) -> tuple[int, str]:
+    """(step whose weights are kept, in one line why these); the last step's needs no line."""
+    args, state, callback = trainer.args, trainer.state, trainer.early_stopping
+    lines = []
+    if callback and callback.early_stopping_patience_counter >= callback.early_stopping_patience:
+        evaluations = f"{callback.early_stopping_patience} evaluation(s)"
+        metric = args.metric_for_best_model
+        lines.append(
+            f"stopped early at step {state.global_step}: {metric} no better in {evaluations}"
+        )
+    if not (args.load_best_model_at_end and state.best_global_step):
+        return state.global_step, "; ".join(lines)
+    best = f"{args.metric_for_best_model} {state.best_metric:.4g}"
+    lines.append(f"kept are the weights of step {state.best_global_step}, the best: {best}")
+    return state.best_global_step, "; ".join(lines)
 
 
 def loss_before_and_after(trainer: ResponseTrainer) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from trl import SFTConfig
 
 from finetuning.data.batching import Batch, BatchSampler, Collator, ExampleSet
@@ -66,6 +66,7 @@ class ResponseTrainer(Trainer):
         order: str = "random",
         batch_tokens: int | None = None,
         generation_config: "GenerationConfig | None" = None,
+        early_stopping: EarlyStoppingCallback | None = None,
         **kwargs: Any,
     ) -> None:
         use_cache = kwargs["model"].config.use_cache
@@ -74,6 +75,9 @@ class ResponseTrainer(Trainer):
         kwargs["model"].config.use_cache = use_cache
         self.order, self.batch_tokens = order, batch_tokens
         self.generation_config = generation_config
+        self.early_stopping = early_stopping
+        if early_stopping:
+            self.add_callback(early_stopping)
         self.head = ResponseHead(self.accelerator.unwrap_model(self.model))
         self.throughput = Throughput(self.model, self.args.device)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch
@@ -228,7 +232,7 @@ class ResponseTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Not beyond the last step: transformers would train on where a run is resumed at its very
-        end.
+        end, or at the evaluation that stops it early.
 
         Signals are blocked until the first batch is asked for. By then the processes that load
         batches have started; in the first epoch of a resumed run they are of a loader that
@@ -236,6 +240,7 @@ class ResponseTrainer(Trainer):
         """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+        if self.control.should_training_stop:
             return
         with block_signals():
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -342,6 +347,9 @@ class ResponseTrainer(Trainer):
             "total_loss": self._total_loss_scalar,
             "throughput": self.throughput.state(),
             "evaluation_is_due": self.evaluation_is_due,
+            "evaluations_without_gain": self.early_stopping.early_stopping_patience_counter
+            if self.early_stopping
+            else 0,
         }
 
     def restore_counters(self, counted: list[Counters]) -> None:
@@ -357,6 +365,12 @@ class ResponseTrainer(Trainer):
         self._globalstep_last_logged = counted[0]["last_logged"]
         self._total_loss_scalar = counted[0]["total_loss"]
         self.throughput.restore([each["throughput"] for each in counted[rank::world_size]])
+        if self.early_stopping:
+            # Checkpoints of earlier versions have none.
+            without_gain = counted[0].get("evaluations_without_gain", 0)
+            self.early_stopping.early_stopping_patience_counter = without_gain
+            if without_gain >= self.early_stopping.early_stopping_patience:
+                self.control.should_training_stop = True
 
     def save_trained(self) -> None:
         """Weights or adapter, whole, and the tokenizer into the run folder, by way of a folder

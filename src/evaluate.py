@@ -1,0 +1,177 @@
+"""Is it better? Trained models asked the same questions, their answers scored and compared.
+
+python src/evaluate.py outputs/dolly_gpt2                    # beside its base model
+python src/evaluate.py outputs/dolly_gpt2 outputs/try        # two runs
+python src/evaluate.py outputs/dolly_gpt2/checkpoint-1300 outputs/dolly_gpt2
+python src/evaluate.py outputs/dolly_gpt2 --data faq.jsonl --reader prompt_response
+python src/evaluate.py hub:elith/llm-book-models/chapter05/sft_model --no-base --at-least chrf=30
+accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 \\
+  src/evaluate.py outputs/dolly_gpt2
+
+A run folder, checkpoint, adapter, recipe or address on the Hub, as src/generate.py takes them. The
+questions are those of the first one's evaluation set, or every response of the rows in --data; each
+model is asked with its own recipe's prompt, end tokens and generation settings. A run alone is
+compared with its base model, several with the first.
+
+Prints the scores with 95 % intervals and the answers that changed most. Writes answers.jsonl and
+evaluation.json; the same command resumes where it was killed, and only prints what is done.
+
+--data FILE      other rows, read by --reader NAME
+--questions N    how many are asked, always the same ones; all; default 200
+--no-base        one run alone, without its base model
+--output FOLDER  default: evaluation/ in the first run folder; for a published model ./evaluation
+--at-least X=N   exit code 2 where the mean of a score (chrf=30) is lower; can be given again
+--verbose        shows what the libraries log and warn of
+
+Arguments generation.key=value and model.quantization=8bit, 4bit or null change them for all.
+"""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.command_line import ArgumentParser, require_section
+from finetuning.errors import UserError, did_you_mean
+from finetuning.script import run
+
+if TYPE_CHECKING:
+    from finetuning.evaluation.models import Model
+    from finetuning.evaluation.turns import Turn
+
+
+def main(arguments: list[str]) -> None:
+    from finetuning.evaluation.scores import SCORES
+    from finetuning.evaluation.turns import draw
+    from finetuning.runs.terminal import make_console
+
+    options = read_arguments(arguments)
+    bounds = dict(read_bound(each, SCORES) for each in options.at_least)
+    models, folder = find_models(options)
+    every = questions_of(options, models[0])
+    turns = draw(every, options.questions)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see sft.py
+    # Torch and transformers take seconds to import: only now.
+    import torch
+    from accelerate import PartialState
+
+    from finetuning.evaluation.asking import Share
+    from finetuning.evaluation.models import evaluate
+    from finetuning.evaluation.table import print_changed, print_evaluation
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    console = make_console(quiet=not state.is_main_process)
+    share = Share(state.process_index, state.num_processes)
+    evaluation = evaluate(models, turns, len(every), folder, share)
+    print_changed(console, folder, evaluation)
+    print_evaluation(console, evaluation)
+    console.print(f"written to {folder}: evaluation.json, answers.jsonl")
+    state.destroy_process_group()
+    require_scores(evaluation, [model.name for model in models], bounds)
+
+
+def read_arguments(arguments: list[str]) -> Namespace:
+    parser = ArgumentParser()
+    parser.add_argument("words", nargs="+")
+    parser.add_argument("--data")
+    parser.add_argument("--reader")
+    parser.add_argument("--questions", default="200")
+    parser.add_argument("--no-base", action="store_true")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--at-least", action="append", default=[])
+    options = parser.read(arguments)
+    options.overrides = [word for word in options.words if is_override(word)]
+    options.runs = [word for word in options.words if word not in options.overrides]
+    require_section(options.overrides, "generation.*", "model.quantization")
+    if not options.runs:
+        raise UserError("which model? give a run folder, a recipe or an address on the Hub")
+    if twice := [name for name in options.runs if options.runs.count(name) > 1]:
+        raise UserError(f"{twice[0]} is named twice")
+    if bool(options.data) != bool(options.reader):
+        raise UserError("--data and --reader go together: a file of rows, and how they are read")
+    options.questions = read_number(options.questions)
+    return options
+
+
+def is_override(word: str) -> bool:
+    name, equals, _ = word.partition("=")
+    return bool(equals) and name.startswith(("generation.", "model.")) and not Path(word).exists()
+
+
+def read_number(text: str) -> Any:
+    if text != "all" and not (text.isdecimal() and int(text) > 0):
+        raise UserError(f"--questions {text}: expected a number from 1 on, or all")
+    return text if text == "all" else int(text)
+
+
+def read_bound(text: str, scores: dict[str, str]) -> tuple[str, float]:
+    name, _, bound = text.partition("=")
+    if name not in scores:
+        names = ", ".join(scores)
+        hint = did_you_mean(name, scores)
+        raise UserError(f"--at-least {text}: no score {name}; there are {names}{hint}")
+    try:
+        return name, float(bound)
+    except ValueError:
+        raise UserError(f"--at-least {text}: expected a number, as in {name}=30") from None
+
+
+def find_models(options: Namespace) -> tuple[list["Model"], Path]:
+    """The models, and where the results go."""
+    from finetuning.evaluation.models import Model
+    from finetuning.hub.access import require_hub
+    from finetuning.hub.address import PREFIX
+    from finetuning.inference.resolve import find_trained_model
+    from finetuning.launch.hub_needs import base_needs
+    from finetuning.model.quantization import hide_bitsandbytes
+    from finetuning.recipe.recipe import load_recipe
+
+    has_base = len(options.runs) == 1 and not options.no_base
+    models, folder = [], options.output
+    for name in options.runs:
+        path, recipe_file = find_trained_model(name)
+        recipe = load_recipe(recipe_file, options.overrides)
+        require_hub(base_needs(recipe, path))
+        models.append(Model(name, path, recipe, has_base))
+        is_ours = not name.startswith(PREFIX) and (recipe_file.parent / "environment.json").exists()
+        folder = folder or (recipe_file.parent if is_ours else Path()) / "evaluation"
+    quantized = [model.recipe for model in models if model.recipe.model.quantization]
+    hide_bitsandbytes(quantized[0] if quantized else models[0].recipe)
+    return models, folder
+
+
+def questions_of(options: Namespace, model: "Model") -> list["Turn"]:
+    """Every response of --data, or of the evaluation set of the model's recipe."""
+    from finetuning.data.cache import cache_folder, prepare
+    from finetuning.evaluation.turns import turns_of
+    from finetuning.model.tokenizer import read_tokenizer
+
+    data = model.recipe.data
+    if options.data:
+        from finetuning.evaluation.turns import other_rows
+
+        turns = turns_of(other_rows(data, options.data, options.reader))
+    elif data.eval is None:
+        raise UserError(
+            f"{model.name}: data.eval is null, it has no evaluation set; give rows: --data FILE "
+            "--reader NAME"
+        )
+    else:
+        held_out = prepare(data, read_tokenizer(str(model.folder)), cache_folder()).eval
+        assert held_out is not None
+        turns = turns_of(data, held_out.rows.tolist())
+    if not turns:
+        raise UserError(f"{options.data or model.name}: there is no response in these rows")
+    return turns
+
+
+def require_scores(evaluation: dict[str, Any], names: list[str], bounds: dict[str, float]) -> None:
+    """Raises UserError where a model's mean is below its bound."""
+    for name in names:
+        for score, bound in bounds.items():
+            if (mean := evaluation["scores"][name][score]["mean"]) < bound:
+                raise UserError(f"{name}: {score} is {mean:.2f}, --at-least asks for {bound:g}")
+
+
+if __name__ == "__main__":
+    run(main, __doc__, when_interrupted="; the same command resumes")

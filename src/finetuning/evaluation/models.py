@@ -1,0 +1,143 @@
+"""Trained models, one after another, asked the same questions; a killed call is resumed.
+
+<folder>/unfinished.jsonl   a line that says what is asked of which models, then the answers of each
+                            round: {model, answers: [[row, turn, text, ended], ...]}
+<folder>/answers.jsonl, evaluation.json   when all are there; see results.py
+"""
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetuning.errors import UserError
+from finetuning.evaluation.asking import Answer, Answers, Share, ask
+from finetuning.evaluation.results import (
+    answer_lines,
+    results_of,
+    summary,
+    write_answers,
+    write_evaluation,
+)
+from finetuning.evaluation.turns import Turn
+from finetuning.files import write_text
+from finetuning.inference.page import columns_of
+from finetuning.recipe.recipe import Recipe
+from finetuning.runs.folder import EVALUATION, RunFolder, read_lines
+
+UNFINISHED = "unfinished.jsonl"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model, as it was named."""
+
+    name: str
+    folder: Path
+    recipe: Recipe
+    has_base: bool = False
+    """ask its base model too, first"""
+
+    def record(self) -> dict[str, Any]:
+        """What decides its answers."""
+        return {
+            "name": self.name,
+            "folder": str(self.folder.absolute()),
+            "quantization": self.recipe.model.quantization,
+            "generation": self.recipe.generation.model_dump(exclude={"prompts"}),
+            "base": self.has_base,
+        }
+
+
+def evaluate(
+    models: Sequence[Model], turns: Sequence[Turn], of: int, folder: Path, share: Share
+) -> dict[str, Any]:
+    """Fills the folder and returns what evaluation.json holds, in every process.
+
+    What was evaluated before, as it is asked now, is not evaluated again. Raises UserError where
+    the folder holds something else, or no question can be asked.
+    """
+    head = head_of(models, turns)
+    done = share.of_first(RunFolder(folder).evaluation)
+    if done is not None:
+        require_same(done.get("asked"), head, folder / EVALUATION)
+        return done
+    begun = begin(folder, head) if share.process == 0 else {}
+    answers = answers_of(models, turns, share, share.of_first(begun), folder)
+    results = results_of(turns, answers)
+    if not results.turns:
+        raise UserError("no question is short enough for every model")
+    evaluation = summary(results, of, asked=head)
+    if share.process == 0:
+        write_answers(folder, answer_lines(results))
+        write_evaluation(folder, evaluation)
+        (folder / UNFINISHED).unlink()
+    return evaluation
+
+
+def head_of(models: Sequence[Model], turns: Sequence[Turn]) -> dict[str, Any]:
+    text = json.dumps([turn._asdict() for turn in turns], sort_keys=True)
+    questions = hashlib.sha256(text.encode()).hexdigest()
+    head = {"questions": questions, "models": [model.record() for model in models]}
+    known: dict[str, Any] = json.loads(json.dumps(head, default=str))  # as it is read back
+    return known
+
+
+def require_same(before: Any, head: Mapping[str, Any], file: Path) -> None:
+    if before != head:
+        raise UserError(
+            f"{file} is of other models, questions or settings; delete it, or choose another "
+            "folder with --output"
+        )
+
+
+def begin(folder: Path, head: dict[str, Any]) -> dict[str, Answers]:
+    """What a killed call has left, by model; unfinished.jsonl then ends with a whole line."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    file = folder / UNFINISHED
+    lines = read_lines(file)
+    if lines:
+        require_same(lines[0], head, file)
+    write_text(file, "".join(json.dumps(line) + "\n" for line in [head, *lines[1:]]))
+    answers: dict[str, Answers] = {}
+    for line in lines[1:]:
+        found = {(row, turn): Answer(text, ended) for row, turn, text, ended in line["answers"]}
+        answers.setdefault(line["model"], {}).update(found)
+    return answers
+
+
+def answers_of(
+    models: Sequence[Model],
+    turns: Sequence[Turn],
+    share: Share,
+    known: Mapping[str, Answers],
+    folder: Path,
+) -> dict[str, Answers]:
+    """Of each model by name, the base models too; one run in memory at a time."""
+    found: dict[str, Answers] = {}
+    for model in models:
+        for column in columns_of(model.name, model.folder, model.recipe, model.has_base):
+            keep = keeper(folder / UNFINISHED, column.name)
+            with column.as_base():
+                known_here = known.get(column.name, {})
+                found[column.name] = ask(column.asker, turns, share, known=known_here, keep=keep)
+        del column
+        gc.collect()
+    return found
+
+
+def keeper(file: Path, model: str) -> Callable[[Answers], None]:
+    """What `ask` calls with each round of answers."""
+
+    def keep(answers: Answers) -> None:
+        rows = [[*key, answer.text, answer.is_ended] for key, answer in answers.items()]
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"model": model, "answers": rows}) + "\n")
+
+    return keep
