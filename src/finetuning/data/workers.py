@@ -1,5 +1,6 @@
 """Work on many items by several processes, in order."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -57,6 +58,7 @@ work_of_this_process: Callable[[Any], Any]
 
 def start_worker(work: Callable[[Any], Any]) -> None:
     global work_of_this_process
+    gc.freeze()  # or collecting writes to, and so copies, every page that is shared with the parent
     work_of_this_process = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the process that waits ends them
