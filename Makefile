@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-# Every package is compared with its hash in requirements/ and, but for DeepSpeed, is a wheel: no code of it runs
-# while it is installed. torch goes by version alone; requirements/left_out.txt says why.
+# Every package is compared with its hash in requirements/ and, but for rouge-score and DeepSpeed, is a wheel: no code of
+# it runs while it is installed. torch goes by version alone; requirements/left_out.txt says why.
 # Python compiles what is imported, when it is: a third of the packages' files, and half the time of an installation.
 PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 LOCKED := $(PIP) --no-deps --require-hashes
@@ -26,7 +26,7 @@ $(VENV)/.base: pyproject.toml constraints.txt requirements/base.txt | $(RUN)/pyt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base requirements/dev.txt
-	$(LOCKED) --only-binary :all: --requirement requirements/dev.txt
+	$(LOCKED) --only-binary :all: --no-binary rouge-score --no-build-isolation --requirement requirements/dev.txt
 	@touch $@
 
 $(VENV)/.deepspeed: $(VENV)/.dev requirements/deepspeed.txt
