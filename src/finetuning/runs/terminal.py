@@ -88,8 +88,8 @@ def print_funnel(console: Console, report: dict[str, Any]) -> None:
         )
     if report["leaked"]:
         console.print(
-            f"{report['leaked']:,} evaluation examples have their prompt or a long response in "
-            "training (data.eval.group_by: same_text keeps them apart)"
+            f"{report['leaked']:,} evaluation examples share a prompt or long response with "
+            "training:\n         data.eval.group_by: same_text keeps them apart"
         )
     if report["spelled"]:
         console.print(f"{report['spelled']:,} rows spell a special token: it stays text there")
