@@ -1,7 +1,6 @@
 """A published folder in stock transformers: generate, a chat pipeline, `transformers serve`."""
 
 import contextlib
-import io
 import json
 import logging
 import sys
@@ -99,26 +98,28 @@ def serving(model: Trained) -> Iterator[str]:
     from transformers.cli.serve import Serve
 
     logger = logging.getLogger("transformers")
-    level, silent = logger.level, io.StringIO()
-    # Its web server logs to what is standard output when it is made.
-    with contextlib.redirect_stderr(silent), contextlib.redirect_stdout(silent):
-        server: Any = Serve(
-            str(model.run.path),
-            device="cpu",
-            host="127.0.0.1",
-            port=0,
-            log_level="error",
-            non_blocking=True,
-        )
+    level, disabled = logger.level, logging.root.manager.disable
+    # Not by other streams: uvicorn closes the handlers that are there, and absl's its stream, were
+    # it not standard error by then.
+    logging.disable(logging.CRITICAL)
+    server: Any = Serve(
+        str(model.run.path),
+        device="cpu",
+        host="127.0.0.1",
+        port=0,
+        log_level="error",
+        non_blocking=True,
+    )
     try:
         while not server.server.started:
             if not server._thread.is_alive():
-                raise UserError(f"transformers serve does not start: {silent.getvalue()}")
+                raise UserError("transformers serve does not start")
             time.sleep(0.01)
         port = server.server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}"
     finally:
         server.kill_server()
+        logging.disable(disabled)
         logger.setLevel(level)
 
 
