@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import absl.logging
 import pytest
 from commands import FAKE_TORCH, ROOT, forks
 
@@ -22,6 +23,9 @@ if shutil.which("nvidia-smi") is None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or a config for GPUs would be refused
 for name in ("HF_TOKEN", "WANDB_API_KEY", "RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
+# uvicorn (transformers serve) closes the log handlers that are there, and absl's closes its stream:
+# pytest's, where a test that captures has another standard error by then.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture

@@ -99,8 +99,7 @@ def serving(model: Trained) -> Iterator[str]:
 
     logger = logging.getLogger("transformers")
     level, disabled = logger.level, logging.root.manager.disable
-    # Not by other streams: uvicorn closes the handlers that are there, and absl's its stream, were
-    # it not standard error by then.
+    # Its web server sets up its own loggers, so a level of theirs would not last.
     logging.disable(logging.CRITICAL)
     server: Any = Serve(
         str(model.run.path),
