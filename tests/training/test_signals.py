@@ -19,6 +19,7 @@ from finetuning.training.signals import SIGNALS, Stop
 @pytest.fixture
 def stop() -> Stop:
     """One that listens; conftest gives the signals back."""
+    signal.signal(SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
     stop = Stop()
     stop.listen()
     return stop

@@ -104,8 +104,9 @@ def build(data: Data, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> Non
     Raises UserError where rows do not fit or nothing is left to train or evaluate on.
     """
     preparation = Preparation(data, tokenizer)
-    preparation([])  # makes here what every process needs, before they are forked from this one
     tally, kept = Tally(), GrowingArrays(folder)
+    # Makes here what every process needs, before they are forked from this one.
+    kept.append(preparation([]).arrays)
     blocks = blocks_of_rows(data, tally)
     for block in map_in_order(preparation, blocks, data.num_proc or cores()):
         kept.append(block.arrays)
@@ -114,7 +115,7 @@ def build(data: Data, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> Non
     group_by = data.eval.group_by if data.eval else None
     if group_by and group_by != SAME_TEXT:
         tally.unused.discard(group_by)
-        if not arrays["prompts"].any():
+        if len(arrays["prompts"]) and not arrays["prompts"].any():
             raise UserError(f"data.eval.group_by: no row has a column {group_by}")
     numbers = without_duplicates(arrays, data, tally)
     same = first_of_group(*(arrays[name][numbers] for name in SHARED))
@@ -418,7 +419,7 @@ def evaluation_set(
     is_eval: (kept,) whether a row is of the split that is named for it. groups: (kept,) of
     first_of_group: a group goes where its first row is drawn to.
     """
-    if split is None:
+    if split is None or len(is_eval) == 0:
         return np.zeros(len(is_eval), bool)
     if split.split:
         return is_eval

@@ -28,7 +28,7 @@ class Eval(Section):
     """share of the examples, 0..1, drawn at random"""
     seed: int | None = Field(default=None, ge=0, lt=2**32)
     """of the draw for `fraction`; 0 if not given"""
-    split: str | None = None
+    split: str | None = Field(default=None, min_length=1)
     """name of another split of the same data"""
     group_by: str | None = None
     """column: rows of one value are all trained or all evaluated on; same_text: so are rows that

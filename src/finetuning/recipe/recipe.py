@@ -110,10 +110,11 @@ class Recipe(Section):
         return self
 
     def resolved(self) -> dict[str, Any]:
-        """All settings as plain values: our own with their defaults, the libraries' as far as they
-        were given."""
+        """All settings as plain values: those that say what a model is with their defaults, the
+        others as far as they were given."""
         own = self.model_dump(include={"model", "data", "publish"})
-        given = self.model_dump(include={"lora", "training", "generation"}, exclude_unset=True)
+        sparse = {"lora", "training", "generation", "evaluation"}
+        given = self.model_dump(include=sparse, exclude_unset=True)
         if isinstance(self.data.path, list):
             own["data"]["path"] = [
                 source.model_dump(exclude_unset=True) for source in self.data.path

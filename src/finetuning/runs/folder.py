@@ -250,12 +250,16 @@ def write_finish(folder: Path, kept_step: int) -> None:
 
 @contextmanager
 def noting_end(folder: Path, is_first: bool) -> Iterator[None]:
-    """Notes when the launch ended, however it does but by a kill; the first process does it."""
+    """Notes when the launch ended, however it does but by a kill; the first process does it.
+
+    One that ends before it is written down leaves those before it as they were.
+    """
+    before = len((known_environment(folder) or {}).get("launches", []))
     try:
         yield
     finally:
         environment = known_environment(folder) if is_first else None
-        if environment and environment.get("launches"):
+        if environment and len(environment.get("launches", [])) > before:
             environment["launches"][-1]["ended"] = now()
             with suppress(OSError):  # a full disk must not hide why it ended
                 write_environment(folder, environment)
