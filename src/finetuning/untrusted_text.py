@@ -5,6 +5,8 @@ GitHub's CLI had to learn the same (cli/cli#6916). Markdown acts on a handful of
 """
 
 import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 # Control characters but tab and line feed; what reorders text (Trojan Source) or hides in it; line
 # separators that are not line feeds; surrogates, which cannot be printed at all.
@@ -19,6 +21,31 @@ UNPRINTABLE = re.compile(
 MARKUP = re.compile(r"[\\`*\[\]<>|#~&$]|(?<!\w)_|_(?!\w)|(?<=[a-z]):(?=//)|(?<=www)\.|@", re.I)
 
 MAX_CELL = 80  # characters
+
+# Of an adapter's modules: groups are only alternatives, few repetitions. `(a+)+$` takes for ever.
+MODEST_PATTERN = re.compile(
+    r"(?=.{1,200}$)(?!(?:.*[*+{]){5})(?!.*\)[*+{])[\w.\-|()\\^$*+?:\[\]]*", re.ASCII
+)
+PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
+PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
+TOO_SLOW = (
+    "which could take for ever to match; a list of names is taken, and patterns without nested "
+    "repetition"
+)
+
+
+def slow_patterns(lora: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(field, pattern) of the regular expressions of a LoraConfig that could take for ever."""
+    for field in (*PATTERNS, *PATTERN_KEYS):
+        value = lora.get(field)
+        for pattern in (value,) if isinstance(value, str) else value or ():
+            is_plain_name = isinstance(value, list)  # peft compares them
+            if isinstance(pattern, str) and not is_plain_name and not is_modest(pattern):
+                yield field, pattern
+
+
+def is_modest(pattern: str) -> bool:
+    return MODEST_PATTERN.fullmatch(pattern) is not None
 
 
 def printable(text: str) -> str:

@@ -69,3 +69,11 @@ def test_the_rest_is_python():
         ast.parse(
             "\n".join("pass" if line[:1] in ("!", "%") else line for line in cell.splitlines())
         )
+
+
+def test_it_stops_where_no_repository_is_filled_in():
+    (cell,) = [code for code in CODE if "git clone" in code]
+    first = "\n".join(cell.splitlines()[:2])
+    with pytest.raises(AssertionError, match="REPOSITORY is empty"):
+        exec(first, {})
+    exec(first.replace('""', '"https://example.com/a"', 1), {})

@@ -43,6 +43,7 @@ def test_a_folder_from_which_libraries_would_go_elsewhere_is_refused(files, expe
         {"target_modules": "(a|a)*b"},
         {"target_modules": ".*.*.*.*.*x"},
         {"exclude_modules": "x" * 1000},
+        {"rank_pattern": {"(a+)+$": 4}},
         {"layer_replication": [[0, 2000]]},
     ],
 )

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from commands import RECIPE, write_files
 
 from finetuning.errors import UserError
 from finetuning.recipe.recipe import load_recipe
@@ -36,3 +37,11 @@ def test_an_override_is_no_bomb_either(tmp_path):
     (tmp_path / "recipe.yaml").write_text("model: {name: x}\n")
     with pytest.raises(UserError, match="is an alias"):
         load_recipe(tmp_path / "recipe.yaml", ["data.where={a: &a [x], b: *a}"])
+
+
+@pytest.mark.parametrize("field", ["target_modules=(a+)+$", "rank_pattern={'(.*a)*b': 4}"])
+def test_an_expression_that_could_take_for_ever_is_refused(field, tmp_path):
+    write_files(tmp_path, {"recipe.yaml": RECIPE})
+    with pytest.raises(UserError, match=r"lora.* which could take for ever to match"):
+        load_recipe(tmp_path / "recipe.yaml", [f"lora.{field}"])
+    load_recipe(tmp_path / "recipe.yaml", [r"lora.target_modules=.*\.(?:q|v)_proj"])

@@ -160,3 +160,12 @@ def test_a_table_that_is_too_wide_becomes_two_without_broken_words(sweep, monkey
     for word in ("scheduler_", "learning_", "2e-05", "cosine", "accuracy", "tokens/s", "finished"):
         assert word in printed, word
     assert printed.index("learning_") < printed.index("accuracy")
+
+
+def test_no_cell_of_the_csv_is_a_formula(sweep):
+    recipe = sweep / "1" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("rows.jsonl", "'=HYPERLINK(1)'"))
+    compare.main([str(sweep)])
+    cells = [cell for row in table(sweep) for cell in row.values()]
+    assert "'=HYPERLINK(1)" in cells
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "@"))]

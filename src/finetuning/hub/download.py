@@ -5,7 +5,6 @@ The commit is resolved first and by the Hub: the libraries silently answer from 
 Hub is down or the token was revoked. HF_HUB_OFFLINE=1 is the way to say that the cache is wanted.
 """
 
-import re
 import shutil
 import sys
 import tempfile
@@ -33,11 +32,9 @@ from finetuning.hub.client import (
     with_retries,
 )
 from finetuning.hub.manifest import NAME, Manifest, parse_manifest
-from finetuning.untrusted_text import printable, short_line
+from finetuning.untrusted_text import TOO_SLOW, printable, short_line, slow_patterns
 
 UNVERIFIED = {NAME, "README.md"}  # the manifest itself; a card may be edited on the Hub
-# Modules of an adapter by a regular expression: groups are only alternatives, few repetitions.
-MODEST_PATTERN = r"(?=.{1,200}$)(?!(?:.*[*+{]){5})(?!.*\)[*+{])[\w.\-|()\\^$*+?\[\]]*"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -178,13 +175,8 @@ def require_modest(file: Path) -> None:
             )
     if settings.get("layer_replication"):
         raise UserError(f"{file}: layer_replication is refused")
-    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
-        pattern = settings.get(name)
-        if isinstance(pattern, str) and not re.fullmatch(MODEST_PATTERN, pattern):
-            raise UserError(
-                f"{file}: {name} is {short_line(pattern)}, which could take for ever to match; "
-                "a list of names is taken, and patterns without nested repetition"
-            )
+    for name, pattern in slow_patterns(settings):
+        raise UserError(f"{file}: {name} is {short_line(pattern)}, {TOO_SLOW}")
 
 
 def verify_checksums(

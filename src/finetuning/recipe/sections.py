@@ -16,6 +16,7 @@ from finetuning.recipe.library_sections import (
     SFTConfigFields,
 )
 from finetuning.section import Section
+from finetuning.untrusted_text import TOO_SLOW, short_line, slow_patterns
 
 
 class FromScratch(Section):
@@ -137,6 +138,12 @@ class Training(SFTConfigFields):
 
 class Lora(LoraConfigFields):
     """Any field of peft.LoraConfig; the base model is then frozen."""
+
+    @model_validator(mode="after")
+    def check_patterns(self) -> "Lora":
+        for name, pattern in slow_patterns(self.model_dump(exclude_unset=True)):
+            raise ValueError(f"{name} is {short_line(pattern)}, {TOO_SLOW}")
+        return self
 
 
 class Evaluation(Section):
