@@ -21,105 +21,139 @@ import os
 from argparse import Namespace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetuning.command_line import ArgumentParser
 from finetuning.errors import UserError
 from finetuning.script import run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from finetuning.budget.budget import Budget
+    from finetuning.launch.devices import Device
+    from finetuning.recipe.recipe import Recipe
+    from finetuning.runs.doctor import Finding, Shown
+    from finetuning.training.prepared_run import PreparedRun
 
 SHOWN = 3  # examples printed
 LOOKED_AT = 20_000  # examples at most that findings are of
 
 
 def main(arguments: list[str]) -> None:
-    import numpy as np
-
-    from finetuning.budget.savings import enough
-    from finetuning.files import write_text
     from finetuning.launch import devices
+    from finetuning.runs.terminal import make_console
+
+    options = read_arguments(arguments)
+    gpu = devices.gpu_by_name(options.gpu) if options.gpu is not None else None
+    run = prepare(options)
+    console = make_console()
+    show_rows(run, console)
+    show_budget(run, gpu, options, console)
+
+
+def prepare(options: Namespace) -> "PreparedRun":
     from finetuning.launch.strategy import launch_environment, requested_strategy
-    from finetuning.model.quantization import hide_bitsandbytes
-    from finetuning.recipe.recipe import Recipe, load_recipe
+    from finetuning.recipe.recipe import load_recipe
+    from finetuning.runs.folder import output_folder, require_free_or_ours, require_local_output
+    from finetuning.training.prepared_run import prepare_run
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    require_local_output(Path(options.recipe), recipe, options.overrides)
+    require_free_or_ours(output_folder(recipe))
+    os.environ |= launch_environment(options.config_file, options.num_processes)
+    return prepare_run(recipe, requested_strategy(), trains_here=False)
+
+
+def show_rows(run: "PreparedRun", console: "Console") -> None:
+    """On the terminal, and in full in the folder preview."""
     from finetuning.runs.doctor import Shown, diagnose
-    from finetuning.runs.folder import (
-        make_folder,
-        output_folder,
-        require_free_or_ours,
-        require_local_output,
-    )
-    from finetuning.runs.plots import plot_lengths
-    from finetuning.runs.report_page import report_page
+    from finetuning.runs.folder import make_folder, output_folder
     from finetuning.runs.terminal import (
         examples_in_order,
-        make_console,
-        print_budget,
         print_example,
         print_findings,
         print_funnel,
         trained_and_not,
     )
-    from finetuning.training.prepared_run import prepare_run
 
-    options = read_arguments(arguments)
-    recipe = load_recipe(options.recipe, options.overrides)
-    require_local_output(Path(options.recipe), recipe, options.overrides)
-    require_free_or_ours(output_folder(recipe))
-    os.environ |= launch_environment(options.config_file, options.num_processes)
-    strategy = requested_strategy()
-    gpu = devices.gpu_by_name(options.gpu) if options.gpu is not None else None
-    run = prepare_run(recipe, strategy, trains_here=False)
-    recipe, tokenizer, prepared = run.recipe, run.tokenizer, run.examples
-    folder = make_folder(output_folder(recipe) / "preview")
-    parts = [prepared.train] if prepared.eval is None else [prepared.train, prepared.eval]
-    lengths = np.concatenate([part.lengths for part in parts])
+    prepared = run.examples
     looked_at = [
-        Shown(number, row, split, trained_and_not(example, tokenizer))
+        Shown(number, row, split, trained_and_not(example, run.tokenizer))
         for number, (split, row, example) in enumerate(
             islice(examples_in_order(prepared.train, prepared.eval), LOOKED_AT)
         )
     ]
     findings = diagnose(looked_at, run.template.end_marks)
-
-    console = make_console()
     print_funnel(console, prepared.report)
     print_findings(console, findings)
     console.rule("examples: prompt grey, response green")
     for _, _, example in islice(examples_in_order(prepared.train, prepared.eval), SHOWN):
-        print_example(console, example, tokenizer)
+        print_example(console, example, run.tokenizer)
 
-    write_text(
-        folder / "report.json", json.dumps(prepared.report, indent=2, ensure_ascii=False) + "\n"
+    folder = make_folder(output_folder(run.recipe) / "preview")
+    write_files(folder, run, looked_at, findings)
+    console.print(
+        f"written to {folder}: report.html, report.json, token_lengths.png, examples.jsonl"
     )
-    plot_lengths(lengths, recipe.data.max_length, folder)
-    page = report_page(prepared.report, lengths, looked_at, findings)
-    write_text(folder / "report.html", page)
+
+
+def write_files(
+    folder: Path, run: "PreparedRun", looked_at: "list[Shown]", findings: "list[Finding]"
+) -> None:
+    import numpy as np
+
+    from finetuning.files import write_text
+    from finetuning.runs.plots import plot_lengths
+    from finetuning.runs.report_page import report_page
+    from finetuning.runs.terminal import examples_in_order
+
+    prepared = run.examples
+    parts = [part for part in (prepared.train, prepared.eval) if part is not None]
+    lengths = np.concatenate([part.lengths for part in parts])
+    report = json.dumps(prepared.report, indent=2, ensure_ascii=False)
+    write_text(folder / "report.json", report + "\n")
+    plot_lengths(lengths, run.recipe.data.max_length, folder)
+    write_text(folder / "report.html", report_page(prepared.report, lengths, looked_at, findings))
     with (folder / "examples.jsonl").open("w", encoding="utf-8") as stream:
         for split, row, example in examples_in_order(prepared.train, prepared.eval):
             input_ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
             line = {"split": split, "row": row, "input_ids": input_ids, "labels": labels}
             stream.write(json.dumps(line) + "\n")
-    console.print(
-        f"written to {folder}: report.html, report.json, token_lengths.png, examples.jsonl"
-    )
+
+
+def show_budget(
+    run: "PreparedRun", gpu: "Device | None", options: Namespace, console: "Console"
+) -> None:
+    from finetuning.budget.savings import enough
+    from finetuning.launch import devices
+    from finetuning.model.quantization import hide_bitsandbytes
+    from finetuning.runs.terminal import print_budget
 
     console.rule("budget")
-    hide_bitsandbytes(recipe)
+    hide_bitsandbytes(run.recipe)
     # Torch and the model's class take seconds to import: only now, when the rows are on the screen.
     from finetuning.budget.budget import make_budget
 
-    device = gpu or devices.local_device(recipe)
+    device = gpu or devices.local_device(run.recipe)
 
-    def fits(changed: Recipe) -> bool:
-        return make_budget(changed, prepared, tokenizer, strategy, device).verdict == "fits"
+    def budget_of(recipe: "Recipe") -> "Budget":
+        return make_budget(recipe, run.examples, run.tokenizer, run.strategy, device)
 
     try:
-        budget = make_budget(recipe, prepared, tokenizer, strategy, device)
+        budget = budget_of(run.recipe)
     except UserError as error:  # a tokenizer's folder is enough to look at the rows
         if options.gpu or options.config_file or options.num_processes:
             raise
         return console.print(f"no budget: {error}")
     step, advice = budget.step, []
     if budget.verdict != "fits":
-        advice = enough(recipe, step.micro_batch, step.accumulation, fits)
+        advice = enough(
+            run.recipe,
+            step.micro_batch,
+            step.accumulation,
+            lambda changed: budget_of(changed).verdict == "fits",
+        )
     print_budget(console, budget, advice)
 
 
