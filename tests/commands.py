@@ -1,13 +1,12 @@
 """Commands as a person types them, what they need on disk, and what a refusal looks like."""
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
+
+from warm import WarmPython
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,38 +36,43 @@ FAKE_TORCH = (
 )
 
 
+# What scripts import without torch.
+SHARED = (
+    "finetuning.model.loading",
+    "finetuning.hub.access",
+    "finetuning.runs.terminal",
+    "finetuning.runs.folder",
+    "huggingface_hub",
+    "rich.console",
+    "transformers.tokenization_utils_tokenizers",
+)
+
+
 class RunScript(Protocol):
     """Runs `python src/<script> arguments` and returns what subprocess.run returns."""
 
     def __call__(
-        self, script: str, *arguments: str, **environment: str
+        self, script: str, *arguments: object, **environment: str
     ) -> subprocess.CompletedProcess: ...
 
 
-@contextmanager
-def forks(*modules: str, **environment: str) -> Iterator[RunScript]:
-    """Runs scripts in forks of fork_server.py, which has imported the modules beforehand."""
-    pipes = {
-        "stdin": subprocess.PIPE,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.DEVNULL,
-        "text": True,
-    }
-    command, environment = (
-        [sys.executable, "tests/fork_server.py", *modules],
-        {**os.environ, **environment},
-    )
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+def runs_of(python: WarmPython) -> RunScript:
+    """Scripts as forks of that Python, from the project's root."""
 
-        def run(script, *arguments, **environment):
-            process.stdin.write(json.dumps([script, arguments, environment]) + "\n")
-            process.stdin.flush()
-            return subprocess.CompletedProcess(
-                (script, *arguments), *json.loads(process.stdout.readline())
-            )
+    def run(script, *arguments, **environment):
+        return python.run(
+            sys.executable,
+            f"src/{script}",
+            *arguments,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
-        yield run
-        process.stdin.close()
+    return run
 
 
 def write_files(folder: Path, files: dict[str, str | bytes]) -> None:

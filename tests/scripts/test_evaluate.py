@@ -126,6 +126,7 @@ def test_a_checkpoint_is_evaluated_beside_its_run(runs, rows, tmp_path):
 
 
 @pytest.mark.cluster
+@pytest.mark.usefixtures("warm_python")
 def test_two_processes_write_the_files_of_one(arguments, tmp_path):
     evaluate.main(arguments)
     whole = files_below(tmp_path / "out")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import RECIPE, ROOT, ROWS, assert_one_line, forks, write_files
+from commands import RECIPE, ROOT, ROWS, assert_one_line, write_files
 from tiny import byte_level
 
 SCRATCH = RECIPE[RECIPE.index("  from_scratch") : RECIPE.index("data:")]
@@ -760,12 +760,6 @@ ALL = [
 
 
 @pytest.fixture(scope="session")
-def run_fork_with_torch():
-    with forks("peft", "finetuning.inference.generation", "finetuning.training.trainer") as run:
-        yield run
-
-
-@pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     byte_level().save_pretrained(folder)
@@ -789,13 +783,13 @@ def test_what_is_wrong_is_said_in_one_line_before_torch_is_imported(
 
 @pytest.mark.parametrize(("words", "files", "script", "arguments"), LATE)
 def test_what_only_the_model_can_tell_is_said_in_the_last_line(
-    words, files, script, arguments, run_fork_with_torch, tmp_path, tokenizer_folder
+    words, files, script, arguments, run_warm, tmp_path, tokenizer_folder
 ):
     write_files(tmp_path, files)
     words, arguments = (
         [placed(text, tmp_path, tokenizer_folder) for text in texts] for texts in (words, arguments)
     )
-    process = run_fork_with_torch(script, *arguments)
+    process = run_warm(script, *arguments)
     assert process.returncode == 2, process.stderr
     assert "Traceback" not in process.stdout + process.stderr
     last = process.stderr.splitlines()[-1]  # libraries may have warned before

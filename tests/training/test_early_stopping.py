@@ -128,6 +128,7 @@ def test_of_perplexities_the_lowest_is_the_best(settings):
 
 
 @pytest.mark.cluster
+@pytest.mark.usefixtures("warm_python")
 def test_two_processes_stop_together_where_their_losses_say(settings, tmp_path):
     def launch(name: str, *more: str) -> Path:
         command = [sys.executable, "-m", "accelerate.commands.launch"]

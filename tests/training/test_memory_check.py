@@ -116,6 +116,7 @@ script.run(sft.main, "")
 
 
 @pytest.mark.cluster
+@pytest.mark.usefixtures("warm_python")
 @pytest.mark.parametrize("config", ["cpu_ddp", "zero2", "zero3"])
 def test_two_processes_train_the_same_with_and_without(tmp_path, config):
     runs = []

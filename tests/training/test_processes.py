@@ -17,7 +17,7 @@ from peft import PeftModel
 from trainings import GLOBAL_BATCH, LORA_TARGETS, losses_of, recipe_of, trained, write_rows
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("warm_python")]
 
 STEPS = 10
 # (architecture, method, layout, accumulation)
@@ -242,7 +242,7 @@ def pair(tmp_path):
         ):
             assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.05)
-        ranks = sorted(launcher.children(), key=lambda process: process.environ()["RANK"])
+        ranks = sorted(launcher.children(), key=lambda process: process.pid)
         yield launcher, ranks, log
         for process in [launcher, *ranks]:
             if process.is_running():

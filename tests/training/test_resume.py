@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("warm_python")]
 
 STEPS = 60  # of 8 examples; an epoch has 7
 EVERY = 7 + 4  # steps from one checkpoint to the next: in the middle of epochs and over their ends
@@ -242,11 +242,7 @@ def test_asked_to_stop_it_saves_once_and_the_next_command_goes_on(
     run = Run(recipe, tmp_path / "run", *how)
     process = run.start()
     processes = run.until(process, lambda: run.step >= 15)
-    training = [
-        each
-        for each in processes
-        if "src/sft.py" in each.cmdline() and "launch" not in each.cmdline()
-    ]
+    training = process.children()
     # A scheduler sends SIGUSR1 to the processes that train; torch's launcher passes SIGTERM on to
     # them.
     for receiver in training if number == signal.SIGUSR1 else [process]:
