@@ -9,7 +9,7 @@ RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 LOCKED := $(PIP) --no-deps --require-hashes
 
-.PHONY: help quickstart test test-cluster bench lint format schema tables docs lock audit clean
+.PHONY: help quickstart test test-cluster test-gpu bench lint format schema tables docs lock audit clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -52,6 +52,9 @@ test: $(VENV)/.dev  ## every test that one CPU can run (under 10 minutes)
 
 test-cluster: $(VENV)/.deepspeed  ## tests with several processes, and on a Slurm cluster of virtual nodes (root)
 	$(RUN)/python -m pytest -m cluster $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.deepspeed  ## what a GPU has to prove, in five minutes: a report to send
+	PYTHONPATH=tests $(RUN)/python -m pytest -p gpu_report -m gpu --tb=short $(PYTEST_ARGS)
 
 # Dolly and GPT-2's tokenizer: Hub ids, or local copies as in `make bench DATA=dolly.jsonl TOKENIZER=gpt2-folder`.
 DATA ?= databricks/databricks-dolly-15k

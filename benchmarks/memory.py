@@ -9,6 +9,7 @@ nothing is left to import; measured is what the case then takes above that at it
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -126,6 +127,7 @@ def measure(kind: str, method: str, length: str, folder: Path) -> dict[str, floa
     import torch
 
     from finetuning.budget.step_memory import measure_step, meta_model
+    from finetuning.model.precision import with_weight_format
 
     fields = {**MODELS[kind], **SMALL[kind], "vocab_size": 300}
     small = recipe_of(kind, method, 32, write_model(folder / "small", fields), folder)
@@ -137,7 +139,10 @@ def measure(kind: str, method: str, length: str, folder: Path) -> dict[str, floa
     from transformers import AutoConfig
 
     batch = next(iter(trainer.get_train_dataloader()))
-    model = meta_model(recipe, AutoConfig.from_pretrained(recipe.model.name))
+    formats = {"bf16": trainer.args.bf16, "fp16": trainer.args.fp16}
+    base = with_weight_format(recipe, trainer.args.device, formats)
+    recipe = recipe.model_copy(update={"model": base})
+    model = meta_model(recipe, AutoConfig.from_pretrained(base.name))
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     dtype = recipe_dtype(trainer.args, torch)
     parts = measure_step(recipe, model, batch, dtype, capability).peak()
@@ -205,10 +210,12 @@ def train(recipe, torch):
     ids = np.random.default_rng(0).integers(5, 250, (EXAMPLES, length))
     labels = np.where(np.arange(length) < length // 2, -100, ids)  # the first half is prompt
     examples = Examples(ids.ravel(), labels.ravel(), np.full(EXAMPLES, length), np.arange(EXAMPLES))
-    before = resident("VmRSS")
+    is_gpu = torch.cuda.is_available()
+    gc.collect()  # the trainer before
+    before = torch.cuda.memory_allocated() if is_gpu else resident("VmRSS")
     prepared = Prepared(examples, None, {"tokens": {"max": length}}, "")
     trainer = make_trainer(PreparedRun(recipe, requested_strategy(), tokenizer(), prepared))
-    if torch.cuda.is_available():
+    if is_gpu:
         torch.cuda.reset_peak_memory_stats()
     else:
         for weight in (
@@ -217,12 +224,8 @@ def train(recipe, torch):
             weight.data = weight.data.clone()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     trainer.train()
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_available()
-        else resident("VmHWM") - before
-    )
-    return peak, trainer
+    peak = torch.cuda.max_memory_allocated() if is_gpu else resident("VmHWM")
+    return peak - before, trainer
 
 
 def tokenizer():

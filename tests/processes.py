@@ -5,8 +5,10 @@ accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 2 
 """
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
+from fp16_on_cpu import fp16_on_cpu
 from torch.distributed.tensor import DTensor
 from trainings import losses_of, trained
 
@@ -18,7 +20,8 @@ from finetuning.script import run
 def main(arguments: list[str]) -> None:
     cases, results = json.loads(Path(arguments[0]).read_text()), Path(arguments[1])
     for name, (recipe, overrides) in cases.items():
-        trainer = trained(load_recipe(recipe, overrides))
+        with fp16_on_cpu() if name == "fp16" else nullcontext():
+            trainer = trained(load_recipe(recipe, overrides))
         trainer.save_trained()
         found = {
             "losses": losses_of(trainer),

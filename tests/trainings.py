@@ -2,6 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
 
 from finetuning.data.cache import prepare
 from finetuning.launch.strategy import requested_strategy
@@ -9,6 +12,7 @@ from finetuning.model.tokenizer import load_tokenizer
 from finetuning.recipe.recipe import Recipe, load_recipe
 from finetuning.training.callbacks import MetricsFile
 from finetuning.training.prepared_run import PreparedRun
+from finetuning.training.start_checks import check_logits, check_packing
 from finetuning.training.train import make_trainer
 from finetuning.training.trainer import ResponseTrainer
 
@@ -66,11 +70,23 @@ def prepared_run(recipe: Recipe) -> PreparedRun:
     return PreparedRun(recipe, requested_strategy(), tokenizer, examples)
 
 
+class Checks(TrainerCallback):
+    """Of those that a run starts with, the ones about the prepared model."""
+
+    def __init__(self, trainer: ResponseTrainer, run: PreparedRun) -> None:
+        self.trainer, self.run = trainer, run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_logits(self.trainer, self.run)
+        check_packing(self.trainer, self.run)
+
+
 def trained(recipe: Recipe) -> ResponseTrainer:
     """The trainer of this recipe when it has trained."""
     folder = Path(recipe.training.output_dir)
     folder.mkdir(exist_ok=True)
-    trainer = make_trainer(prepared_run(recipe))
+    trainer = make_trainer(run := prepared_run(recipe))
+    trainer.add_callback(Checks(trainer, run))
     trainer.add_callback(MetricsFile(folder))
     trainer.train()
     return trainer

@@ -8,8 +8,15 @@ from finetuning.untrusted_text import printable
 
 # How Python, Rust (safetensors) and C++ (torch.save) report a full disk, each by its own exception.
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "inline_container.cc")
-# How torch, for GPU and CPU memory, and the C++ library report an allocation that failed.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "std::bad_alloc")
+# How torch, for GPU and CPU memory, cuBLAS and cuDNN, and the C++ library report an allocation that
+# failed.
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "STATUS_ALLOC_FAILED",
+    "std::bad_alloc",
+)
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: unfinished; the same command resumes
 
 

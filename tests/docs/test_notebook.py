@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -36,6 +37,7 @@ def test_it_goes_the_whole_way_in_order():
     steps = [
         "git clone",
         "pip install",
+        "torch.cuda.init",
         "src/preview.py",
         "src/sft.py",
         "samples.md",
@@ -77,3 +79,18 @@ def test_it_stops_where_no_repository_is_filled_in():
     with pytest.raises(AssertionError, match="REPOSITORY is empty"):
         exec(first, {})
     exec(first.replace('""', '"https://example.com/a"', 1), {})
+
+
+def test_it_stops_where_torch_has_no_gpu_and_says_what_to_do(monkeypatch):
+    (cell,) = [code for code in CODE if "torch.cuda.init" in code]
+    error = (
+        "Traceback (most recent call last):\nRuntimeError: Found no NVIDIA driver on your system"
+    )
+    done = SimpleNamespace(returncode=1, stdout="", stderr=error)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: done)
+    with pytest.raises(AssertionError, match=r"Found no NVIDIA driver.*\n.*T4 GPU") as stopped:
+        exec(cell, {})
+    (version,) = re.findall(r"torch==([\d.]+)\+cu126", str(stopped.value))
+    assert f"torch=={version}\n" in (ROOT / "constraints.txt").read_text("utf-8")
+    done.returncode = 0
+    exec(cell, {})

@@ -303,5 +303,7 @@ def test_a_gpu_without_kernels_is_refused_with_the_wheel_that_has_them(monkeypat
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (7, 0))
     monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["sm_75", "sm_80"])
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "Tesla V100")
-    with pytest.raises(UserError, match=r"^Tesla V100 .* 7\.0.*sm_75, sm_80 only.*whl/cu126"):
+    with pytest.raises(
+        UserError, match=r"^Tesla V100 .* 7\.0.*sm_75, sm_80 only.*\+cu126 .*whl/cu126"
+    ):
         devices.require_kernels()

@@ -19,6 +19,7 @@ from finetuning.model.attention import (
     require_isolation,
     use_packed_attention,
 )
+from finetuning.model.loss import ResponseHead
 
 LENGTHS = (7, 1, 12, 5)
 # A window of 8 tokens, in every layer or in some.
@@ -212,7 +213,13 @@ def test_attention_under_autocast_rounds_as_sdpa_does():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.bfloat16, marks=pytest.mark.gpu(capability=(8, 0)), id="bf16"),
+        pytest.param(torch.float16, id="fp16"),
+    ],
+)
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_half_precision_on_a_gpu_isolates_too(kind, dtype):
     model = computing_in(tiny.model_of(kind).to("cuda"), dtype)
@@ -226,7 +233,7 @@ def test_half_precision_on_a_gpu_isolates_too(kind, dtype):
     assert torch.equal(before[0, 20:], after[0, 20:])
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(capability=(8, 0))
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
 def test_the_flash_kernel_and_padded_rows_give_the_same_gradients(kind, monkeypatch):
     grads, taken = [], []
@@ -253,6 +260,16 @@ def test_the_real_model_is_asked_and_passes(kind):
     model = tiny.model_of(kind)
     use_packed_attention(model)
     assert require_isolation(model) is None  # it raises otherwise
+
+
+def test_a_model_is_asked_where_it_computes_and_not_where_its_weights_wait(monkeypatch):
+    """Those of FSDP2 with offload wait in main memory."""
+    model = tiny.model_of("llama")
+    use_packed_attention(model)
+    here = model.device
+    monkeypatch.setattr(type(model), "device", torch.device("meta"))
+    assert require_isolation(model, device=here) is None  # it raises otherwise
+    assert ResponseHead(model).require_unmodified_logits(model, here) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

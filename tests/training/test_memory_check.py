@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import finetuning.training.memory_check as rehearsal
 import sft
 from finetuning.data.batching import BatchSampler
-from finetuning.errors import UserError
+from finetuning.errors import UserError, is_out_of_memory
 from finetuning.training import start_checks
 from finetuning.training.trainer import ResponseTrainer
 
@@ -204,6 +204,19 @@ def test_what_does_not_fit_is_said_with_what_would(tmp_path, monkeypatch):
         trained(
             tmp_path, "training.per_device_train_batch_size=2", "training.auto_find_batch_size=true"
         )
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.58 GiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_memory_that_ends_in_a_library_of_the_gpu_is_memory_that_ended(message):
+    assert is_out_of_memory(RuntimeError(message))
 
 
 def test_another_error_stays_what_it_is(tmp_path, monkeypatch):

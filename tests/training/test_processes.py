@@ -133,23 +133,42 @@ def together(request, bases, rows, tmp_path_factory) -> tuple[str, Path]:
 
 
 @pytest.mark.parametrize("strategy", ["cpu_ddp", "zero2", "zero3", "fsdp2"])
-def test_two_processes_in_bfloat16_have_the_losses_of_float32(
+def test_two_processes_in_half_precision_have_the_losses_of_float32(
     strategy, alone, bases, rows, tmp_path
 ):
-    """The default from compute capability 8.0 on: accelerate's FSDP2 would round the loss."""
-    case = CASES[0]
-    recipe_of(bases[case[0]], rows, tmp_path / "half")
-    overrides = [*overrides_of(case, 2), "training.bf16=true"]
-    cases = {"half": (str(tmp_path / "half.yaml"), overrides)}
+    """The formats of GPUs: accelerate's FSDP2 would round the loss."""
+    case, cases = CASES[0], {}
+    for half in ("bf16", "fp16"):
+        recipe_of(bases[case[0]], rows, tmp_path / half)
+        overrides = [*overrides_of(case, 2), f"training.{half}=true"]
+        cases[half] = (str(tmp_path / f"{half}.yaml"), overrides)
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     around = ["tests/fsdp_on_cpu.py"] if strategy == "fsdp2" else []
     config = f"accelerate_configs/{strategy}.yaml"
     done = launch(config, *around, "tests/processes.py", tmp_path / "cases.json", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "half.json").read_text())
-    assert found["strategy"] == STRATEGIES[strategy][0]
-    assert found["losses"] == pytest.approx(losses_of(alone[case]), rel=1e-2)
-    assert found["losses"] != losses_of(alone[case])
+    for half in cases:
+        found = json.loads((tmp_path / f"{half}.json").read_text())
+        assert found["strategy"] == STRATEGIES[strategy][0]
+        assert found["losses"] == pytest.approx(losses_of(alone[case]), rel=1e-2), half
+        assert found["losses"] != losses_of(alone[case]), half
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_two_gpus_in_their_own_format_have_the_losses_of_one(
+    strategy, alone, bases, rows, tmp_path, record_property
+):
+    case = CASES[0]
+    recipe_of(bases[case[0]], rows, tmp_path / "two")
+    cases = {"two": (str(tmp_path / "two.yaml"), overrides_of(case, 2))}
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    config = f"accelerate_configs/{strategy}.yaml"
+    done = launch(config, "tests/processes.py", tmp_path / "cases.json", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, one = json.loads((tmp_path / "two.json").read_text()), losses_of(alone[case])
+    record_property("losses of one GPU, of two", f"{one[-1]:.4f}, {found['losses'][-1]:.4f}")
+    assert found["losses"] == pytest.approx(one, rel=1e-2)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
@@ -187,7 +206,8 @@ def load(folder: Path, base: Path, method: str) -> dict[str, torch.Tensor]:
 
 
 GPUS = [
-    pytest.param(config, marks=pytest.mark.gpu) for config in ("single_gpu", "ddp", "zero3_offload")
+    pytest.param("single_gpu", marks=pytest.mark.gpu),
+    *(pytest.param(config, marks=pytest.mark.gpu(count=2)) for config in ("ddp", "zero3_offload")),
 ]
 
 

@@ -14,16 +14,16 @@ def test_packing_is_checked_in_the_run_s_precision_and_for_its_longest_example(
 ):
     asked = []
 
-    def require_isolation(model, longest, is_half):
-        asked.append((model, longest, is_half))
+    def require_isolation(model, longest, is_half, device):
+        asked.append((model, longest, is_half, device))
 
     monkeypatch.setattr(start_checks, "require_isolation", require_isolation)
-    args = SimpleNamespace(bf16=bf16, fp16=fp16)
+    args = SimpleNamespace(bf16=bf16, fp16=fp16, device="the GPU")
     trainer = SimpleNamespace(model="the model", args=args)
     examples = SimpleNamespace(train=SimpleNamespace(lengths=np.array([4, 9, 2])))
     recipe = SimpleNamespace(data=SimpleNamespace(layout="packed"))
     start_checks.check_packing(trainer, SimpleNamespace(recipe=recipe, examples=examples))
-    assert asked == [("the model", 9, bf16 or fp16)]
+    assert asked == [("the model", 9, bf16 or fp16, "the GPU")]
 
 
 def test_padded_examples_are_not_asked_whether_they_see_each_other(monkeypatch):

@@ -79,9 +79,8 @@ def require_kernels() -> None:
         raise UserError(
             f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, and torch "
             f"{torch.__version__} is compiled for {', '.join(compiled)} only; install the wheel "
-            "that "
-            f"has 5.0 to 9.0: pip install torch=={torch.__version__.partition('+')[0]} --index-url "
-            "https://download.pytorch.org/whl/cu126 (or say training.use_cpu=true)"
+            f"that has 5.0 to 9.0: pip install torch=={torch.__version__.partition('+')[0]}+cu126 "
+            "--index-url https://download.pytorch.org/whl/cu126 (or say training.use_cpu=true)"
         )
 
 

@@ -105,24 +105,31 @@ def packed_as(packing: Packing | None) -> Iterator[None]:
 
 
 @torch.no_grad()
-def require_isolation(model: "PreTrainedModel", longest: int = 0, is_half: bool = False) -> None:
+def require_isolation(
+    model: "PreTrainedModel",
+    longest: int = 0,
+    is_half: bool = False,
+    device: torch.device | None = None,
+) -> None:
     """Raises UserError if packed examples do not get the logits that they get alone.
 
     Computes two examples with this very model, packed and alone. The first is longer than the
     model's window if the data's `longest` example is. `is_half`: the model computes in half
-    precision, by autocast or its own number format.
+    precision, by autocast or its own number format. `device`: what it computes on, where its
+    weights lie elsewhere in between (FSDP2 with offload).
     """
     config = model.config.get_text_config()
     window = min(getattr(config, name, None) or longest for name in WINDOW_FIELDS)
     lengths = (min(longest, window + COMPARED) if longest > window else 5, COMPARED)
     random = torch.Generator().manual_seed(0)
-    tokens = torch.randint(5, 13, (1, sum(lengths)), generator=random).to(model.device)
+    device = device or model.device
+    tokens = torch.randint(5, 13, (1, sum(lengths)), generator=random).to(device)
     was_training = model.training
     model.train(False)
     try:
         parts = tokens.split_with_sizes(lengths, dim=1)
         alone = torch.cat([last_logits(model, part, part.shape[1:]) for part in parts], dim=1)
-        with packed_as(Packing(lengths, positions_of(lengths, model.device))):
+        with packed_as(Packing(lengths, positions_of(lengths, device))):
             packed = last_logits(model, tokens, lengths)
     finally:
         model.train(was_training)

@@ -121,18 +121,20 @@ class ResponseHead:
             self.targets = None
 
     @torch.no_grad()
-    def require_unmodified_logits(self, model: "PreTrainedModel") -> None:
+    def require_unmodified_logits(
+        self, model: "PreTrainedModel", device: torch.device | None = None
+    ) -> None:
         """Raises UserError for a model that changes the logits its head returns.
 
         What it returns is then not the loss, and it would silently train with other gradients than
-        those of the loss that is logged.
+        those of the loss that is logged. `device` is that of require_isolation.
         """
-        tokens = torch.arange(5, 13, device=model.device)
+        tokens = torch.arange(5, 13, device=device or model.device)
         was_training = model.training
         model.train(False)
         try:
             logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
-            with self.scoring(Targets(torch.arange(7, device=model.device), tokens[1:])):
+            with self.scoring(Targets(torch.arange(7, device=tokens.device), tokens[1:])):
                 returned = model(input_ids=tokens[None], use_cache=False).logits
         finally:
             model.train(was_training)

@@ -31,7 +31,7 @@ def check_software(trainer: ResponseTrainer, run: PreparedRun) -> None:
 
 def check_logits(trainer: ResponseTrainer, run: PreparedRun) -> None:
     """Is what the head scores the model's loss?"""
-    trainer.head.require_unmodified_logits(trainer.model)
+    trainer.head.require_unmodified_logits(trainer.model, trainer.args.device)
 
 
 def check_packing(trainer: ResponseTrainer, run: PreparedRun) -> None:
@@ -39,7 +39,7 @@ def check_packing(trainer: ResponseTrainer, run: PreparedRun) -> None:
     if run.recipe.data.layout == "packed":
         longest = int(run.examples.train.lengths.max())
         is_half = trainer.args.bf16 or trainer.args.fp16
-        require_isolation(trainer.model, longest, is_half=is_half)
+        require_isolation(trainer.model, longest, is_half, trainer.args.device)
 
 
 CHECKS = (

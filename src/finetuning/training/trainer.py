@@ -84,10 +84,12 @@ class ResponseTrainer(Trainer):
         self.first_non_finite = FirstNonFinite(self.args.device)
         self.norms_at_start: torch.Tensor | None = None
         self.offloading = activation_offloading(self.model, self.args)
-        if self.is_fsdp_enabled and self.args.bf16:
-            # accelerate's rounds what the model returns, here the loss, to bfloat16.
+        if self.is_fsdp_enabled and (self.args.bf16 or self.args.fp16):
+            # accelerate's rounds what the model returns, here the loss, to half precision.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+                torch.bfloat16 if self.args.bf16 else torch.float16,
+                reduce_dtype=torch.float32,
+                output_dtype=torch.float32,
             )
 
     @property
