@@ -104,13 +104,14 @@ LOCK = $(RUN)/uv pip compile pyproject.toml --quiet --universal --python-version
 
 lock: $(VENV)/.lock  ## write requirements/ from pyproject.toml and constraints.txt again
 	$(LOCK) --output-file requirements/base.txt
-	for extra in deepspeed dev docs export wandb; do \
+	for extra in benchmarks deepspeed dev docs export wandb; do \
 	  $(LOCK) --extra $$extra --output-file requirements/$$extra.txt \
+	    $$(ls requirements/left_out_of_$$extra.txt 2>/dev/null | sed 's/^/--excludes /') \
 	    $$(sed -n 's/^\([a-z0-9.-]*\)==.*/--no-emit-package \1/p' requirements/base.txt) || exit; \
 	done
 
 audit: $(VENV)/.lock  ## ask for known holes in what requirements/ pins (needs the network)
-	$(RUN)/pip-audit --disable-pip --require-hashes $(addprefix --requirement ,$(filter-out %/left_out.txt,$(wildcard requirements/*.txt)))
+	$(RUN)/pip-audit --disable-pip --require-hashes $(addprefix --requirement ,$(filter-out requirements/left_out%,$(wildcard requirements/*.txt)))
 
 clean:  ## remove .venv and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -5,6 +5,7 @@ python src/evaluate.py outputs/dolly_gpt2 outputs/try        # two runs
 python src/evaluate.py outputs/dolly_gpt2/checkpoint-1300 outputs/dolly_gpt2
 python src/evaluate.py outputs/dolly_gpt2 --data faq.jsonl --reader prompt_response
 python src/evaluate.py hub:elith/llm-book-models/chapter05/sft_model --no-base --at-least chrf=30
+python src/evaluate.py outputs/dolly_gpt2 --tasks belebele_jpn_Jpan,my_task.yaml --as-is
 accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 \\
   src/evaluate.py outputs/dolly_gpt2
 
@@ -23,11 +24,18 @@ evaluation.json; the same command resumes where it was killed, and only prints w
 --at-least X=N   exit code 2 where the mean of a score (chrf=30) is lower; can be given again
 --verbose        shows what the libraries log and warn of
 
+--tasks NAME,... asks benchmarks of lm-eval instead, or YAML files of its tasks, with the recipe's
+prompt, and writes tasks.json and tasks.jsonl. With it go --questions N, the first of each task;
+--num-fewshot N examples in front of a question, as turns, or with --fewshot-in-prompt in one with
+it; --system TEXT; --as-is, which asks lm-eval's own way too: so one sees what the prompt costs.
+
 Arguments generation.key=value and model.quantization=8bit, 4bit or null change them for all.
 """
 
 import os
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,38 +44,79 @@ from finetuning.errors import UserError, did_you_mean
 from finetuning.script import run
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from finetuning.evaluation.asking import Share
     from finetuning.evaluation.models import Model
     from finetuning.evaluation.turns import Turn
 
 
 def main(arguments: list[str]) -> None:
-    from finetuning.evaluation.scores import SCORES
-    from finetuning.evaluation.turns import draw
-    from finetuning.runs.terminal import make_console
-
     options = read_arguments(arguments)
-    bounds = dict(read_bound(each, SCORES) for each in options.at_least)
     models, folder = find_models(options)
+    if options.tasks:
+        run_benchmarks(options, models, folder)
+    else:
+        answer_questions(options, models, folder)
+
+
+def answer_questions(options: Namespace, models: list["Model"], folder: Path) -> None:
+    from finetuning.evaluation.turns import draw
+
     every = questions_of(options, models[0])
-    turns = draw(every, options.questions)
+    turns = draw(every, options.questions or 200)
+    with processes() as (share, console):
+        from finetuning.evaluation.models import evaluate
+        from finetuning.evaluation.table import print_changed, print_evaluation
+
+        evaluation = evaluate(models, turns, len(every), folder, share)
+        print_changed(console, folder, evaluation)
+        print_evaluation(console, evaluation)
+        console.print(f"written to {folder}: evaluation.json, answers.jsonl")
+    require_scores(evaluation, [model.name for model in models], options.at_least)
+
+
+def run_benchmarks(options: Namespace, models: list["Model"], folder: Path) -> None:
+    from finetuning.evaluation.benchmarks import (
+        Benchmarks,
+        ask_tasks,
+        library_named_evaluate,
+        load_tasks,
+        require_lm_eval,
+    )
+
+    require_lm_eval()
+    benchmarks = Benchmarks(
+        tasks=tuple(options.tasks.split(",")),
+        questions=None if options.questions in (None, "all") else options.questions,
+        num_fewshot=options.num_fewshot,
+        fewshot_in_prompt=options.fewshot_in_prompt,
+        system=options.system,
+        as_is=options.as_is,
+    )
+    with library_named_evaluate(), processes() as (share, console):
+        from finetuning.evaluation.task_scores import print_task_scores
+
+        summary = ask_tasks(models, load_tasks(benchmarks), benchmarks, folder, share)
+        print_task_scores(console, summary)
+        console.print(f"written to {folder}: tasks.json, tasks.jsonl")
+
+
+@contextmanager
+def processes() -> Iterator[tuple["Share", "Console"]]:
+    """What this process answers, and where it prints."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see sft.py
     # Torch and transformers take seconds to import: only now.
     import torch
     from accelerate import PartialState
 
     from finetuning.evaluation.asking import Share
-    from finetuning.evaluation.models import evaluate
-    from finetuning.evaluation.table import print_changed, print_evaluation
+    from finetuning.runs.terminal import make_console
 
     state = PartialState(cpu=not torch.cuda.is_available())
     console = make_console(quiet=not state.is_main_process)
-    share = Share(state.process_index, state.num_processes)
-    evaluation = evaluate(models, turns, len(every), folder, share)
-    print_changed(console, folder, evaluation)
-    print_evaluation(console, evaluation)
-    console.print(f"written to {folder}: evaluation.json, answers.jsonl")
+    yield Share(state.process_index, state.num_processes), console
     state.destroy_process_group()
-    require_scores(evaluation, [model.name for model in models], bounds)
 
 
 def read_arguments(arguments: list[str]) -> Namespace:
@@ -75,10 +124,15 @@ def read_arguments(arguments: list[str]) -> Namespace:
     parser.add_argument("words", nargs="+")
     parser.add_argument("--data")
     parser.add_argument("--reader")
-    parser.add_argument("--questions", default="200")
+    parser.add_argument("--questions")
     parser.add_argument("--no-base", action="store_true")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--at-least", action="append", default=[])
+    parser.add_argument("--tasks")
+    parser.add_argument("--as-is", action="store_true")
+    parser.add_argument("--num-fewshot", type=int)
+    parser.add_argument("--fewshot-in-prompt", action="store_true")
+    parser.add_argument("--system")
     options = parser.read(arguments)
     options.overrides = [word for word in options.words if is_override(word)]
     options.runs = [word for word in options.words if word not in options.overrides]
@@ -89,8 +143,28 @@ def read_arguments(arguments: list[str]) -> Namespace:
         raise UserError(f"{twice[0]} is named twice")
     if bool(options.data) != bool(options.reader):
         raise UserError("--data and --reader go together: a file of rows, and how they are read")
-    options.questions = read_number(options.questions)
+    if options.questions is not None:
+        options.questions = read_number(options.questions)
+    options.at_least = dict(map(read_bound, options.at_least))
+    require_together(options)
     return options
+
+
+def require_together(options: Namespace) -> None:
+    """Raises UserError for a flag of questions beside --tasks, or the other way round."""
+    of_questions = {"--data": options.data, "--at-least": options.at_least}
+    of_tasks = {
+        "--as-is": options.as_is,
+        "--num-fewshot": options.num_fewshot,
+        "--fewshot-in-prompt": options.fewshot_in_prompt,
+        "--system": options.system,
+    }
+    for flag, value in of_questions.items() if options.tasks else of_tasks.items():
+        if value:
+            place = "goes without" if options.tasks else "needs"
+            raise UserError(f"{flag} {place} --tasks")
+    if (options.num_fewshot or 0) < 0:
+        raise UserError(f"--num-fewshot {options.num_fewshot}: expected 0 or more")
 
 
 def is_override(word: str) -> bool:
@@ -104,11 +178,13 @@ def read_number(text: str) -> Any:
     return text if text == "all" else int(text)
 
 
-def read_bound(text: str, scores: dict[str, str]) -> tuple[str, float]:
+def read_bound(text: str) -> tuple[str, float]:
+    from finetuning.evaluation.scores import SCORES
+
     name, _, bound = text.partition("=")
-    if name not in scores:
-        names = ", ".join(scores)
-        hint = did_you_mean(name, scores)
+    if name not in SCORES:
+        names = ", ".join(SCORES)
+        hint = did_you_mean(name, SCORES)
         raise UserError(f"--at-least {text}: no score {name}; there are {names}{hint}")
     try:
         return name, float(bound)

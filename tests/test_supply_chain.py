@@ -71,11 +71,18 @@ def test_the_lock_has_the_pinned_versions(name):
         assert not re.match("nvidia|cuda", package)
 
 
+LEFT_OUT = {
+    name
+    for file in (ROOT / "requirements").glob("left_out*.txt")
+    for name in re.findall(r"(?m)^[\w-]+$", file.read_text(encoding="utf-8"))
+}
+
+
 def needed(name, extras=(), seen=None):
     """Names of what an installed package requires here, itself included."""
     seen = set() if seen is None else seen
     name = canonicalize_name(name)
-    if name in seen or name in WITH_TORCH or name.startswith(("nvidia-", "cuda-")):
+    if name in seen or name in WITH_TORCH | LEFT_OUT or name.startswith(("nvidia-", "cuda-")):
         return seen
     seen.add(name)
     for text in importlib.metadata.requires(name) or []:

@@ -59,12 +59,12 @@ def test_killed_at_five_instants_it_leaves_the_same_files(arguments, tmp_path, m
     shutil.rmtree(tmp_path / "out")
     plain_keeper = models.keeper
 
-    def killing_keeper(file, model):
-        keep = plain_keeper(file, model)
+    def killing_keeper(unfinished, model):
+        keep = plain_keeper(unfinished, model)
 
         def keep_and_die(answers):
             keep(answers)
-            with file.open("a", encoding="utf-8") as stream:
+            with unfinished.file.open("a", encoding="utf-8") as stream:
                 stream.write('{"model": "half a li')
             raise KeyboardInterrupt
 

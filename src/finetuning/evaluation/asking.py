@@ -18,6 +18,7 @@ from finetuning.errors import UserError
 from finetuning.evaluation.turns import SEED, Key, Turn
 from finetuning.inference.generation import Asker, batches_by_length
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -42,7 +43,7 @@ class Share:
     is_sharded: bool = False
     """each process holds a part of the weights, so all of them answer every batch"""
 
-    def rounds(self, batches: "list[list[Asked]]") -> "Iterator[list[Asked]]":
+    def rounds(self, batches: list[list[T]]) -> Iterator[list[T]]:
         """This process's batch of each round; an empty one where there are fewer than processes."""
         if self.is_sharded:
             yield from batches
@@ -51,7 +52,7 @@ class Share:
             mine = first + self.process
             yield batches[mine] if mine < len(batches) else []
 
-    def together(self, answers: Answers) -> Answers:
+    def together(self, answers: dict[K, T]) -> dict[K, T]:
         """Those of all processes, in every process."""
         if self.is_sharded or self.processes == 1:
             return answers

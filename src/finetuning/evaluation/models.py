@@ -23,10 +23,10 @@ from finetuning.evaluation.results import (
     write_evaluation,
 )
 from finetuning.evaluation.turns import Turn
-from finetuning.files import write_text
+from finetuning.evaluation.unfinished import Unfinished, require_same
 from finetuning.inference.page import columns_of
 from finetuning.recipe.recipe import Recipe
-from finetuning.runs.folder import EVALUATION, RunFolder, read_lines
+from finetuning.runs.folder import EVALUATION, RunFolder
 
 UNFINISHED = "unfinished.jsonl"
 
@@ -65,8 +65,9 @@ def evaluate(
     if done is not None:
         require_same(done.get("asked"), head, folder / EVALUATION)
         return done
-    begun = begin(folder, head) if share.process == 0 else {}
-    answers = answers_of(models, turns, share, share.of_first(begun), folder)
+    unfinished = Unfinished(folder / UNFINISHED)
+    rounds = share.of_first(unfinished.begin(head) if share.process == 0 else [])
+    answers = answers_of(models, turns, share, known_answers(rounds), unfinished)
     results = results_of(turns, answers)
     if not results.turns:
         raise UserError("no question is short enough for every model")
@@ -74,7 +75,7 @@ def evaluate(
     if share.process == 0:
         write_answers(folder, answer_lines(results))
         write_evaluation(folder, evaluation)
-        (folder / UNFINISHED).unlink()
+        unfinished.end()
     return evaluation
 
 
@@ -86,27 +87,10 @@ def head_of(models: Sequence[Model], turns: Sequence[Turn]) -> dict[str, Any]:
     return known
 
 
-def require_same(before: Any, head: Mapping[str, Any], file: Path) -> None:
-    if before != head:
-        raise UserError(
-            f"{file} is of other models, questions or settings; delete it, or choose another "
-            "folder with --output"
-        )
-
-
-def begin(folder: Path, head: dict[str, Any]) -> dict[str, Answers]:
-    """What a killed call has left, by model; unfinished.jsonl then ends with a whole line."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    file = folder / UNFINISHED
-    lines = read_lines(file)
-    if lines:
-        require_same(lines[0], head, file)
-    write_text(file, "".join(json.dumps(line) + "\n" for line in [head, *lines[1:]]))
+def known_answers(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Answers]:
+    """What a killed call has left, by model."""
     answers: dict[str, Answers] = {}
-    for line in lines[1:]:
+    for line in rounds:
         found = {(row, turn): Answer(text, ended) for row, turn, text, ended in line["answers"]}
         answers.setdefault(line["model"], {}).update(found)
     return answers
@@ -117,13 +101,13 @@ def answers_of(
     turns: Sequence[Turn],
     share: Share,
     known: Mapping[str, Answers],
-    folder: Path,
+    unfinished: Unfinished,
 ) -> dict[str, Answers]:
     """Of each model by name, the base models too; one run in memory at a time."""
     found: dict[str, Answers] = {}
     for model in models:
         for column in columns_of(model.name, model.folder, model.recipe, model.has_base):
-            keep = keeper(folder / UNFINISHED, column.name)
+            keep = keeper(unfinished, column.name)
             with column.as_base():
                 known_here = known.get(column.name, {})
                 found[column.name] = ask(column.asker, turns, share, known=known_here, keep=keep)
@@ -132,12 +116,11 @@ def answers_of(
     return found
 
 
-def keeper(file: Path, model: str) -> Callable[[Answers], None]:
+def keeper(unfinished: Unfinished, model: str) -> Callable[[Answers], None]:
     """What `ask` calls with each round of answers."""
 
     def keep(answers: Answers) -> None:
         rows = [[*key, answer.text, answer.is_ended] for key, answer in answers.items()]
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"model": model, "answers": rows}) + "\n")
+        unfinished.add({"model": model, "answers": rows})
 
     return keep
