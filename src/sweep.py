@@ -1,8 +1,8 @@
 """One recipe many times: each line of a text file has the overrides of one run.
 
-python src/sweep.py accelerate_configs/single_gpu.yaml recipes/dolly_gpt2.yaml seeds.txt python
-src/sweep.py --check accelerate_configs/cpu.yaml recipes/quickstart.yaml seeds.txt python
-src/sweep.py --at-once 4 accelerate_configs/single_gpu.yaml recipes/dolly_gpt2.yaml seeds.txt
+python src/sweep.py accelerate_configs/single_gpu.yaml recipes/dolly_gpt2.yaml seeds.txt
+python src/sweep.py --check accelerate_configs/cpu.yaml recipes/quickstart.yaml seeds.txt
+python src/sweep.py --at-once 4 accelerate_configs/single_gpu.yaml recipes/dolly_gpt2.yaml seeds.txt
 
 Line N is trained into outputs/<name of the file>/N, one line after another or --at-once several,
 each then with a GPU of its own. Arguments after the file are overrides of every run. Empty lines

@@ -84,9 +84,9 @@ def run_warm(warm):
     return runs_of(warm)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def warm_python(warm):
-    """Every Python program that a test of the module starts is a fork of that one."""
+    """Every Python program that the test starts is a fork of that one."""
     with warm.stands_in():
         yield
 

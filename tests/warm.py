@@ -24,6 +24,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import thread as futures_thread
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -68,11 +69,11 @@ class WarmPython:
 
     @contextmanager
     def stands_in(self) -> Iterator[None]:
-        subprocess.Popen = self.popen
+        before, subprocess.Popen = subprocess.Popen, self.popen
         try:
             yield
         finally:
-            subprocess.Popen = REAL_POPEN
+            subprocess.Popen = before
 
     def end(self) -> None:
         self.socket.close()
@@ -168,6 +169,7 @@ def become(
     for standard, descriptor in enumerate(streams):
         os.dup2(descriptor, standard)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    futures_thread._threads_queues.clear()  # the threads of a pool are its, and not waited for
     sys.stdout.reconfigure(write_through=unbuffered)
     os.chdir(folder)
     os.environ.clear()

@@ -101,6 +101,7 @@ def test_reader_and_template_work_when_put_where_the_page_says(extended):
     assert "Q: How 0?\nA: So.<|endoftext|>" in answer.stdout
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_run_leaves_what_the_page_lists_and_prints_what_the_readme_shows(tmp_path, run_script):
     folder = tmp_path / "run"
     changes = [f"training.output_dir={folder}", "training.max_steps=2", "training.logging_steps=1"]

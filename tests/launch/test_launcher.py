@@ -126,6 +126,7 @@ def test_accelerate_s_default_config_counts_unless_the_cpu_was_asked_for(started
     assert requested_processes() == 1
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_accelerate_starts_one_process_where_two_were_asked_for_and_we_know(script):
     accelerate = Path(sys.executable).with_name("accelerate")
     command = [accelerate, "launch", "--cpu", "--num_processes", "2", script(SAYS)]

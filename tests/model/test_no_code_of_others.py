@@ -32,6 +32,7 @@ def base(tmp_path):
     return folder
 
 
+@pytest.mark.usefixtures("warm_python")
 @pytest.mark.parametrize("command", [["src/preview.py"], ["src/sft.py", "--check"]])
 def test_no_terminal_is_asked_whether_to_run_it(command, base, tmp_path):
     """On a terminal transformers asked `Do you wish to run the custom code? [y/N]`; y ran it."""

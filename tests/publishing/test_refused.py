@@ -185,8 +185,8 @@ def test_without_network_the_hub_is_named_and_the_code_is_1(hub, runs, call, mon
     )
 
 
-def test_offline_mode_is_named(hub, runs, call, run_script):
-    done = run_script("publish.py", runs["full"], HF_HUB_OFFLINE="1")
+def test_offline_mode_is_named(hub, runs, call, run_warm):
+    done = run_warm("publish.py", runs["full"], HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and "HF_HUB_OFFLINE is set; unset it" in done.stderr
 
 

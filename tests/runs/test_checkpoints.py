@@ -421,6 +421,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_full_disk_leaves_the_checkpoint_before_and_the_same_command_goes_on(
     small_disk, run_script
 ):

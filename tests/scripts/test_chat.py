@@ -17,6 +17,13 @@ import generate
 QUESTION = "What is 3 + 1?"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def all_warm(warm):
+    """Every Python program that is started here is a fork of one that has imported training."""
+    with warm.stands_in():
+        yield
+
+
 @contextlib.contextmanager
 def chat(*arguments: object) -> Iterator[str]:
     """The address of a page that src/chat.py serves."""

@@ -29,6 +29,7 @@ def ask(capsys):
     return ask
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_files_standard_input_and_arguments_are_asked_alike(runs, ask, tmp_path, run_script):
     (tmp_path / "q.txt").write_bytes(f"\ufeff{QUESTION}\r\n\r\nWhat is 4 + 1?\r\n".encode())
     rows = [{"prompt": QUESTION, "id": 7}, {"messages": [{"role": "user", "content": "Hi"}]}]
@@ -89,6 +90,7 @@ def test_what_cannot_be_asked_is_told_before_a_model_is_loaded(runs, arguments, 
     assert what in str(error.value)
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_without_a_question_it_is_a_conversation_at_a_terminal(runs, ask):
     """Through a pseudo-terminal, as a person types."""
     terminal, child = pty.openpty()

@@ -142,6 +142,7 @@ def test_batched_answers_are_those_of_single_questions(tmp_path, capsys):
     assert capsys.readouterr().out == together
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_questions_come_from_standard_input_too(tmp_path, run_script):
     folder = run_folder(tmp_path)
     done = run_script(
@@ -383,14 +384,14 @@ def test_a_folder_of_another_recipe_is_refused_and_a_finished_one_left_alone(tmp
     } == written
 
 
-def test_a_check_trains_nothing_and_a_misspelt_key_imports_no_torch(tmp_path, run_script):
+def test_a_check_trains_nothing_and_a_misspelt_key_imports_no_torch(tmp_path, run_script, run_warm):
     command = [
         "sft.py",
         "--check",
         "recipes/quickstart.yaml",
         f"training.output_dir={tmp_path / 'run'}",
     ]
-    done = run_script(*command)
+    done = run_warm(*command)
     assert done.returncode == 0, done.stderr
     assert "589 kept" in done.stdout and "nothing was trained" in done.stdout
     assert not (tmp_path / "run" / "recipe.yaml").exists()
@@ -399,6 +400,7 @@ def test_a_check_trains_nothing_and_a_misspelt_key_imports_no_torch(tmp_path, ru
     assert "did you mean data.path" in misspelt.stderr
 
 
+@pytest.mark.usefixtures("warm_python")
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
 def test_loggers_get_scalars_and_answers(tmp_path, logger):
     overrides = [

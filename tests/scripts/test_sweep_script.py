@@ -1,8 +1,12 @@
 """src/sweep.py: every line of a file is trained, and the same command resumes."""
 
 import json
+import shutil
 
+import pytest
 from commands import RECIPE, ROOT, ROWS, write_files
+
+pytestmark = pytest.mark.usefixtures("warm_python")
 
 
 def test_a_sweep_trains_every_line_and_leaves_what_is_finished(run_script, tmp_path):
@@ -31,8 +35,6 @@ def test_a_sweep_trains_every_line_and_leaves_what_is_finished(run_script, tmp_p
         assert [len(launch) for launch in launches] == [1, 1]  # line 1 was not trained again
         assert (folder / "comparison.csv").exists()
     finally:
-        import shutil
-
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -833,13 +833,13 @@ def test_an_import_of_torch_would_be_seen(run_fork, tmp_path):
     assert "torch was imported" in process.stderr
 
 
-def test_a_model_folder_without_tokenizer_is_named(run_script, tmp_path):
+def test_a_model_folder_without_tokenizer_is_named(run_warm, tmp_path):
     write_files(
         tmp_path,
         {"recipe.yaml": RECIPE, "rows.jsonl": ROWS, "model/config.json": '{"model_type": "gpt2"}'},
     )
     arguments = ["model.from_scratch=null", f"model.name={tmp_path}/model"]
-    process = run_script("preview.py", tmp_path / "recipe.yaml", *arguments)
+    process = run_warm("preview.py", tmp_path / "recipe.yaml", *arguments)
     assert_one_line(process, [f"model.name: {tmp_path}/model has no tokenizer"])
 
 

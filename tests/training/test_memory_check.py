@@ -239,15 +239,17 @@ script.run(sft.main, "")
 """
 
 
-def with_little_memory(*arguments: str) -> subprocess.CompletedProcess:
+def with_little_memory(script: Path, *arguments: str) -> subprocess.CompletedProcess:
+    script.write_text(LIMITED)
     return subprocess.run(
-        [sys.executable, "-c", LIMITED, "recipes/quickstart.yaml", *QUICK, *arguments],
+        [sys.executable, script, "recipes/quickstart.yaml", *QUICK, *arguments],
         env={**os.environ, "PYTHONPATH": "src"},
         capture_output=True,
         text=True,
     )
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_memory_that_ends_is_one_line_and_a_checkpoint_is_as_it_was(tmp_path):
     """The real thing: the process may have 4 MiB more than when the check begins."""
     wide = [
@@ -264,7 +266,8 @@ def test_memory_that_ends_is_one_line_and_a_checkpoint_is_as_it_was(tmp_path):
     folder = trained(tmp_path, *wide)
     interrupted(folder, "checkpoint-2", "model.safetensors")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    done = with_little_memory(f"training.output_dir={folder}", *wide)
+    script = tmp_path.with_name("limited.py")
+    done = with_little_memory(script, f"training.output_dir={folder}", *wide)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: out of memory on the longest micro-batch (530 examples, ")
     assert done.returncode == 2 and "Traceback" not in done.stderr

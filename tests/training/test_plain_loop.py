@@ -11,6 +11,8 @@ import pytest
 from conftest import ROOT
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.usefixtures("warm_python")
+
 STEPS = 20  # losses drift apart by rounding, by 1e-5 after some 20 steps
 
 

@@ -21,13 +21,20 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("warm_python")]
+pytestmark = pytest.mark.cluster
 
 STEPS = 60  # of 8 examples; an epoch has 7
 EVERY = 7 + 4  # steps from one checkpoint to the next: in the middle of epochs and over their ends
 # accelerate config, layout, micro-batches of a step
 SINGLE, DDP, ZERO2 = ("cpu", "packed", 2), ("cpu_ddp", "padded", 2), ("zero2", "packed", 1)
 ZERO3, FSDP2 = ("zero3", "padded", 2), ("fsdp2", "packed", 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_warm(warm):
+    """Every Python program that is started here is a fork of one that has imported training."""
+    with warm.stands_in():
+        yield
 
 
 @pytest.fixture(scope="module")
