@@ -126,6 +126,10 @@ class Job:
 
         wait_for(f"step {step} of job {self.number}", is_there, SECONDS)
 
+    def limit(self, minutes: int) -> None:
+        """Gives it so many minutes from its start."""
+        self.site.cluster.run("scontrol", "update", f"JobId={self.number}", f"TimeLimit={minutes}")
+
     def end(self) -> "Job":
         """Waits until Slurm has done with it."""
         ended = (
