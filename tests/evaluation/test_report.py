@@ -11,10 +11,10 @@ import pytest
 from conftest import ROOT
 
 from finetuning.evaluation.asking import Answer
+from finetuning.evaluation.comparison import Run
 from finetuning.evaluation.report import marked, report, write_report
 from finetuning.evaluation.results import BASE, TRAINED, answer_lines, results_of, summary
 from finetuning.evaluation.turns import Turn
-from finetuning.runs.comparison import Run
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"

@@ -169,3 +169,88 @@ def test_no_cell_of_the_csv_is_a_formula(sweep):
     cells = [cell for row in table(sweep) for cell in row.values()]
     assert "'=HYPERLINK(1)" in cells
     assert not [cell for cell in cells if cell.startswith(("=", "+", "@"))]
+
+
+@pytest.fixture
+def scored(sweep):
+    """The sweep with scores in two of its runs."""
+    for name, chrf in (("1", 40.0), ("2", 30.0)):
+        scores = {
+            score: {"mean": mean, "low": mean - 3, "high": mean + 4}
+            for score, mean in (("exact_match", 10.0), ("chrf", chrf), ("repeated", chrf / 10))
+        }
+        found = {"questions": 9, "of": 9, "names": ["base", "trained"], "differences": {}}
+        (sweep / name / "evaluation.json").write_text(
+            json.dumps({**found, "scores": {"base": scores, "trained": scores}})
+        )
+    return sweep
+
+
+def test_scores_stand_with_their_intervals_in_every_file(scored, capsys):
+    compare.main([str(scored)])
+    first = table(scored)[0]
+    bounds = [float(first[name]) for name in ("chrf", "chrf low", "chrf high")]
+    assert bounds == [30.0, 27.0, 34.0]
+    assert list(first)[-9:-6] == ["exact_match", "exact_match low", "exact_match high"]
+    found = json.loads((scored / "comparison.json").read_text())["runs"]
+    assert [run["chrf"] for run in found] == [30.0, None, 40.0, None]
+    assert "30.0 [27, 34]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("by", "order"),
+    [
+        ("chrf", ["1", "2", "11", "10"]),
+        ("repeated", ["2", "1", "11", "10"]),
+        ("training.learning_rate", ["1", "2", "11", "10"]),
+        ("learning_rate", ["1", "2", "11", "10"]),
+        ("evaluation loss", ["2", "11", "1", "10"]),
+        ("run", ["1", "10", "11", "2"]),
+    ],
+)
+def test_any_column_can_be_sorted_by(by, order, scored):
+    compare.main([str(scored), "--by", by])
+    assert [row["run"] for row in table(scored)] == order
+
+
+def test_an_unknown_column_is_refused_by_name(sweep):
+    with pytest.raises(UserError, match=r"no such column; there are run, .*; did you mean hours"):
+        compare.main([str(sweep), "--by", "huors"])
+
+
+def test_scores_can_be_read_in_80_columns(scored, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    compare.main([str(scored)])
+    *lines, _ = capsys.readouterr().out.splitlines()
+    printed = "\n".join(lines)
+    assert max(map(len, lines)) <= 80 and "…" not in printed
+    assert "30.0" in printed and "[27, 34]" in printed
+    places = [printed.index(word) for word in ("2e-05", "10,000", "[27, 34]")]
+    assert places == sorted(places)  # settings, figures, scores
+
+
+def test_the_plot_has_the_intervals_of_scores(scored, monkeypatch):
+    import matplotlib.axes
+
+    bars = []
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "errorbar", lambda self, *args, **more: bars.append((args, more))
+    )
+    compare.main([str(scored)])
+    (_, means), more = bars[0]
+    assert means == [10.0, 40.0] and more["yerr"] == [[3.0, 3.0], [4.0, 4.0]]
+    assert len(bars) == 4 and bars[3][0] == ([], [])
+
+
+def test_seeds_have_the_mean_of_their_scores(scored):
+    for name, seed in (("1", 1), ("2", 2)):
+        recipe = scored / name / "recipe.yaml"
+        text = (
+            recipe.read_text()
+            .replace("2e-5", "1e-5")
+            .replace("max_steps", f"seed: {seed}, max_steps")
+        )
+        recipe.write_text(text)
+    compare.main([str(scored / "1"), str(scored / "2")])
+    (row,) = json.loads((scored / "comparison.json").read_text())["seeds"]
+    assert (row["chrf"], row["chrf sd"]) == (35.0, pytest.approx(50**0.5))

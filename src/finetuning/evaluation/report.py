@@ -11,12 +11,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from finetuning.evaluation.comparison import Run, cell, differing, name_of
 from finetuning.evaluation.results import TRAINED
 from finetuning.evaluation.table import ScoreRow, score_rows
 from finetuning.files import write_text
 from finetuning.html_page import render, text
 from finetuning.runs.chart import COLOURS, Line, chart
-from finetuning.runs.comparison import Run, cell, differing, name_of
 from finetuning.runs.folder import known_samples
 
 REPORT = "report.html"

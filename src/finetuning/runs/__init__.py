@@ -1,4 +1,4 @@
-"""The run folder: what one run leaves behind, and what is printed, drawn and compared from it.
+"""The run folder: what one run leaves behind, and what is printed and drawn from it.
 
 Read `folder.py` first.
 """

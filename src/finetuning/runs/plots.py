@@ -19,6 +19,7 @@ JAPANESE = {
     "evaluation": "評価データ",
     "training loss": "学習データの損失",
     "evaluation loss": "評価データの損失",
+    "percent": "スコア (%)",
 }
 
 

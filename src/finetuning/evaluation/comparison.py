@@ -1,6 +1,11 @@
-"""Run folders side by side: a table of what was set and what came of it, a plot of the losses."""
+"""Run folders side by side: what was set and what came of it in tables, the losses in a plot.
+
+Tables are (columns, rows). A number that is known with an interval has three columns: `chrf`,
+`chrf low` and `chrf high`.
+"""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -13,7 +18,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from finetuning.errors import UserError
+from finetuning.errors import UserError, did_you_mean
+from finetuning.evaluation.results import TRAINED
+from finetuning.evaluation.scores import BETTER_IF_HIGHER, SCORES
+from finetuning.evaluation.table import mean as mean_and_interval
+from finetuning.evaluation.table import with_interval
 from finetuning.files import write_text
 from finetuning.runs.folder import RunFolder
 from finetuning.runs.plots import label, pyplot
@@ -21,6 +30,8 @@ from finetuning.untrusted_text import printable, short_line
 
 NOT_COMPARED = ("training.output_dir",)
 DEVIATION = " sd"  # ends the column of a standard deviation
+LOW, HIGH = " low", " high"  # end the columns of an interval
+STATE = "state"
 SEEDS = ("training.seed", "training.data_seed")
 
 # Column and the figure of metrics.jsonl whose last value stands there.
@@ -30,6 +41,11 @@ FIGURES = {
     "evaluation accuracy": "eval_mean_token_accuracy",
     "tokens/s": "tokens_per_second",
 }
+HIGHEST_FIRST = ("evaluation accuracy", "tokens/s", "ended", *BETTER_IF_HIGHER)
+
+
+Rows = tuple[list[str], list[list[Any]]]
+"""(columns, rows) of a table"""
 
 
 class Run(RunFolder):
@@ -69,9 +85,16 @@ class Run(RunFolder):
 
     @property
     def results(self) -> dict[str, float | None]:
-        """{column: what came of it}"""
+        """{column: what came of it}, without scores."""
         figures = {column: self.last(figure) for column, figure in FIGURES.items()}
         return {**figures, "hours": self.hours, "GPU hours": self.gpu_hours}
+
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """{score: {mean, low, high}} of its answers to its evaluation set; nothing without them."""
+        evaluation = self.evaluation or {"scores": {}}
+        found = evaluation["scores"].get(TRAINED, {})
+        return {name: found[name] for name in SCORES if name in found}
 
     @property
     def state(self) -> str:
@@ -129,19 +152,49 @@ def differing(runs: list[Run]) -> list[str]:
     ]
 
 
-def table_of(runs: list[Run]) -> tuple[list[str], list[list[Any]]]:
-    """(columns, rows): the settings in which runs differ, then their figures; the best first."""
-    names = differing(runs)
-    columns = ["run", *names, *runs[0].results, "state"]
+def table_of(runs: list[Run], by: str | None = None) -> Rows:
+    """The settings in which runs differ, their figures and their scores; the best first.
+
+    `by` is a column to sort by instead of the evaluation loss. Raises UserError for another name.
+    """
+    names, scores = differing(runs), scores_of(runs)
+    bounds = [f"{name}{end}" for name in scores for end in ("", LOW, HIGH)]
+    columns = ["run", *names, *runs[0].results, STATE, *bounds]
     rows = []
     for run in sorted(runs, key=rank):
         settings = [run.settings.get(name) for name in names]
-        rows.append([name_of(run, runs), *settings, *run.results.values(), run.state])
-    return columns, rows
+        known = [run.scores.get(name, {}) for name in scores]
+        intervals = [score.get(part) for score in known for part in ("mean", "low", "high")]
+        name = name_of(run, runs)
+        rows.append([name, *settings, *run.results.values(), run.state, *intervals])
+    return columns, rows if by is None else sorted_by(by, columns, rows)
 
 
-def seed_table(runs: list[Run]) -> tuple[list[str], list[list[Any]]] | None:
-    """(columns, rows): mean and standard deviation of runs that differ in nothing but their seed.
+def scores_of(runs: list[Run]) -> list[str]:
+    """Those that one of the runs has."""
+    return [name for name in SCORES if any(name in run.scores for run in runs)]
+
+
+def sorted_by(by: str, columns: list[str], rows: list[list[Any]]) -> list[list[Any]]:
+    """The best, or else the least, of a column first; runs without a number there last."""
+    names = {**{short(name): name for name in columns}, **dict(zip(columns, columns, strict=True))}
+    if by not in names:
+        hint = did_you_mean(by, names)
+        shown = ", ".join(name for name in columns if not name.endswith((LOW, HIGH)))
+        raise UserError(f"--by {by}: no such column; there are {shown}{hint}")
+    column, sign = columns.index(names[by]), -1 if names[by] in HIGHEST_FIRST else 1
+
+    def place(row: list[Any]) -> tuple[int, Any]:
+        value = row[column]
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return 2, 0
+        return (0, sign * value) if isinstance(value, int | float) else (1, str(value))
+
+    return sorted(rows, key=place)
+
+
+def seed_table(runs: list[Run]) -> Rows | None:
+    """Mean and standard deviation of runs that differ in nothing but their seed.
 
     None where there are no two such runs.
     """
@@ -153,14 +206,18 @@ def seed_table(runs: list[Run]) -> tuple[list[str], list[list[Any]]] | None:
     if not seeds:
         return None
     names = [name for name in differing(runs) if name not in SEEDS]
-    results = runs[0].results
+    results = [*runs[0].results, *scores_of(runs)]
     columns = ["seeds", *names, *(f"{name}{end}" for name in results for end in ("", DEVIATION))]
     rows = []
     for group in seeds:
-        spreads = [spread([run.results[name] for run in group]) for name in results]
+        spreads = [spread([result_of(run, name) for run in group]) for name in results]
         settings = [group[0].settings.get(name) for name in names]
         rows.append([len(group), *settings, *(number for pair in spreads for number in pair)])
     return columns, rows
+
+
+def result_of(run: Run, name: str) -> float | None:
+    return run.scores[name]["mean"] if name in run.scores else run.results.get(name)
 
 
 def spread(values: list[float | None]) -> tuple[float | None, float | None]:
@@ -182,41 +239,77 @@ def name_of(run: Run, runs: list[Run]) -> str:
     return run.path.absolute().relative_to(common_folder(runs)).as_posix()
 
 
-def print_runs(console: Console, runs: list[Run]) -> None:
+def print_runs(console: Console, runs: list[Run], by: str | None = None) -> None:
     """A line for each run, and below it one for the runs that differ in their seed only."""
-    print_table(console, *table_of(runs), len(differing(runs)))
+    columns, rows = table_of(runs, by)
+    print_table(console, *with_intervals(columns, rows), len(differing(runs)))
+    if scores_of(runs):
+        console.print("scores in percent, with 95 % bootstrap intervals: docs/evaluation.md")
     if found := seed_table(runs):
         console.print("mean ± standard deviation over seeds")
-        print_seeds(console, *found, len(set(differing(runs)) - set(SEEDS)))
+        print_table(console, *with_deviations(*found), len(set(differing(runs)) - set(SEEDS)))
 
 
-def print_seeds(console: Console, columns: list[str], rows: list[list[Any]], settings: int) -> None:
-    begin = 1 + settings
-    heads = [*columns[:begin], *columns[begin::2]]
-    cells = [
-        [*row[:begin], *map(with_deviation, row[begin::2], row[begin + 1 :: 2])] for row in rows
-    ]
-    print_table(console, heads, cells, settings)
+def with_intervals(columns: list[str], rows: list[list[Any]]) -> Rows:
+    """The same with one column for a number and its interval."""
+    kept = [n for n, name in enumerate(columns) if not name.endswith((LOW, HIGH))]
+
+    def joined(row: list[Any], number: int) -> Any:
+        if f"{columns[number]}{LOW}" not in columns or row[number] is None:
+            return row[number]
+        low, high = row[number + 1 : number + 3]
+        return with_interval(mean_and_interval({"mean": row[number], "low": low, "high": high}))
+
+    return [columns[n] for n in kept], [[joined(row, n) for n in kept] for row in rows]
 
 
-def with_deviation(number: float | None, deviation: float | None) -> str:
-    return cell(number) if deviation is None else f"{cell(number)} ± {cell(deviation)}"
+def with_deviations(columns: list[str], rows: list[list[Any]]) -> Rows:
+    """The same with one column for a mean and its standard deviation."""
+    kept = [n for n, name in enumerate(columns) if not name.endswith(DEVIATION)]
+
+    def joined(row: list[Any], number: int) -> Any:
+        if f"{columns[number]}{DEVIATION}" not in columns or row[number + 1] is None:
+            return row[number]
+        return f"{cell(row[number])} ± {cell(row[number + 1])}"
+
+    return [columns[n] for n in kept], [[joined(row, n) for n in kept] for row in rows]
 
 
 def print_table(console: Console, columns: list[str], rows: list[list[Any]], settings: int) -> None:
-    """One table, or where that is too wide two: the settings that differ, then the figures."""
-    columns = [short(column) for column in columns]
-    table = text_table(columns, rows)
-    wide = console.options.update(max_width=10_000)
-    if console.measure(table, options=wide).maximum <= console.width:
+    """One table, or where that is too wide several: settings that differ, figures, scores."""
+    table = text_table([short(column) for column in columns], rows)
+    if fits(console, table):
         console.print(table, soft_wrap=False)
         return
-    end = 1 + settings
-    for chosen in (slice(1, end), slice(end, None)):
-        # A word or a part of it on a line: rich would cut words where two lines could be had.
-        heads = [column.replace("_", "_\n").replace(" ", "\n") for column in columns[chosen]]
-        cells = [[row[0], *row[chosen]] for row in rows]
-        console.print(text_table([columns[0], *heads], cells), soft_wrap=False)
+    scores = next((n for n, name in enumerate(columns) if name in SCORES), len(columns))
+    for start, end in itertools.pairwise([1, 1 + settings, scores, len(columns)]):
+        while start < end:
+            ends = range(start + 1, end + 1)
+            tables = [narrow_table(columns, rows, start, stop) for stop in ends]
+            count = max(1, sum(itertools.takewhile(bool, (fits(console, one) for one in tables))))
+            console.print(tables[count - 1], soft_wrap=False)
+            start += count
+
+
+def fits(console: Console, table: Table) -> bool:
+    wide = console.options.update(max_width=10_000)
+    return console.measure(table, options=wide).maximum <= console.width
+
+
+def narrow_table(columns: list[str], rows: list[list[Any]], start: int, end: int) -> Table:
+    """The name of each run and some of the columns.
+
+    A word or a part of it on a line: rich would cut words where two lines could be had.
+    """
+    heads = [short(name).replace("_", "_\n").replace(" ", "\n") for name in columns[start:end]]
+    return text_table(
+        [columns[0], *heads], [[row[0], *map(broken, row[start:end])] for row in rows]
+    )
+
+
+def broken(value: Any) -> Any:
+    """What is known with an interval, on two lines."""
+    return value.replace(" [", "\n[") if isinstance(value, str) else value
 
 
 def text_table(columns: list[str], rows: list[list[Any]]) -> Table:
@@ -243,21 +336,21 @@ def label_of(run: Run, runs: list[Run]) -> str:
     return ", ".join([name_of(run, runs), *settings])
 
 
-def write_comparison(runs: list[Run], folder: Path) -> None:
+def write_comparison(runs: list[Run], folder: Path, by: str | None = None) -> None:
     """comparison.csv, .json and .png. Raises UserError where they cannot be written."""
     seeds = seed_table(runs)
     try:
-        write_csv(table_of(runs), folder / "comparison.csv")
+        write_csv(table_of(runs, by), folder / "comparison.csv")
         if seeds:
             write_csv(seeds, folder / "comparison_seeds.csv")
-        found = {"runs": records(table_of(runs)), "seeds": records(seeds) if seeds else []}
+        found = {"runs": records(table_of(runs, by)), "seeds": records(seeds) if seeds else []}
         write_text(folder / "comparison.json", json.dumps(found, indent=1, ensure_ascii=False))
         plot_runs(runs, folder / "comparison.png")
     except OSError as error:
         raise UserError(f"{folder}: the comparison cannot be written: {error.strerror}") from None
 
 
-def records(table: tuple[list[str], list[list[Any]]]) -> list[dict[str, Any]]:
+def records(table: Rows) -> list[dict[str, Any]]:
     """A table for JSON, which has no NaN."""
     columns, rows = table
     return [dict(zip(columns, map(finite, row), strict=True)) for row in rows]
@@ -267,7 +360,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_csv(table: tuple[list[str], list[list[Any]]], file: Path) -> None:
+def write_csv(table: Rows, file: Path) -> None:
     columns, rows = table
     with file.open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream).writerows([map(csv_cell, row) for row in (columns, *rows)])
@@ -282,17 +375,21 @@ def csv_cell(value: Any) -> Any:
 
 
 def plot_runs(runs: list[Run], file: Path) -> None:
-    """Training loss and evaluation loss over the steps, a line for each run."""
+    """Training loss and evaluation loss over the steps, a line for each run, and their scores."""
     plt = pyplot()
-    colours = plt.get_cmap("viridis")
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5 + 0.12 * len(runs)), layout="constrained")
+    scores = [name for name in scores_of(runs) if name in BETTER_IF_HIGHER]
+    count = 3 if scores else 2
+    size = (5.5 * count, 4.5 + 0.12 * len(runs))
+    figure, panels = plt.subplots(1, count, figsize=size, layout="constrained")
     curves = (("loss", "training loss"), ("eval_loss", "evaluation loss"))
-    for panel, (name, loss) in zip(panels, curves, strict=True):
-        for number, run in enumerate(runs):
-            colour = colours(0.9 * number / max(1, len(runs) - 1))
+    colours = [plt.get_cmap("viridis")(0.9 * n / max(1, len(runs) - 1)) for n in range(len(runs))]
+    for panel, (name, loss) in zip(panels, curves, strict=False):
+        for run, colour in zip(runs, colours, strict=True):
             panel.plot(*run.curve(name), color=colour, marker=".", label=label_of(run, runs))
         panel.set_xlabel(label("step"))
         panel.set_ylabel(label(loss))
+    if scores:
+        plot_scores(panels[2], runs, scores, colours)
     legend = figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2
     )
@@ -300,3 +397,18 @@ def plot_runs(runs: list[Run], file: Path) -> None:
         text.set_parse_math(False)  # a $ in a setting is not the beginning of a formula
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def plot_scores(panel: Any, runs: list[Run], names: list[str], colours: list[Any]) -> None:
+    """The mean of each score with its interval, the runs beside each other."""
+    for number, (run, colour) in enumerate(zip(runs, colours, strict=True)):
+        shift = 0.7 * ((number + 0.5) / len(runs) - 0.5)
+        known = [(n, run.scores[name]) for n, name in enumerate(names) if name in run.scores]
+        places = [place + shift for place, _ in known]
+        means = [score["mean"] for _, score in known]
+        # A mean may lie outside its percentile interval by rounding.
+        below = [max(0, score["mean"] - score["low"]) for _, score in known]
+        above = [max(0, score["high"] - score["mean"]) for _, score in known]
+        panel.errorbar(places, means, yerr=[below, above], color=colour, fmt="o", capsize=3)
+    panel.set_xticks(range(len(names)), [SCORES[name] for name in names])
+    panel.set_ylabel(label("percent"))
