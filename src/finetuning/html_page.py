@@ -6,6 +6,7 @@ writes a text in both languages; the reader's browser shows one, a button the ot
 """
 
 import base64
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -21,17 +22,23 @@ FRAME = Path(__file__).with_name("html_page.html")
 
 def render(template: Path, **values: Any) -> str:
     """The page of a template that extends html_page.html."""
-    environment = Environment(
-        loader=FileSystemLoader([template.parent, FRAME.parent]),
+    page = environment(template.parent).get_template(template.name).render(**values)
+    return page.replace("SCRIPT-HASH", hash_of_script(), 1)
+
+
+@functools.cache
+def environment(folder: Path) -> Environment:
+    """What finds and compiles the templates of a folder: a run writes its page at every save."""
+    made = Environment(
+        loader=FileSystemLoader([folder, FRAME.parent]),
         autoescape=True,
         finalize=shown,
         undefined=ChainableUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["t"] = both_languages
-    page = environment.get_template(template.name).render(**values)
-    return page.replace("SCRIPT-HASH", hash_of_script(), 1)
+    made.globals["t"] = both_languages
+    return made
 
 
 def shown(value: Any) -> Any:
