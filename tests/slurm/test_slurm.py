@@ -23,7 +23,7 @@ from finetuning.recipe.recipe import load_recipe
 
 pytestmark = pytest.mark.cluster
 
-AT_ONCE = 5  # stories; each starts several Pythons
+AT_ONCE = 3  # stories; each starts several Pythons
 LARGE = (
     "-- accelerate_configs/ddp.yaml recipe.yaml training.output_dir=outputs/large "
     "training.global_batch_size=null"
