@@ -197,7 +197,7 @@ class Cluster:
         """Runs a command where the controller can be reached."""
         inside = ["nsenter", "--net", "--target", str(self.processes["controller"].pid), *command]
         done = subprocess.run(
-            inside, env=self.environment, capture_output=True, text=True, timeout=300, **kwargs
+            inside, env=self.environment, capture_output=True, text=True, timeout=600, **kwargs
         )
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}{done.stdout}"
         return done
