@@ -37,6 +37,7 @@ fi
 config=$1
 shift
 if [ $is_check ]; then
+  [ -w logs ] || die "there is no folder $PWD/logs to write to, where Slurm opens the log: mkdir logs"
   processes=$(slurm/count_processes "${options[@]}")
   python src/sft.py --check --config_file "$config" --num_processes "$processes" "$@" || exit 2
   sbatch --test-only "${options[@]}" "$0" "$config" "$@"

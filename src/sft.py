@@ -59,6 +59,7 @@ def main(arguments: list[str]) -> None:
 def prepare(options: Namespace, console: "Console") -> "PreparedRun":
     """Whatever of the recipe is wrong is found here, in seconds: torch is not imported yet."""
     from finetuning.launch.launcher import leave_precision_to_recipe
+    from finetuning.launch.software import require_deepspeed
     from finetuning.launch.step_size import step_size
     from finetuning.launch.strategy import launch_environment, requested_strategy
     from finetuning.recipe.recipe import load_recipe
@@ -78,6 +79,7 @@ def prepare(options: Namespace, console: "Console") -> "PreparedRun":
     if options.check:
         os.environ |= launch_environment(options.config_file, options.num_processes)
     strategy = requested_strategy()
+    require_deepspeed(strategy)
     step_size(recipe, strategy.processes)
     require_loggers(recipe, output_folder(recipe))
     return prepare_run(recipe, strategy, trains_here=not options.check)

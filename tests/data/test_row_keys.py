@@ -182,6 +182,15 @@ def test_a_column_that_the_recipe_names_refuses_nothing(settings):
     assert (found.messages, found.unused) == ([USER, ASSISTANT], frozenset())
 
 
+def test_keys_of_turns_that_nothing_reads_are_named_with_their_column():
+    turns = [{**USER, "id": 3, "name": "Ann"}, {**ASSISTANT, "score": 0, "lang": None, "tags": []}]
+    row = messages(*turns, source="x")
+    assert read(row).unused == {"source", "messages[].id", "messages[].name", "messages[].score"}
+    asked = [{"content": "q", "role": "user", "lang": "en"}]
+    found = read({"prompt": asked, "completion": "a"}, "prompt_response")
+    assert found.unused == {"prompt[].lang"}
+
+
 def test_columns_that_nothing_reads_are_named():
     row = {"instruction": "q", "context": "", "response": "a", "category": "qa", "id": 7}
     assert read(row, "dolly").unused == {"category", "id"}

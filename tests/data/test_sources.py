@@ -232,11 +232,29 @@ def test_a_file_has_no_other_split_than_train(tmp_path):
         load_rows(source.model_copy(update={"split": "test"}))
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz"])
+def test_a_file_of_several_splits_gives_the_one_that_is_asked_for(tmp_path, name, indent):
+    splits = {"train": ROWS, "validation": ROWS[:2]}
+    source = write(tmp_path / name, json.dumps(splits, indent=indent))
+    for split, rows in splits.items():
+        assert load_rows(source.model_copy(update={"split": split})).rows == rows
+    with pytest.raises(UserError, match="no split 'test' in a file"):
+        load_rows(source.model_copy(update={"split": "test"}))
+
+
+def test_a_file_of_splits_without_train_names_those_there_are(tmp_path):
+    source = write(tmp_path / "rows.json", json.dumps({"dev": ROWS, "test": ROWS}))
+    with pytest.raises(UserError, match=r"rows\.json: no split 'train'; found dev, test"):
+        load_rows(source)
+
+
 @pytest.mark.parametrize(
     "row",
     [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
         {"prompt": [{"content": "a"}], "completion": [{"content": "b"}]},
+        {"messages": [{"role": "user"}], "test": [{"content": "b"}]},
         {"a": [1, 2], "b": 3},
         {"a": [1, 2], "b": [3]},
         {"data": "a"},

@@ -1,9 +1,12 @@
 """Nodes of one run that do not have the same software are named."""
 
+import sys
+
 import pytest
 
 from finetuning.errors import UserError
-from finetuning.launch.software import require_same_software, software
+from finetuning.launch.software import require_deepspeed, require_same_software, software
+from finetuning.launch.strategy import Strategy
 
 SAME = {"python": "3.12.1", "torch": "2.13.0", "this code": "abc"}
 
@@ -33,3 +36,10 @@ def test_of_many_nodes_three_are_named():
     found = [(f"node{n}", SAME) for n in range(9)] + [("node9", {**SAME, "torch": "1"})]
     with pytest.raises(UserError, match="node0, node1, node2 and 6 more, 1 on node9"):
         require_same_software(found)
+
+
+def test_a_config_of_zero_without_deepspeed_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match=r"asks for zero3, .* -e '\.\[deepspeed\]'"):
+        require_deepspeed(Strategy("zero3", 2))
+    require_deepspeed(Strategy("ddp", 2))

@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from finetuning.runs.checkpoints import (
     SEAL,
@@ -21,6 +23,7 @@ from finetuning.runs.checkpoints import (
     remove,
     seal,
     seal_and_rotate,
+    step_of,
     verify_newest_first,
 )
 
@@ -162,6 +165,20 @@ def test_the_newest_whole_checkpoint_is_used_and_the_damaged_ones_before_it_are_
         ("checkpoint-100", f"{WEIGHTS} has 0 bytes instead of 70"),
         ("checkpoint-20", "it was not written to its end"),
         ("checkpoint-10", None),
+    ]
+
+
+def test_a_checkpoint_with_a_weight_that_is_no_number_is_named_and_the_one_before_it_used(tmp_path):
+    for step, value in ((5, 1.0), (10, float("nan")), (15, float("inf"))):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        weights = {"good": torch.ones(3), "bad": torch.tensor([0.0, value])}
+        save_file(weights, checkpoint / WEIGHTS)
+        seal(checkpoint)
+    assert [(step_of(path), damage) for path, damage in verify_newest_first(tmp_path)] == [
+        (15, f"bad in {WEIGHTS} is not finite"),
+        (10, f"bad in {WEIGHTS} is not finite"),
+        (5, None),
     ]
 
 

@@ -145,6 +145,16 @@ def test_wrong_arguments_end_in_one_line(case, tmp_path):
     )
 
 
+def test_a_check_finds_that_there_is_no_folder_for_the_log(tmp_path):
+    """Slurm opens it before the script runs, and says nothing where it cannot."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "sft.py").touch()
+    (tmp_path / "cpu.yaml").touch()
+    command = [ROOT / "slurm" / "sft.sh", "--check", "cpu.yaml", "recipe.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.endswith("where Slurm opens the log: mkdir logs\n")
+
+
 def called(script: str, *arguments: str, folder: Path, **environment: str) -> list[list[str]]:
     """The words of every command of Slurm that the script gives, written down instead of run."""
     programs = folder / "bin"

@@ -23,6 +23,10 @@ MAX_RATIO = 100  # of a packed file; texts compress by 3 to 20
 BATCH = 1024  # rows of a table that are Python objects at a time
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 DELIMITERS = ",\t;|"
+# A split's name as a word of a path in lower case: `validation`, but not `latest` or `devices`.
+SPLIT_NAME = re.compile(
+    r"(?<![a-z])(?:(?:train|test|dev|val)(?:ing|set)?|valid[a-z]*|eval[a-z]*)(?![a-z])"
+)
 # Under which an object has its rows, where a file is one object.
 ROWS_KEYS = ("data", "train", "rows", "examples", "instances")
 
@@ -76,16 +80,19 @@ class Unpacked(io.RawIOBase):
         super().close()
 
 
-def parse_json(stream: BinaryIO) -> Iterator[Row]:
-    """Lines of JSON objects, an array of them, or one object, whatever the file's name says."""
+def parse_json(stream: BinaryIO, split: str = "train") -> Iterator[Row]:
+    """Lines of JSON objects, an array of them, or one object, whatever the file's name says.
+
+    `split` chooses among those of `{"train": [...], "test": [...]}`.
+    """
     head = b"".join(lines_until_text(stream))
     start = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if start[:1] == b"[" or (start[:1] == b"{" and not is_json(start)):
-        yield from parse_document(head + stream.read())
+        yield from parse_document(head + stream.read(), split)
         return
     below = lines_until_text(stream)
     if start and not (below and below[-1].strip()):
-        yield from rows_of_document(json.loads(start))
+        yield from rows_of_document(json.loads(start), split)
     else:
         yield from parse_jsonl(chain(io.BytesIO(head), below, stream))
 
@@ -108,7 +115,7 @@ def is_json(text: bytes) -> bool:
     return True
 
 
-def parse_document(content: bytes) -> Iterator[Row]:
+def parse_document(content: bytes, split: str) -> Iterator[Row]:
     """The rows of a file that is one JSON value, or objects one below another."""
     try:
         document = json.loads(content.removeprefix(codecs.BOM_UTF8))
@@ -117,14 +124,21 @@ def parse_document(content: bytes) -> Iterator[Row]:
             raise
         yield from parse_jsonl(io.BytesIO(content))
         return
-    yield from rows_of_document(document)
+    yield from rows_of_document(document, split)
 
 
-def rows_of_document(document: Any) -> Iterator[Row]:
-    """The rows of an array, of {"data": [...]}, of columns of lists; one object is one row."""
+def rows_of_document(document: Any, split: str) -> Iterator[Row]:
+    """The rows of an array, of {"data": [...]}, of columns of lists, of a split; one object is one
+    row.
+    """
     if isinstance(document, list):
         for number, row in enumerate(document):
             yield checked_row(row, f"row {number}")
+        return
+    if splits := splits_of(document):
+        if split not in splits:
+            raise BadRow(f"no split {split!r}; found {', '.join(splits)}")
+        yield from splits[split]
         return
     row = checked_row(document, "row 0")
     for key in ROWS_KEYS:
@@ -136,6 +150,13 @@ def rows_of_document(document: Any) -> Iterator[Row]:
             yield dict(zip(row, values, strict=True))
     else:
         yield row
+
+
+def splits_of(document: Any) -> dict[str, list[Row]]:
+    """{split: rows} of an object of nothing else, of two splits or more; {} of another one."""
+    is_object = isinstance(document, dict) and len(document) > 1
+    named = is_object and all(SPLIT_NAME.fullmatch(str(key).lower()) for key in document)
+    return document if named and all(map(is_rows, document.values())) else {}
 
 
 def is_rows(value: Any) -> bool:

@@ -73,7 +73,7 @@ class Tally:
     places: dict[str, list[str]] = field(default_factory=dict)
     """of the first few dropped rows of each reason"""
     unused: set[str] = field(default_factory=set)
-    """columns that nothing was read of"""
+    """columns, and keys of turns, that nothing was read of"""
 
     def drop(self, reason: str, place: str) -> None:
         self.dropped[reason] += 1

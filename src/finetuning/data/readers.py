@@ -28,6 +28,7 @@ from finetuning.data.row_keys import (
     reasoning_of,
     refuse_unread,
     text_of,
+    unused,
 )
 
 # The roles as data sets on the Hub spell them (FastChat, ShareGPT, OpenAI, xLAM, Llama 3).
@@ -119,14 +120,21 @@ def read_conversation(row: Row, names: tuple[str, ...]) -> list[Message]:
     if not isinstance(turns, list) or not turns:
         found = f"{brief(turns)}{columns(row, column)}"
         raise BadRow(f"column {column}: expected a list of turns, found {found}")
-    return [read_turn(turn, f"column {column}, turn {n}") for n, turn in enumerate(turns)]
+    records = [turn_record(turn, f"column {column}, turn {n}") for n, turn in enumerate(turns)]
+    messages = [read_turn(turn, f"column {column}, turn {n}") for n, turn in enumerate(records)]
+    if isinstance(row, Record):
+        row.unused_inside |= {f"{column}[].{key}" for turn in records for key in unused(turn)}
+    return messages
 
 
-def read_turn(turn: Any, place: str) -> Message:
-    """A turn with all that its keys say."""
+def turn_record(turn: Any, place: str) -> Record:
     if not isinstance(turn, dict):
         raise BadRow(f"{place}: expected {{from, value}} or {{role, content}}, found {brief(turn)}")
-    turn = Record(turn)
+    return Record(turn)
+
+
+def read_turn(turn: Record, place: str) -> Message:
+    """A turn with all that its keys say."""
     key = next((key for key in TURN_KEYS if key in turn), "role")
     speaker, content = turn.get(key), turn.get(TURN_KEYS[key])
     role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None

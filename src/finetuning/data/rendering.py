@@ -20,7 +20,7 @@ class Conversation(NamedTuple):
     tools: list[Tool]
     """that the assistant may call"""
     unused: frozenset[str] = frozenset()
-    """columns that nothing was read of"""
+    """columns, and keys of turns, that nothing was read of"""
 
 
 def read_row(row: Row, source: Source) -> Conversation:
@@ -34,7 +34,8 @@ def read_row(row: Row, source: Source) -> Conversation:
     tools = tools_of(record)
     named = {*source.where, *filter(None, source.columns.values())}
     refuse_unread(record, COLUMN, named)
-    return Conversation(messages, tools, frozenset(record.keys() - record.read - named))
+    unused = (record.keys() - record.read - named) | record.unused_inside
+    return Conversation(messages, tools, frozenset(unused))
 
 
 def renamed(row: Row, columns: dict[str, str | None]) -> Record:

@@ -31,6 +31,8 @@ class Record(dict[str, Any]):
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__(values)
         self.read: set[str] = set()
+        self.unused_inside: set[str] = set()
+        """keys of its turns that nothing was read of: `messages[].id`"""
 
     def __getitem__(self, key: str) -> Any:
         self.read.add(key)

@@ -33,6 +33,11 @@ def refuse_unread(record: Record, place: str, named: Collection[str] = ()) -> No
             raise BadRow(f"{place} {key}: {REFUSED[key]}{way_out(place, key)}")
 
 
+def unused(record: Record) -> set[str]:
+    """The keys that say something and that nothing was read of."""
+    return {key for key in record.keys() - record.read if not is_empty(dict.get(record, key))}
+
+
 def way_out(place: str, key: str) -> str:
     return f"; data.columns: {{{key}: null}} leaves it out" if place == COLUMN else ""
 

@@ -20,19 +20,17 @@ from finetuning.data.file_kinds import (
     FILE_KINDS,
     METADATA_FILES,
     PARSERS,
+    SPLIT_NAME,
     UNREADABLE,
     open_data,
+    parse_json,
+    splits_of,
     suffix_of,
 )
 from finetuning.data.readers import FILE_READERS
 from finetuning.data.row import BadRow, Row
 from finetuning.data.section import Source
 from finetuning.errors import UserError, one_line
-
-# A split's name as a word of a path in lower case: `validation`, but not `latest` or `devices`.
-SPLIT_NAME = re.compile(
-    r"(?<![a-z])(?:(?:train|test|dev|val)(?:ing|set)?|valid[a-z]*|eval[a-z]*)(?![a-z])"
-)
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ def files_of_split(path: Path, split: str) -> list[Path]:
     if path.is_file():
         if suffix_of(path) not in PARSERS:
             raise UserError(f"data.path: {path}: unknown kind of file; allowed are {FILE_KINDS}")
-        if split != "train":
+        if split != "train" and split not in splits_in(path):
             raise UserError(
                 f"data.path: {path}: no split {split!r} in a file, which is train; name a folder"
             )
@@ -158,6 +156,17 @@ def files_of_split(path: Path, split: str) -> list[Path]:
         return named or files
     found = ", ".join(file.name for file in files[:5])
     raise UserError(f"data.path: {path}: no file of split {split!r}; found {found}")
+
+
+def splits_in(file: Path) -> list[str]:
+    """The splits of a file that is `{"train": [...], "test": [...]}`."""
+    if PARSERS[suffix_of(file)] is not parse_json:
+        return []
+    try:
+        with open_data(file) as stream:
+            return list(splits_of(json.loads(stream.read())))
+    except (*UNREADABLE, ValueError, RecursionError):  # told where its rows are read
+        return []
 
 
 def is_data(path: Path) -> bool:
@@ -177,7 +186,8 @@ def read_rows(path: Path, source: Source) -> Iterator[Row]:
             if read_file := FILE_READERS.get(source.reader or ""):
                 yield from read_file(json.loads(stream.read()), source.sessions)
             else:
-                yield from PARSERS[suffix_of(path)](stream)
+                parse = PARSERS[suffix_of(path)]
+                yield from parse(stream, source.split) if parse is parse_json else parse(stream)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: is not JSON: {error.msg}") from None
     except UnicodeDecodeError as error:

@@ -1,11 +1,13 @@
 """Versions of the software on this node, and whether all nodes have the same."""
 
 import importlib.metadata
+import importlib.util
 import platform
 import subprocess
 from pathlib import Path
 
 from finetuning.errors import UserError
+from finetuning.launch.strategy import Strategy
 
 
 def software() -> dict[str, str | None]:
@@ -28,6 +30,16 @@ def require_same_software(nodes: list[tuple[str, dict[str, str | None]]]) -> Non
                 f"the nodes do not have the same software: {name} is {parts}; install the same "
                 "everywhere"
             )
+
+
+def require_deepspeed(strategy: Strategy) -> None:
+    """Raises UserError where the accelerate config asks for ZeRO and DeepSpeed is not installed."""
+    if strategy.name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"the accelerate config asks for {strategy.name}, and DeepSpeed is not installed: "
+            "pip install -c constraints.txt -e '.[deepspeed]'; without it: "
+            "accelerate_configs/fsdp2.yaml"
+        )
 
 
 def shown(hosts: list[str]) -> str:

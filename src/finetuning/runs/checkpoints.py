@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from finetuning.files import sha256_of
+from finetuning.model.finite import non_finite_weight
 
 UNFINISHED = ".unfinished"
 
@@ -160,10 +161,24 @@ def wrong_content(folder: Path, sealed: dict[str, tuple[int, str]]) -> str | Non
 def verify_newest_first(folder: Path) -> Iterator[tuple[Path, str | None]]:
     """(checkpoint, what is wrong with it) from the newest on, until one is whole."""
     for checkpoint in checkpoints_of(folder):
-        damage = damage_of(checkpoint) or owner_of_code(checkpoint)
+        damage = damage_of(checkpoint) or owner_of_code(checkpoint) or non_finite(checkpoint)
         yield checkpoint, damage
         if damage is None:
             return
+
+
+def non_finite(checkpoint: Path) -> str | None:
+    """That a weight is no number, as runs of earlier versions could save it.
+
+    None where weights are not in files of safetensors, as those of FSDP and ZeRO-3.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        found = non_finite_weight(checkpoint)
+    except SafetensorError:  # it is what was written; whoever loads it says more
+        return None
+    return f"{found[1]} in {found[0]} is not finite" if found else None
 
 
 def owner_of_code(checkpoint: Path) -> str | None:
