@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 
 from finetuning.command_line import ArgumentParser, require_section
 from finetuning.errors import UserError
-from finetuning.script import run
+from finetuning.script import run, uncollected
 from finetuning.untrusted_text import printable
 
 if TYPE_CHECKING:
@@ -64,8 +64,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             "no question; give one, or - to read questions from standard input, one a line"
         )
-    from finetuning.inference.conversation import converse
-    from finetuning.inference.generation import load_asker
+    with uncollected():
+        from finetuning.inference.conversation import converse
+        from finetuning.inference.generation import load_asker
 
     converse(load_asker(folder, recipe), remembers=not options.each)
 
@@ -96,7 +97,8 @@ def answer(options: Namespace, folder: Path, recipe: "Recipe") -> None:
 
     def load() -> "Asker":
         # Torch and transformers take seconds to import: only now.
-        from finetuning.inference.generation import load_asker
+        with uncollected():
+            from finetuning.inference.generation import load_asker
 
         return load_asker(folder, recipe)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetuning.command_line import ArgumentParser
-from finetuning.script import run
+from finetuning.script import run, uncollected
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,7 +134,8 @@ def start(run: "PreparedRun", stop: "Stop", console: "Console") -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Torch and transformers take seconds to import: only now, when recipe and data are known to be
     # right.
-    from finetuning.training.train import train
+    with uncollected():
+        from finetuning.training.train import train
 
     train(run, stop, console)
 
