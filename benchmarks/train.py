@@ -3,15 +3,19 @@
 python benchmarks/train.py --data dolly.jsonl --tokenizer gpt2-folder    # GPT-2, all weights, CPU
 python benchmarks/train.py --model small --method full ...               # 4 layers x 256
 python benchmarks/train.py --model bloom --method lora ...               # vocabulary 250,880
-python benchmarks/train.py --device cuda --rows 800 --repeats 3 ...
+python benchmarks/train.py --device cuda --rows 800 --warmup 10 --repeats 3 ...
+python benchmarks/train.py --device cuda --rows 800 --warmup 10 --model llama \\
+  --attention kernels-community/flash-attn2 ...                          # Liger's kernels too
 
 Every run is a process of its own, the modes take turns, and the best of the repeats counts. On a
 CPU one thread is used and CPU seconds are counted, which a busy machine changes least; on a GPU
-seconds between two synchronisations, after some steps to warm up. The sample of rows is drawn so
-that its padding and its share of response tokens are those of the whole data set.
+seconds between two synchronisations, in the GPU's half precision (autocast, float32 weights), after
+a training of some steps on the same rows, thrown away, in which kernels are compiled. The sample of
+rows is drawn so that its padding and its share of response tokens are those of the whole data set.
 """
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -33,20 +37,43 @@ MODELS = {
         "n_head": 8,
         "vocab_size": 250880,
     },
+    "llama": {  # 1B, the one kind here that Liger has kernels for
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 50257,
+        "tie_word_embeddings": True,
+    },
 }
 DROPOUT = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "bloom": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "llama": {},
 }
-LORA = {"gpt2": ["c_attn"], "small": ["c_attn"], "bloom": ["query_key_value"]}
+LORA = {
+    "gpt2": ["c_attn"],
+    "small": ["c_attn"],
+    "bloom": ["query_key_value"],
+    "llama": ["q_proj", "v_proj"],
+}
 MODES = {
     "trl_padded": "trl, padded (the book's)",
     "trl_padding_free": "trl, padding_free",
     "trl_packing": "trl, packing bfd",
+    "trl_liger": "trl, padded, use_liger_kernel",
     "trainer": "transformers Trainer, padded, all logits",
     "ours_padded": "ours, padded",
     "ours_packed": "ours, packed",
 }
+# trl's settings of a mode. It packs into rows of 512 tokens, which hold about 3 examples.
+SETTINGS = {
+    "trl_padding_free": {"padding_free": True, "max_length": None},
+    "trl_packing": {"packing": True, "max_length": 512, "per_device_train_batch_size": 3},
+}
+AS_THEY_ARE = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
 BATCH = 8
 
 
@@ -55,9 +82,7 @@ def main() -> None:
     if options.worker:
         print(json.dumps(measure(options)))
         return
-    modes = options.modes or [
-        mode for mode in MODES if options.model != "bloom" or "pack" not in mode or "ours" in mode
-    ]
+    modes = options.modes or [mode for mode in MODES if is_fair(mode, options)]
     runs: dict[str, list[dict]] = {mode: [] for mode in modes}
     for repeat in range(options.repeats):
         for mode in modes:
@@ -71,6 +96,16 @@ def main() -> None:
     print(table(best, options))
     if options.json:
         Path(options.json).write_text(json.dumps(best, indent=1) + "\n")
+
+
+def is_fair(mode: str, options: argparse.Namespace) -> bool:
+    """Whether model and device have what the mode is about.
+
+    trl packs BLOOM's examples so that they see each other; Liger's kernels are Triton's.
+    """
+    if mode == "trl_liger":
+        return options.device == "cuda" and options.model == "llama"
+    return options.model != "bloom" or mode != "trl_packing"
 
 
 def parse() -> argparse.Namespace:
@@ -89,7 +124,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--warmup", type=int, default=0, help="steps not measured")
+    parser.add_argument("--warmup", type=int, default=0, help="steps of a training before")
+    parser.add_argument("--attention", help="of trl's modes without padding, instead of SDPA")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", help="write the figures here too")
     parser.add_argument("--worker", choices=MODES, help=argparse.SUPPRESS)
@@ -114,7 +150,7 @@ def table(best: dict[str, dict], options: argparse.Namespace) -> str:
     first = next(iter(best.values()))
     unit = "CPU s" if options.device == "cpu" else "s"
     lines = [
-        f"{options.model}, {options.method}, {options.device}: {first['rows']} rows in batches of "
+        f"{options.model}, {options.method}, {first['device']}: {first['rows']} rows in batches of "
         f"{BATCH}, {first['tokens']} tokens, {first['responses']} of them response",
         "",
         f"| run | {unit} | faster than the first | response tokens/s | peak MiB "
@@ -133,49 +169,57 @@ def table(best: dict[str, dict], options: argparse.Namespace) -> str:
 
 def measure(options: argparse.Namespace) -> dict:
     """One mode, in this process."""
+    import numpy as np
     import torch
+    from transformers import TrainerCallback
 
     if options.device == "cpu":
         torch.set_num_threads(1)
-    from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
     examples = sample(options)
-    settings = dict(MODELS[options.model])
-    kind = settings.pop("model_type")
-    torch.manual_seed(0)
-    # Without recurrent randomness all modes do the same sums.
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, **settings, **DROPOUT[kind])
-    )
-    clock = Clock(options.warmup, options.device)
+    if options.warmup:
+        some = examples.select(np.arange(options.warmup * BATCH) % len(examples))
+        make_trainer(options, new_model(options), some, []).train()
+        gc.collect()
+    clock = Clock(options.device)
 
-    class Steps(TrainerCallback):
+    class Start(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
-            clock.start(0)
+            clock.start()
 
-        def on_step_end(self, args, state, *others, **kwargs):
-            clock.start(state.global_step)
-
-    trainer = make_trainer(options, model, examples, [Steps()])
+    trainer = make_trainer(options, new_model(options), examples, [Start()])
     trainer.train()
     seconds, peak = clock.stop()
-    measured = list(examples)[options.warmup * BATCH :]
     return {
         "seconds": seconds,
         "peak_mib": peak,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "rows": len(measured),
-        "tokens": sum(len(example["input_ids"]) for example in measured),
-        "responses": sum(int((example["labels"] != -100).sum()) for example in measured),
+        "rows": len(examples),
+        "tokens": len(examples.input_ids),
+        "responses": int((examples.labels != -100).sum()),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
     }
 
 
-class Clock:
-    """Seconds and peak memory from the end of the warm-up to the end."""
+def new_model(options: argparse.Namespace):
+    """The same random weights each time, without dropout: all modes do the same sums."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    def __init__(self, warmup: int, device: str) -> None:
-        self.warmup, self.device = warmup, device
+    settings = dict(MODELS[options.model])
+    kind = settings.pop("model_type")
+    has_kernel = options.attention and options.worker in SETTINGS
+    attention = {"attn_implementation": options.attention} if has_kernel else {}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **settings, **DROPOUT[kind])
+    return AutoModelForCausalLM.from_config(config, **attention)
+
+
+class Clock:
+    """Seconds and peak memory of a training; CPU seconds on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
 
     def now(self) -> float:
         if self.device == "cpu":
@@ -185,15 +229,14 @@ class Clock:
         torch.cuda.synchronize()
         return time.perf_counter()
 
-    def start(self, step: int) -> None:
-        if step == self.warmup:
-            import psutil
-            import torch
+    def start(self) -> None:
+        import psutil
+        import torch
 
-            self.resident = psutil.Process().memory_info().rss
-            if self.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            self.since = self.now()
+        self.resident = psutil.Process().memory_info().rss
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.since = self.now()
 
     def stop(self) -> tuple[float, float]:
         seconds = self.now() - self.since
@@ -263,7 +306,7 @@ def make_trainer(options: argparse.Namespace, model, examples, callbacks):
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": options.device == "cpu",
-        "bf16": options.device == "cuda",
+        **half_format(options.device),
         "gradient_checkpointing": False,
         "disable_tqdm": True,
         "train_sampling_strategy": "sequential",
@@ -285,10 +328,9 @@ def make_trainer(options: argparse.Namespace, model, examples, callbacks):
             callbacks=callbacks,
         )
     own = mode.startswith("ours")
-    special = {
-        "trl_padding_free": {"padding_free": True, "max_length": None},
-        "trl_packing": {"packing": True, "max_length": 512, "per_device_train_batch_size": 3},
-    }.get(mode, {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None})
+    special = SETTINGS.get(mode, AS_THEY_ARE)
+    if mode == "trl_liger":
+        special = {**special, "use_liger_kernel": True}
     from finetuning.model.tokenizer import read_tokenizer
 
     shared = {
@@ -309,6 +351,16 @@ def make_trainer(options: argparse.Namespace, model, examples, callbacks):
         shared["model"] = get_peft_model(model, lora)
     shared["train_dataset"] = ExampleSet(examples)
     return ResponseTrainer(**shared, data_collator=Collator(layout, 0), order="sequential")
+
+
+def half_format(device: str) -> dict[str, bool]:
+    """That of the GPU, as a run without a word about it has it; none on a CPU."""
+    import torch
+
+    if device == "cpu":
+        return {"bf16": False}
+    has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
+    return {"bf16": has_bf16, "fp16": not has_bf16}
 
 
 def as_dataset(examples):

@@ -307,6 +307,16 @@ def test_broken_isolation_is_refused(kind, dtype, monkeypatch):
         require_isolation(model, is_half=dtype is not None)
 
 
+def test_packing_by_transformers_in_the_same_process_is_what_it_was():
+    """Restarting positions without a mask: it has to look at them, which ours need not."""
+    model = tiny.model_of("llama")
+    ids, positions = flat()
+    with torch.no_grad():
+        alone = [model(input_ids=part).logits for part in ids.split(LENGTHS, dim=1)]
+        together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_generation_is_what_it_was(kind):
     model = tiny.model_of(kind)

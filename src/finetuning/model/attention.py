@@ -89,6 +89,8 @@ class Current:
     """
 
     packing: Packing | None = None
+    is_known = False
+    """whether it was said, be it that there is none"""
 
 
 @contextmanager
@@ -97,11 +99,12 @@ def packed_as(packing: Packing | None) -> Iterator[None]:
 
     Must last until backward is done: activation checkpointing attends again there.
     """
-    before, Current.packing = Current.packing, packing
+    before = Current.packing, Current.is_known
+    Current.packing, Current.is_known = packing, True
     try:
         yield
     finally:
-        Current.packing = before
+        Current.packing, Current.is_known = before
 
 
 @torch.no_grad()
@@ -445,6 +448,11 @@ def unless_packed(mask: Callable[..., torch.Tensor | None]) -> Callable[..., tor
     return lambda *args, **kwargs: mask(*args, **kwargs) if Current.packing is None else None
 
 
+def unless_known(find: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
+    """transformers' search for positions that restart, which asks the device in every step."""
+    return lambda position_ids: None if Current.is_known else find(position_ids)
+
+
 def where_a_kernel_takes_it(use_gqa: Callable[..., bool]) -> Callable[..., bool]:
     """Whether transformers hands SDPA fewer heads of keys than of queries.
 
@@ -463,8 +471,9 @@ AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, unless_packed(masking_utils.sdpa_mask))
 AttentionInterface.register(PACKED_EAGER, packed_capped_attention)
 AttentionMaskInterface.register(PACKED_EAGER, unless_packed(masking_utils.eager_mask))
-# It asks the device, in every step, whether positions restart. Current.packing says so.
-masking_utils.find_packed_sequence_indices = lambda position_ids: None
+masking_utils.find_packed_sequence_indices = unless_known(
+    masking_utils.find_packed_sequence_indices
+)
 sdpa_attention.use_gqa_in_sdpa = where_a_kernel_takes_it(sdpa_attention.use_gqa_in_sdpa)
 # torch prefers cuDNN's attention on an H100: half a second for every new length, and wrong answers
 # and gradients in half precision (pytorch#193893, pytorch#196678).
