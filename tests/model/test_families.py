@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from finetuning.data.batching import Collator
 from finetuning.model.attention import Packing, packed_as, require_isolation, use_packed_attention
 from finetuning.model.families import FAMILIES
-from finetuning.model.loading import leave_out_router_loss
 from finetuning.model.loss import ResponseHead, Targets, require_plain_head
 
 WINDOW = {"sliding_window": 8}
@@ -60,7 +59,6 @@ def examples() -> list[dict[str, np.ndarray]]:
 def model_of(kind: str, method: str):
     """(the model that is trained, the base model in it)"""
     base = tiny.model_of(kind, **CONFIGS.get(kind, {})).train()
-    leave_out_router_loss(base)
     if method == "full":
         return base, base
     torch.manual_seed(0)

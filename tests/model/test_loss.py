@@ -200,6 +200,16 @@ def test_the_old_names_of_a_mixture_s_experts_are_left_to_peft():
     )
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "olmoe", "mixtral"])
+def test_a_config_that_asks_for_balanced_experts_is_refused(kind):
+    experts = "num_local_experts" if kind == "mixtral" else "num_experts"
+    model = tiny.model_of(kind, **{experts: 4}, output_router_logits=True)
+    with pytest.raises(UserError, match=rf"^model\.name: .* {kind} .*output_router_logits: false$"):
+        require_plain_head(model, None)
+    model.config.output_router_logits = False
+    require_plain_head(model, None)
+
+
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_the_head_has_the_last_word(kind):
     model = tiny.model_of(kind)

@@ -12,7 +12,10 @@ class Family(NamedTuple):
     """what is particular about their training here"""
 
 
-BALANCE = "the loss that balances the experts is left out, as in transformers by default"
+BALANCE = (
+    "the loss that balances the experts is left out, as in transformers by default; a config that "
+    "asks for it is an error"
+)
 FAMILIES = {
     "gpt2": Family("GPT-2"),
     "bloom": Family("BLOOM, BLOOMZ"),

@@ -183,14 +183,3 @@ def fuse_gelu(model: "PreTrainedModel") -> None:
         for name, child in module.named_children():
             if isinstance(child, (NewGELUActivation, BloomGelu)):
                 setattr(module, name, GELU(approximate="tanh"))
-
-
-def leave_out_router_loss(model: "PreTrainedModel") -> None:
-    """Keeps a mixture of experts from adding the balance of its experts to the loss.
-
-    It is no part of ours, and a model that returns its router's logits cannot answer before
-    training.
-    """
-    config = model.config.get_text_config()
-    if hasattr(config, "output_router_logits"):
-        config.output_router_logits = False

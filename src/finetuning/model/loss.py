@@ -166,10 +166,16 @@ class ResponseHead:
 def require_plain_head(model: "PreTrainedModel", lora: "Lora | None") -> None:
     """Raises UserError where the loss is more than a product with the head's weight.
 
-    That is with logits changed in an unknown way, and with an adapter on the head; and where the
-    adapter would not be what was asked for: see require_modules.
+    That is with logits changed in an unknown way, with a loss that balances experts, and with an
+    adapter on the head; and where the adapter would not be what was asked for: see require_modules.
     """
     config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        raise UserError(
+            f"model.name: the config of this {config.model_type} model asks for the loss that "
+            "balances its experts (output_router_logits: true), which is not computed here; train "
+            "a copy of it whose config.json has output_router_logits: false"
+        )
     modified = [name for name in UNKNOWN if getattr(config, name, None) not in (None, 1)]
     head = model.get_output_embeddings()
     if modified or type(head) is not torch.nn.Linear:

@@ -11,7 +11,7 @@ from finetuning.evaluation.report import write_report
 from finetuning.evaluation.table import print_evaluation
 from finetuning.inference.generation import Asker, saved_generation_config
 from finetuning.model.attention import use_packed_attention
-from finetuning.model.loading import fuse_gelu, leave_out_router_loss, load_model
+from finetuning.model.loading import fuse_gelu, load_model
 from finetuning.model.lora import add_adapter, lora_config
 from finetuning.model.loss import require_plain_head
 from finetuning.model.precision import with_weight_format
@@ -101,7 +101,6 @@ def make_trainer(run: PreparedRun) -> ResponseTrainer:
     model = load_model(base, run.tokenizer, args.seed, args.device)
     require_plain_head(model, recipe.lora)
     fuse_gelu(model)
-    leave_out_router_loss(model)
     if recipe.data.layout == "packed":
         use_packed_attention(model)
     asker = Asker(model, run.tokenizer, run.template, recipe.generation)
