@@ -26,6 +26,7 @@ from finetuning.data.cache import prepare
 from finetuning.data.named_templates import set_chat_template
 from finetuning.data.prepare import training_texts
 from finetuning.data.tokenization import Example
+from finetuning.launch.step_size import step_size
 from finetuning.model.loading import load_model
 from finetuning.model.tokenizer import load_tokenizer
 from finetuning.recipe.recipe import load_recipe
@@ -48,15 +49,15 @@ def main(arguments: list[str]) -> None:
     model = load_model(recipe.model, tokenizer, settings.seed).to(device)
     model.train()
 
-    step_size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    steps_in_epoch = math.ceil(len(examples) / step_size)
+    examples_of_step = step_size(recipe, processes=1).total
+    steps_in_epoch = math.ceil(len(examples) / examples_of_step)
     steps = settings.max_steps
     if steps < 0:
         steps = math.ceil(settings.num_train_epochs * steps_in_epoch)
 
     optimizer = make_optimizer(model, settings)
     schedule = make_schedule(optimizer, settings, steps)
-    batches = padded_batches(examples, step_size, settings.data_seed or settings.seed)
+    batches = padded_batches(examples, examples_of_step, settings.data_seed or settings.seed)
     set_seed(settings.seed)  # of dropout
 
     for step in range(1, steps + 1):

@@ -71,12 +71,15 @@ def small(tmp_path_factory) -> Path:
     )
 
 
+FREE = ("data.eval=null", "training.eval_strategy=no", "training.global_batch_size=null")
+
+
 def budget_of(
     model: Path, *overrides: str, strategy: Strategy = SINGLE, gpu: str = "t4", length: int = 128
 ):
     recipe = load_recipe(
         ROOT / "recipes/dolly_gpt2.yaml",
-        [f"model.name={model}", "data.eval=null", "training.eval_strategy=no", *overrides],
+        [f"model.name={model}", *FREE, *overrides],
     )
     return make_budget(
         recipe, prepared(40, length), tiny.byte_level(), strategy, devices.gpu_by_name(gpu)
@@ -314,7 +317,7 @@ def test_small_steps_on_a_fast_gpu_take_the_time_of_their_kernels(small):
 def test_only_settings_that_are_enough_are_advised(small):
     recipe = load_recipe(
         ROOT / "recipes/dolly_gpt2.yaml",
-        [f"model.name={small}", "lora={r: 4, target_modules: [c_attn]}"],
+        [f"model.name={small}", *FREE, "lora={r: 4, target_modules: [c_attn]}"],
     )
 
     def fits(changed) -> bool:
@@ -359,7 +362,7 @@ def test_preview_prints_the_budget_of_the_gpu_that_is_named(tmp_path, call, monk
     lines = done.out.splitlines()
     assert any("total" in line and "of 15,053 on T4" in line for line in lines)
     assert any(
-        line.startswith("steps    510 of 2 x 1 x 16 = 32 examples (ddp, 2 processes)")
+        line.startswith("steps    1,020 of 2 x 1 x 8 = 16 examples (ddp, 2 processes)")
         for line in lines
     )
     assert "verdict  fits" in lines

@@ -133,3 +133,9 @@ def test_a_turn_that_is_not_trained_or_only_calls_a_function_is_not_asked_for(tm
     data = Data(path=str(file), reader="messages", template="question_answer")
     (turn,) = turns_of(data)
     assert (turn.key, turn.reference) == ((0, 3), "two")
+
+
+def test_a_text_that_answers_nothing_is_not_asked_for(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": "Once upon a time."}), encoding="utf-8")
+    assert turns_of(Data(path=str(file), reader="text", template="text", loss_on="all")) == []

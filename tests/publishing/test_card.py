@@ -115,18 +115,21 @@ def test_it_says_what_was_trained_on_what_under_which_licences(hub, runs, call, 
     assert whole["base_model"] == ["elith/tiny-base"] and whole["datasets"] == ["databricks/dolly"]
 
 
+FREE = "training.global_batch_size=null"
+
+
 @pytest.mark.parametrize(
-    ("processes", "override", "expected"),
+    ("processes", "overrides", "expected"),
     [
-        (4, "training.global_batch_size=64", ("examples of a micro-batch", 16, 1)),
-        (4, "training.global_batch_size=128", ("examples of a micro-batch", 16, 2)),
-        (None, "training.global_batch_size=64", ("examples of a micro-batch", 16, 4)),
-        (2, "training.gradient_accumulation_steps=3", ("examples of a micro-batch", 16, 3)),
-        (4, "data.batch_tokens=512", ("tokens of a micro-batch at most", 512, 1)),
+        (4, ["training.global_batch_size=64"], ("examples of a micro-batch", 16, 1)),
+        (4, ["training.global_batch_size=128"], ("examples of a micro-batch", 16, 2)),
+        (None, ["training.global_batch_size=64"], ("examples of a micro-batch", 16, 4)),
+        (2, [FREE, "training.gradient_accumulation_steps=3"], ("examples of a micro-batch", 16, 3)),
+        (4, [FREE, "data.batch_tokens=512"], ("tokens of a micro-batch at most", 512, 1)),
     ],
 )
-def test_it_says_how_large_the_steps_were_that_the_processes_took(processes, override, expected):
-    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [override])
+def test_it_says_how_large_the_steps_were_that_the_processes_took(processes, overrides, expected):
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", overrides)
     what, size, accumulation = expected
     manifest = Manifest(
         kind="full",

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from finetuning.errors import UserError
+from finetuning.launch.step_size import step_size
 from finetuning.recipe import library_fields
 from finetuning.recipe.bounds import BOUNDS
 from finetuning.recipe.error_messages import members_of
@@ -296,6 +297,14 @@ def validator():
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
+
+
+@every_recipe
+def test_every_recipe_has_the_same_step_on_any_number_of_gpus(path):
+    recipe = load_recipe(path)
+    assert {step_size(recipe, processes).total for processes in (1, 2, 4, 8)} == {
+        recipe.training.global_batch_size
+    }
 
 
 @every_recipe

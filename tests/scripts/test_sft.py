@@ -47,6 +47,7 @@ ROWS = {
         }
         for n in range(40)
     ],
+    "text": [{"id": n, "title": f"{n}", "text": f"{n} は数である。\n" * n} for n in range(1, 40)],
     "harry_potter": {
         f"Session-{n}": {
             "scene": f"Scene\n{n}.",
@@ -78,8 +79,10 @@ def stand_in(recipe, folder: Path) -> list[str]:
     lines = [json.dumps(rows)] if isinstance(rows, dict) else map(json.dumps, rows)
     file = folder / ("rows.json" if isinstance(rows, dict) else "rows.jsonl")
     file.write_text("\n".join(lines), encoding="utf-8")
-    revision = ["data.revision=null"] if recipe.data.revision else []
-    return [f"model.name={folder / 'model'}", f"data.path={file}", *revision]
+    of_the_hub = [
+        f"data.{name}=null" for name in ("revision", "config") if getattr(recipe.data, name)
+    ]
+    return [f"model.name={folder / 'model'}", f"data.path={file}", *of_the_hub]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -23,6 +23,7 @@ from finetuning.training import start_checks
 from finetuning.training.trainer import ResponseTrainer
 
 QUICK = [
+    "training.global_batch_size=null",
     "training.max_steps=4",
     "training.report_to=none",
     "training.logging_steps=1",

@@ -33,7 +33,7 @@ def losses_of_plain_loop(*overrides: str) -> list[float]:
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["training.gradient_accumulation_steps=2", "data.layout=padded", "training.seed=7"]],
+    [[], ["training.global_batch_size=32", "data.layout=padded", "training.seed=7"]],
     ids=["as it is", "accumulated"],
 )
 def test_every_step_has_the_loss_of_sft(run_script, tmp_path, overrides):

@@ -36,7 +36,8 @@ class Turn(NamedTuple):
 def turns_of(data: Data, rows: Collection[int] | None = None) -> list[Turn]:
     """Every response of these rows, or of all, that would be trained and is a text.
 
-    Raises UserError for a row that cannot be read.
+    Not what answers nothing, such as a text of continued pre-training. Raises UserError for a row
+    that cannot be read.
     """
     wanted = None if rows is None else {int(row) for row in rows}
     turns: list[Turn] = []
@@ -51,7 +52,8 @@ def turns_of(data: Data, rows: Collection[int] | None = None) -> list[Turn]:
             continue
         messages, tools = conversation.messages, tuple(conversation.tools)
         for number in trained_turns(messages, "response"):
-            if not messages[number].get("tool_calls"):  # no text to compare with
+            # Before the first message there is nothing to ask; a call is no text to compare with.
+            if number > 0 and not messages[number].get("tool_calls"):
                 reference = messages[number]["content"]
                 turns.append(Turn(row.number, number, messages[:number], reference, tools))
     return turns

@@ -30,7 +30,7 @@ class StepSize:
 
 def step_size(recipe: Recipe, processes: int) -> StepSize:
     """As the recipe says it; with training.global_batch_size the same examples whatever the number
-    of processes.
+    of processes; a process's part of it is at most that.
 
     Raises UserError where that number does not divide.
     """
@@ -46,10 +46,9 @@ def step_size(recipe: Recipe, processes: int) -> StepSize:
             f"{processes} processes; use "
             f"{near}, or a number of processes that divides {total}"
         )
+    micro_batch = min(micro_batch, share)
     if "per_device_train_batch_size" not in training.model_fields_set:
-        micro_batch = max(
-            size for size in range(1, min(micro_batch, share) + 1) if share % size == 0
-        )
+        micro_batch = max(size for size in range(1, micro_batch + 1) if share % size == 0)
     if share % micro_batch:
         raise UserError(
             f"training.per_device_train_batch_size: {micro_batch} does not divide the {share} "
