@@ -12,6 +12,7 @@ import pytest
 from accelerate.commands.config import config_args
 from conftest import ROOT
 
+from finetuning.errors import UserError
 from finetuning.launch import launcher
 from finetuning.launch.launcher import (
     find_launcher,
@@ -82,6 +83,13 @@ def test_nobody_launched_the_tests():
 def test_torch_s_launcher_says_how_many_there_are(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert requested_processes() == 6
+
+
+@pytest.mark.parametrize("count", ["x", "0", "-1", "2.5"])
+def test_a_launcher_that_says_no_number_is_told_so(monkeypatch, count):
+    monkeypatch.setenv("WORLD_SIZE", count)
+    with pytest.raises(UserError, match=f"WORLD_SIZE: expected a whole number, .* '{count}'"):
+        requested_processes()
 
 
 @pytest.mark.parametrize(

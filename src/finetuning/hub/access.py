@@ -36,6 +36,7 @@ def require_hub(needs: list[Need]) -> None:
     from finetuning.hub.client import with_retries
 
     for need in needs:
+        require_name(need)
         if not constants.is_offline_mode():
             with_retries(partial(require_reachable, need, needs), need.name)
         elif not is_cached(need.name, need.kind):
@@ -43,6 +44,21 @@ def require_hub(needs: list[Need]) -> None:
                 f"{need.setting}: {need.name} is not in the cache and HF_HUB_OFFLINE is set; "
                 f"{local_copies(needs)}"
             )
+
+
+def require_name(need: Need) -> None:
+    """Raises UserError for what no repository of the Hub can be called."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(need.name)
+    except HFValidationError:
+        raise UserError(neither(need)) from None
+
+
+def neither(need: Need) -> str:
+    return f"{need.setting}: {need.name} is neither a local path nor a {need.kind} on the Hub"
 
 
 def require_reachable(need: Need, needs: list[Need]) -> None:
@@ -55,7 +71,6 @@ def require_reachable(need: Need, needs: list[Need]) -> None:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
-        HFValidationError,
         RepositoryNotFoundError,
     )
 
@@ -66,10 +81,8 @@ def require_reachable(need: Need, needs: list[Need]) -> None:
         raise UserError(
             f"{setting}: {name} is gated: ask for access on its page and set HF_TOKEN"
         ) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(
-            f"{setting}: {name} is neither a local path nor a {kind} on the Hub"
-        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(neither(need)) from None
     except HfHubHTTPError:
         raise
     except (httpx2.HTTPError, OSError) as error:

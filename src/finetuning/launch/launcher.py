@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from finetuning.errors import UserError
+
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -73,8 +75,10 @@ def requested_processes() -> int:
     """How many processes were asked for: of torch's launcher, or by flag or config file of
     `accelerate launch`.
     """
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
+    if count := os.environ.get("WORLD_SIZE"):
+        if not count.isdecimal() or int(count) < 1:
+            raise UserError(f"WORLD_SIZE: expected a whole number, at least 1, found {count!r}")
+        return int(count)
     arguments = launch_arguments()
     if arguments is None:
         return 1

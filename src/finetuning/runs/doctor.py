@@ -5,6 +5,9 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+
+from finetuning.runs.near_copies import near_copies
 
 Part = tuple[str, bool]  # text, and whether it is trained
 
@@ -69,12 +72,34 @@ def diagnose(examples: Iterable[Shown], end_marks: Sequence[str]) -> list[Findin
         "copies": copies,
         "contradictions": contradictions,
         "same_response": repeated,
+        "near_prompts": nearly_same(
+            {text: [each for each, _ in group] for text, group in prompts.items()}
+        ),
+        "near_responses": nearly_same(responses),
         **{
             kind: [[each.number] for each, prompt, response in stripped if holds(prompt, response)]
             for kind, holds in OF_ONE.items()
         },
     }
     return [Finding(kind, groups[kind]) for kind in KINDS]
+
+
+def nearly_same(examples: dict[str, list[Shown]]) -> list[list[int]]:
+    """Of {text: examples that have it}, numbers of an example of each text of a group.
+
+    What all texts begin and end with is of the template, and makes none like another.
+    """
+    texts = list(examples)
+    lead = shared_beginning(texts)
+    tail = shared_beginning([text[:lead:-1] for text in texts])
+    inner = [text[lead : len(text) - tail] for text in texts]
+    return [[examples[texts[place]][0].number for place in group] for group in near_copies(inner)]
+
+
+def shared_beginning(texts: Sequence[str]) -> int:
+    """Characters that all texts begin with: as many as the first and the last in order share."""
+    pairs = zip(min(texts, default=""), max(texts, default=""), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def numbers_of(group: Iterable[Shown]) -> list[int]:
@@ -119,6 +144,8 @@ KINDS = {
     "copies": "the same prompt and response",
     "contradictions": "one prompt, different responses",
     "same_response": "one response to different examples",
+    "near_prompts": "prompts that are nearly the same",
+    "near_responses": "responses that are nearly the same",
     "empty": "empty response",
     "one_word": "response of one word",
     "mojibake": "broken characters (mojibake)",
