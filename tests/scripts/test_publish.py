@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import publish
 import pull
-from finetuning.runs.folder import lock
+from finetuning.runs.folder import RunFolder, lock
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -32,6 +32,8 @@ def test_a_run_of_every_kind_is_published_whole_and_answers_as_before(
     assert (record["commit"], record["tag"]) == (hub.head(REPO), f"{S.replace('/', '.')}.v1")
     assert [answer["is_same"] for answer in record["answers"]] == [True, True]
     assert record["answers"][0]["published"]
+    evaluation = RunFolder(folder).evaluation
+    assert record["scores"] == {"questions": 4, **evaluation["scores"]["trained"]}
     assert not list(folder.glob(".merged*"))
 
 

@@ -172,5 +172,6 @@ def test_metrics_file_has_one_object_for_every_logged_step(base, rows, tmp_path)
     assert all(
         line["padding_share"] == 0 and line["response_tokens_per_second"] > 0 for line in steps
     )
+    assert all(0.05 < line["memory_gib"] < 500 for line in steps)
     assert any("eval_loss" in line for line in lines)
     assert trainer.state.global_step == 3

@@ -30,6 +30,7 @@ CHARTS = (
     ("learning rate", "学習率", ("learning_rate",)),
     ("gradient norm", "勾配のノルム", ("grad_norm",)),
     ("tokens a second", "1 秒あたりのトークン数", ("tokens_per_second",)),
+    ("memory (GiB)", "メモリ (GiB)", ("memory_gib",)),
 )
 
 

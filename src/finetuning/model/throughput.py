@@ -3,6 +3,7 @@
 import time
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from finetuning.launch.devices import peak_of
@@ -91,8 +92,18 @@ class Throughput:
             "response_tokens_per_second": responses / seconds,
             "tokens_per_second": tokens / seconds,
             "padding_share": 1 - tokens / max(1.0, slots),
+            "memory_gib": memory_in_use(self.device) / 2**30,
         }
         if self.peak:
             used = self.matmul_params.flops(tokens, responses) / seconds
             figures["model_flops_share"] = used / (self.peak * accelerator.num_processes)
         return figures
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the most that tensors took on this process's GPU so far, or what it takes of memory
+    now.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

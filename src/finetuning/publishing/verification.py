@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetuning.errors import UserError
+from finetuning.evaluation.results import TRAINED
 from finetuning.export.exported import Trained, compare
 from finetuning.files import write_text
 from finetuning.hub import allowed_files
@@ -141,9 +142,17 @@ def write_record(folder: Path, bundle: Bundle, published: Published, forms: list
         "answers": [answer.record(PUBLISHED) for answer in answers],
         "forms": {name: {"asked": asked, "same": same} for name, asked, same in bundle.agreements},
         "files": bundle.digest,
+        "scores": scores_of(bundle.run.evaluation),
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     write_text(folder / RECORD, text)
+
+
+def scores_of(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of the trained model, {questions, score: {mean, low, high}}; None for a run without any."""
+    if evaluation is None or TRAINED not in evaluation["scores"]:
+        return None
+    return {"questions": evaluation["questions"], **evaluation["scores"][TRAINED]}
 
 
 def read_agreements(folder: Path, bundle: Bundle) -> list[Agreement]:

@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from finetuning.runs.checkpoints import step_of, verify_newest_first
-from finetuning.training.loggers import resume_tensorboard
+from finetuning.training.loggers import resume_loggers, resume_tensorboard
 from finetuning.training.memory_check import TooLarge, halve_micro_batch
 from finetuning.training.trainer import Counters, ResponseTrainer
 from finetuning.untrusted_text import printable
@@ -24,6 +24,7 @@ def resume_or_train(trainer: ResponseTrainer) -> None:
         trainer.args.eval_on_start = counted[0]["evaluation_is_due"]
         trainer.add_callback(RestoreCounters(trainer, counted))
         resume_tensorboard(trainer, trainer.run_folder, step_of(Path(checkpoint)))
+    resume_loggers(trainer, trainer.run_folder)
     while True:
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
