@@ -140,3 +140,25 @@ def test_two_processes_stop_together_where_their_losses_say(settings, tmp_path):
 
     step, _ = plain_loop(*RunFolder(launch("whole")).curve("eval_loss"))
     assert ends_at(launch("stopped", *STOPS)) == step < STEPS
+
+
+def test_a_score_of_the_answers_may_decide_which_step_is_the_best(settings, tmp_path, capsys):
+    by_score = [*settings, "evaluation.questions=4", "generation.max_new_tokens=6", STOPS[1]]
+    more = ("training.metric_for_best_model=char_f1", "training.max_steps=8")
+    run = train(tmp_path / "run", by_score, *more)
+    assert "and at each evaluation" in capsys.readouterr().out
+    steps, scores = RunFolder(run).curve("eval_char_f1")
+    assert steps == [0, 2, 4, 6, 8] and len(set(scores)) > 1
+    best = max(scores[1:])
+    kept = RunFolder(run).environment["kept_step"]
+    assert kept == steps[1:][scores[1:].index(best)]
+    trained = RunFolder(run).evaluation["scores"]["trained"]["char_f1"]["mean"]
+    assert trained == pytest.approx(best)
+    best_weights = (run / f"checkpoint-{kept}" / "model.safetensors").read_bytes()
+    assert (run / "model.safetensors").read_bytes() == best_weights
+
+
+def test_a_score_needs_questions(call, settings, tmp_path):
+    more = (*settings, STOPS[1], "training.metric_for_best_model=chrf")
+    done = call(sft, "--check", QUICKSTART, f"training.output_dir={tmp_path / 'run'}", *more)
+    assert "is chrf, a score of answers, but evaluation.questions is 0" in error_of(done)

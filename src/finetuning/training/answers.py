@@ -1,9 +1,11 @@
 """The evaluation set's questions, answered by the base and by the trained model."""
 
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 
+from finetuning.errors import UserError
 from finetuning.evaluation.asking import Answers, Share, ask
 from finetuning.evaluation.results import (
     BASE,
@@ -17,6 +19,7 @@ from finetuning.evaluation.results import (
     write_answers,
     write_evaluation,
 )
+from finetuning.evaluation.scores import BETTER_IF_HIGHER, SCORES
 from finetuning.evaluation.turns import Turn, draw, turns_of
 from finetuning.inference.generation import Asker
 from finetuning.runs.folder import ANSWERS, append_metrics, read_lines
@@ -35,6 +38,8 @@ def evaluate_base(trainer: ResponseTrainer, run: PreparedRun, console: Console) 
         f"answers  {len(turns):,} of {len(every):,} evaluation questions, before and after, "
         f"{seconds:g} s each at most"
     )
+    if trainer.answer_scores:
+        console.print("         and at each evaluation, for training.metric_for_best_model")
     answers = ask(asker_of(trainer, run), turns, share_of(trainer, run), seconds)
     if trainer.is_world_process_zero():
         lines = [
@@ -70,6 +75,28 @@ def evaluate_trained(trainer: ResponseTrainer, run: PreparedRun) -> dict[str, An
     figures = {f"eval_{name}": value for name, value in means(evaluation).items()}
     append_metrics(trainer.run_folder, {**figures, "step": trainer.state.global_step})
     return evaluation
+
+
+def score_evaluations(trainer: ResponseTrainer, run: PreparedRun) -> None:
+    """Has each evaluation ask its questions, where a score of the answers decides which is best."""
+    metric = (trainer.args.metric_for_best_model or "").removeprefix("eval_")
+    if metric not in BETTER_IF_HIGHER:
+        return
+    turns = draw(evaluation_turns(run), run.recipe.evaluation.questions)
+
+    def scores_now() -> dict[str, float]:
+        share = share_of(trainer, run)
+        base = share.of_first(base_answers(trainer))
+        # As many as there was time for before training: always the same ones.
+        asked = [turn for turn in turns if turn.key in base] or turns
+        results = results_of(asked, {TRAINED: ask(asker_of(trainer, run), asked, share)})
+        if not results.turns:
+            raise UserError(
+                f"training.metric_for_best_model: no question can be asked for {metric}"
+            )
+        return {name: fmean(results.values(TRAINED, name)) for name in SCORES}
+
+    trainer.answer_scores = scores_now
 
 
 def means(evaluation: dict[str, Any]) -> dict[str, float]:

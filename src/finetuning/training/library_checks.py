@@ -22,6 +22,7 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from finetuning.errors import UserError, did_you_mean, one_line
+from finetuning.evaluation.scores import BETTER_IF_HIGHER
 from finetuning.hub.allowed_files import MAX_LAYERS
 from finetuning.model.loading import load_config
 from finetuning.model.lora import lora_config
@@ -65,7 +66,7 @@ def require_library_settings(run: PreparedRun, args: SFTConfig) -> "PreTrainedMo
     require_positions(model, run.examples.report["tokens"]["max"])
     require_optimizer(args, model)
     require_schedule(args)
-    require_metric(args)
+    require_metric(args, recipe.evaluation.questions if run.examples.eval else 0)
     require_activation_checkpointing(args)
     require_generation(recipe.generation, tokenizer)
     require_plain_head(model, recipe.lora)
@@ -182,12 +183,18 @@ def require_schedule(args: SFTConfig) -> None:
         schedule.step(*[1.0] if kind in BY_LOSS else [])
 
 
-def require_metric(args: SFTConfig) -> None:
-    metric = args.metric_for_best_model
-    if metric and metric.removeprefix("eval_") not in METRICS:
+def require_metric(args: SFTConfig, questions: int | str) -> None:
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in (*METRICS, *BETTER_IF_HIGHER):
         raise UserError(
-            f"training.metric_for_best_model is {metric}; an evaluation has {', '.join(METRICS)}"
-            f"{did_you_mean(metric, METRICS)}"
+            f"training.metric_for_best_model is {metric}; an evaluation has {', '.join(METRICS)}, "
+            f"or scores of answers: {', '.join(BETTER_IF_HIGHER)}"
+            f"{did_you_mean(metric, (*METRICS, *BETTER_IF_HIGHER))}"
+        )
+    if metric in BETTER_IF_HIGHER and not questions:
+        raise UserError(
+            f"training.metric_for_best_model is {metric}, a score of answers, but "
+            "evaluation.questions is 0"
         )
 
 

@@ -18,7 +18,7 @@ from finetuning.model.precision import with_weight_format
 from finetuning.recipe.recipe import Recipe
 from finetuning.runs.folder import noting_end, write_finish
 from finetuning.runs.terminal import print_answers
-from finetuning.training.answers import evaluate_trained, means
+from finetuning.training.answers import evaluate_trained, means, score_evaluations
 from finetuning.training.callbacks import MetricsFile, ReportFile, Watchdog
 from finetuning.training.library_checks import require_library_settings
 from finetuning.training.loggers import log_samples
@@ -40,6 +40,7 @@ def train(run: PreparedRun, stop: Stop, console: Console) -> None:
     signal asked for it.
     """
     trainer = make_trainer(run)
+    score_evaluations(trainer, run)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StartChecks(trainer, run, console))

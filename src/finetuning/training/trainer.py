@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
@@ -59,6 +60,8 @@ class ResponseTrainer(Trainer):
 
     evaluation_is_due = False
     """of a checkpoint: the evaluation of its step was cut short"""
+    answer_scores: Callable[[], dict[str, float]] | None = None
+    """of the answers that the model gives now, where they decide which step is the best"""
 
     def __init__(
         self,
@@ -216,6 +219,8 @@ class ResponseTrainer(Trainer):
         output.metrics[f"{prefix}_loss"] = loss
         output.metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
         output.metrics[f"{prefix}_mean_token_accuracy"] = accuracy
+        scores = self.answer_scores() if self.answer_scores else {}
+        output.metrics.update({f"{prefix}_{name}": score for name, score in scores.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
