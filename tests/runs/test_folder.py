@@ -268,7 +268,9 @@ def test_a_run_that_was_refused_before_its_first_step_leaves_nothing_to_compare_
     open_run_folder(recipe_of("training.learning_rate=0.5"), "other rows", Strategy("ddp", 2))
 
 
-@pytest.mark.parametrize("content", ['{"data": ', "null", "[]", '{"launches": 1}'])
+@pytest.mark.parametrize(
+    "content", ['{"data": ', "null", "[]", '{"launches": 1}', '{"launches": [3]}']
+)
 def test_a_damaged_environment_is_named_and_begun_anew(recipe_of, capsys, content):
     recipe = recipe_of()
     folder = begun(recipe, Strategy("single", 1))

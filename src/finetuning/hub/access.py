@@ -49,7 +49,7 @@ def require_hub(needs: list[Need]) -> None:
 def require_name(need: Need) -> None:
     """Raises UserError for what no repository of the Hub can be called."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(need.name)

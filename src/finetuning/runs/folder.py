@@ -289,7 +289,8 @@ def known_environment(folder: Path) -> dict[str, Any] | None:
         environment = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (ValueError, IsADirectoryError):
         return None
-    is_whole = isinstance(environment, dict) and isinstance(environment.get("launches", []), list)
+    launches = environment.get("launches", []) if isinstance(environment, dict) else None
+    is_whole = isinstance(launches, list) and all(isinstance(each, dict) for each in launches)
     return environment if is_whole else None
 
 
