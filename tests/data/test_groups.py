@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tiny import byte_level
 
 from finetuning.data.cache import prepare
@@ -11,6 +12,7 @@ from finetuning.data.groups import first_of_group, prompt_key, response_key, tex
 from finetuning.data.row import message
 from finetuning.data.section import Data
 from finetuning.errors import UserError
+from finetuning.recipe.recipe import load_recipe
 
 TOKENIZER = byte_level()
 LONG = "A long answer that nobody writes twice by chance"
@@ -148,3 +150,12 @@ def test_nothing_that_is_drawn_stands_on_both_sides(prepared_of):
     for name in ("prompt", "response"):
         assert {rows[n][name] for n in held}.isdisjoint({rows[n][name] for n in train})
     assert prepared.report["leaked"] == 0
+
+
+def test_every_recipe_that_draws_its_evaluation_set_keeps_the_same_text_on_one_side():
+    drawn = {
+        file.name: recipe.data.eval.group_by
+        for file in ROOT.glob("recipes/*.yaml")
+        if (recipe := load_recipe(file)).data.eval and recipe.data.eval.fraction
+    }
+    assert len(drawn) > 3 and set(drawn.values()) == {"same_text"}, drawn
