@@ -8,9 +8,11 @@ import sys
 
 import pytest
 from conftest import ROOT
-from run_folders import ROWS, error_of, files_below
+from hub_server import REPO
+from run_folders import ROWS, S, copied, error_of, files_below
 
 import evaluate
+import publish
 from finetuning.evaluation import models
 from finetuning.runs.folder import RunFolder
 
@@ -123,6 +125,29 @@ def test_a_checkpoint_is_evaluated_beside_its_run(runs, rows, tmp_path):
     checkpoint = str(next(run.glob("checkpoint-*")))
     evaluate.main([checkpoint, str(run), *data, "--output", str(output)])
     assert RunFolder(output).evaluation["names"] == [checkpoint, str(run)]
+
+
+def test_a_pulled_model_and_an_8_bit_base_answer_as_the_run_folder(
+    runs, rows, tmp_path, hub, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    publish.main([str(copied(runs["full"], tmp_path / "run")), "--unasked"])
+    data = ["--data", str(rows), "--reader", "prompt_response", "--questions", "9"]
+    pulled = f"hub:{REPO}/{S}"
+    evaluate.main([str(runs["full"]), pulled, *data, "--output", "pulled"])
+    first, *others = RunFolder(tmp_path / "pulled").evaluation["names"]
+    assert others == [pulled]
+    for line in RunFolder(tmp_path / "pulled").answers:
+        assert line["answers"][first] == line["answers"][pulled]
+
+    lora = [str(runs["lora"]), "--no-base", *data]
+    evaluate.main([*lora, "--output", "whole"])
+    evaluate.main([*lora, "model.quantization=8bit", "--output", "in_8_bit"])
+    chrf = [
+        RunFolder(tmp_path / name).evaluation["scores"][str(runs["lora"])]["chrf"]["mean"]
+        for name in ("whole", "in_8_bit")
+    ]
+    assert chrf[0] > 0 and chrf[1] == pytest.approx(chrf[0], rel=0.5)
 
 
 @pytest.mark.cluster

@@ -139,7 +139,13 @@ def test_two_processes_stop_together_where_their_losses_say(settings, tmp_path):
         return tmp_path / name
 
     step, _ = plain_loop(*RunFolder(launch("whole")).curve("eval_loss"))
-    assert ends_at(launch("stopped", *STOPS)) == step < STEPS
+    stopped = launch("stopped", *STOPS)
+    assert ends_at(stopped) == step < STEPS
+    weights = (stopped / "model.safetensors").read_bytes()
+    gone = (f"checkpoint-{step}", "model.safetensors", "sealed.json")
+    interrupted(stopped, *gone)  # as if killed after the checkpoint before the last
+    assert ends_at(launch("stopped", *STOPS)) == step
+    assert (stopped / "model.safetensors").read_bytes() == weights
 
 
 def test_a_score_of_the_answers_may_decide_which_step_is_the_best(settings, tmp_path, capsys):
