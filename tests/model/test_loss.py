@@ -255,3 +255,32 @@ def test_the_gradients_of_capped_logits_are_autograds(dtype):
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
     for ours, theirs in zip(found, exact, strict=True):
         assert (ours.grad - theirs.grad).norm() <= tolerance * theirs.grad.norm()
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize(
+    "dtype, scale, tolerance", [(torch.float64, 1.0, 1e-12), (torch.float16, 1e6, 1e-2)]
+)
+def test_the_loss_and_gradients_of_groups_are_autograds(
+    monkeypatch, dtype, scale, tolerance, is_frozen
+):
+    """Each group of targets has a factor that is known only afterwards; times the scale, it is too
+    large for float16, which the gradients are not.
+    """
+    monkeypatch.setattr(loss, "TILE_LOGITS", 0)
+    monkeypatch.setattr(loss, "TILE_ROWS", 7)  # tiles that begin and end within groups
+    hidden, weight, _, tokens = problem(dtype)
+    found = [(part.detach() / 100).requires_grad_() for part in (hidden, weight)]
+    found[1].requires_grad_(not is_frozen)
+    exact = [part.detach().double().requires_grad_() for part in found]
+    counts, factors = torch.tensor([5, 0, 21, 11]), torch.tensor([1.0, 9.0, -0.5, 0.0])
+    sums, _ = response_loss(*found, None, tokens, None, counts)
+    each = F.cross_entropy(exact[0] @ exact[1].T, tokens, reduction="none")
+    expected = torch.stack([part.sum() for part in each.split(counts.tolist())])
+    torch.testing.assert_close(sums.double(), expected, rtol=tolerance, atol=tolerance)
+    (sums * factors.to(sums) * scale).sum().backward()
+    (expected * factors * scale).sum().backward()
+    for ours, theirs in zip(found, exact, strict=True):
+        if ours.requires_grad:
+            largest = theirs.grad.abs().max()
+            assert (ours.grad.double() - theirs.grad).abs().max() <= tolerance * largest

@@ -2,13 +2,14 @@
 
 The head's weight and the cross-entropy meet in tiles of a few rows: no (B, T, V) logits exist. The
 gradient is formed while a tile's logits are at hand, so that backward has nothing to compute again:
-three matrix products, two with a frozen head, where recomputing takes four and three. The idea is
-that of Liger's fused linear cross-entropy (https://github.com/linkedin/Liger-Kernel), here in plain
+three matrix products, two with a frozen head, where recomputing takes four and three. Preference
+tuning asks the same head for the loss of each of several groups of tokens. The idea is that of
+Liger's fused linear cross-entropy (https://github.com/linkedin/Liger-Kernel), here in plain
 torch for every device.
 """
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,11 +44,14 @@ class Targets(NamedTuple):
     """(N,) in the flattened (B * T) hidden states, each one before its target"""
     tokens: torch.Tensor
     """(N,)"""
+    counts: torch.Tensor | None = None
+    """(G,) targets of each group of them, one group after another, whose losses are added up; None:
+    all N are one group"""
 
 
 class Scores(NamedTuple):
     loss: torch.Tensor
-    """() cross-entropy, summed over the N targets"""
+    """() cross-entropy, summed over the N targets; (G,) summed over those of each group"""
     correct: torch.Tensor
     """() how many targets are the likeliest token"""
 
@@ -112,7 +116,7 @@ class ResponseHead:
 
     @contextmanager
     def scoring(self, targets: Targets) -> Iterator[None]:
-        """Within, the model's `logits` are the loss, summed over the targets."""
+        """Within, the model's `logits` are Scores.loss of the targets."""
         self.targets = targets
         try:
             with recomputing(), self.last_block.at(targets.positions), unchanged(self.settings):
@@ -155,8 +159,9 @@ class ResponseHead:
         hidden = hidden_states.flatten(0, -2).index_select(0, self.targets.positions)
         if self.change.factor != 1:
             hidden = hidden * self.change.factor
+        _, tokens, counts = self.targets
         loss, correct = response_loss(
-            hidden, head.weight, head.bias, self.targets.tokens, self.change.cap
+            hidden, head.weight, head.bias, tokens, self.change.cap, counts
         )
         # Detached: the graph would live until the next batch, with bitsandbytes' activations in it.
         self.scores = Scores(loss.detach(), correct)
@@ -199,11 +204,11 @@ def require_plain_head(model: "PreTrainedModel", lora: "Lora | None") -> None:
 
 
 class ResponseLoss(torch.autograd.Function):
-    """hidden (N, C), weight (V, C), bias (V,) or None, tokens (N,), cap or None -> Scores.
+    """hidden (N, C), weight (V, C), bias (V,) or None, tokens (N,), cap or None, counts -> Scores.
 
-    Gradients are added up in float32 whatever the products are in, multiplied by what comes after
-    the loss, and only then rounded: with bfloat16 sums 13 tiles are off by 4.4e-3 (float32: 4e-4),
-    and in float16 a frequent token overflows that no loss scale can save.
+    Gradients are multiplied by what comes after the loss, and only then rounded. One factor for all
+    targets can wait until backward, and so can one for each row of hidden. A weight's gradient adds
+    the rows up: with a factor for each group, tiles are computed again when the factors are known.
     """
 
     @staticmethod
@@ -214,60 +219,114 @@ class ResponseLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
         tokens: torch.Tensor,
         cap: float | None = None,
+        counts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        device, dtype = hidden.device.type, weight.dtype
-        if torch.is_autocast_enabled(device):
+        ctx.needs, dtype = ctx.needs_input_grad[:3], weight.dtype
+        if torch.is_autocast_enabled(device := hidden.device.type):
             dtype = torch.get_autocast_dtype(device)
-        rows, matrix = hidden.to(dtype), weight.to(dtype)
-        offset = None if bias is None else bias.to(dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        grad_hidden: Any = torch.empty_like(rows, dtype=wide) if needs_hidden else None
-        grad_weight: Any = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        grad_bias: Any = torch.zeros_like(weight[:, 0], dtype=wide) if needs_bias else None
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        correct = torch.zeros((), dtype=torch.long, device=hidden.device)
-        tile_rows = min(max(TILE_ROWS, TILE_LOGITS // len(weight)), max(1, len(rows)))
-        buffer = rows.new_empty(tile_rows, aligned(len(weight)))[:, : len(weight)]
-        for start in range(0, len(rows), tile_rows):
-            tile, wanted = rows[start : start + tile_rows], tokens[start : start + tile_rows, None]
-            product = buffer[: len(tile)]
-            torch.mm(tile, matrix.t(), out=product)
-            if offset is not None:
-                product += offset
-            grad = product.to(wide)  # in float32 the buffer itself
-            slope = None if cap is None else cap_(grad, cap)
-            scored = score(grad, wanted)
-            if slope is not None:
-                grad *= slope
-            loss += scored.loss
-            correct += scored.correct
-            if needs_bias:
-                grad_bias += grad.sum(0)
-            if dtype != wide:
-                grad = product.copy_(grad)  # and the float32 tile is freed
-            if needs_hidden:
-                grad_hidden[start : start + tile_rows] = grad @ matrix
-            if needs_weight:
-                add_product(grad_weight, grad.t(), tile, is_first=start == 0)
-        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        ctx.is_late = counts is not None and any(ctx.needs[1:])
+        needs = (False, False, False) if ctx.is_late else ctx.needs
+        losses, correct, ctx.gradients = score_tiles(
+            hidden, weight, bias, tokens, cap, dtype, needs
+        )
+        if ctx.is_late:
+            ctx.save_for_backward(hidden, weight, bias, tokens)
+        ctx.cap, ctx.dtype, ctx.counts = cap, dtype, counts
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(correct)
-        return loss, correct
+        if counts is None:
+            return losses.sum(), correct
+        # Not index_add: on a GPU its order, and so its rounding, changes from call to call.
+        return torch.segment_reduce(losses, "sum", lengths=counts, unsafe=True), correct
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
-        # Scaled here and not in forward: only now is the factor known (accumulation, fp16's scale).
-        factor = grad_outputs[0]
-        hidden, weight, bias = (
-            None if gradient is None else gradient.mul_(factor).to(dtype)
-            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
-        )
+        factor, gradients = grad_outputs[0], ctx.gradients
+        if ctx.is_late:
+            hidden, weight, bias, tokens = ctx.saved_tensors
+            # Of 1 at most in the tiles, which may be in float16; all of them once more at the end.
+            largest = factor.abs().max().clamp(min=torch.finfo(factor.dtype).tiny)
+            shares = of_each_target(factor / largest, ctx.counts, len(tokens))
+            _, _, gradients = score_tiles(
+                hidden, weight, bias, tokens, ctx.cap, ctx.dtype, ctx.needs, shares
+            )
+            factor = largest
+        elif ctx.counts is not None and gradients[0] is not None:
+            factor = of_each_target(factor, ctx.counts, len(gradients[0]))
+        # Scaled here and not in forward: only now is it known (accumulation, fp16's scale).
+        gradients = [None if each is None else each.mul_(factor) for each in gradients]
         ctx.gradients = None
-        return hidden, weight, bias, None, None
+        rounded = (
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return (*rounded, None, None, None)
 
 
 response_loss: Callable[..., tuple[torch.Tensor, torch.Tensor]] = ResponseLoss.apply
+
+
+def of_each_target(factor: torch.Tensor, counts: torch.Tensor, targets: int) -> torch.Tensor:
+    """(N, 1) the factor of each target's group."""
+    return factor.repeat_interleave(counts, output_size=targets)[:, None]
+
+
+Gradients = list[torch.Tensor | None]  # of hidden, weight and bias; None where none is needed
+
+
+def score_tiles(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tokens: torch.Tensor,
+    cap: float | None,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+    factors: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
+    """(N,) cross-entropy of each target; () how many are the likeliest token; the gradients of the
+    sum, in which each target counts by its factor (N, 1), 1 if not given.
+
+    Gradients are added up in float32 whatever the products are in: with bfloat16 sums 13 tiles are
+    off by 4.4e-3 (float32: 4e-4), and in float16 a frequent token overflows that no loss scale can
+    save.
+    """
+    needs_hidden, needs_weight, needs_bias = needs
+    rows, matrix = hidden.to(dtype), weight.to(dtype)
+    offset = None if bias is None else bias.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    grad_hidden: Any = torch.empty_like(rows, dtype=wide) if needs_hidden else None
+    grad_weight: Any = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+    grad_bias: Any = torch.zeros_like(weight[:, 0], dtype=wide) if needs_bias else None
+    losses = torch.empty(len(rows), dtype=wide, device=hidden.device)
+    correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+    tile_rows = min(max(TILE_ROWS, TILE_LOGITS // len(weight)), max(1, len(rows)))
+    buffer = rows.new_empty(tile_rows, aligned(len(weight)))[:, : len(weight)]
+    for start in range(0, len(rows), tile_rows):
+        part = slice(start, start + tile_rows)
+        tile, wanted = rows[part], tokens[part, None]
+        product = buffer[: len(tile)]
+        torch.mm(tile, matrix.t(), out=product)
+        if offset is not None:
+            product += offset
+        grad = product.to(wide)  # in float32 the buffer itself
+        slope = None if cap is None else cap_(grad, cap)
+        scored = score(grad, wanted)
+        losses[part] = scored.loss
+        correct += scored.correct
+        if slope is not None:
+            grad *= slope
+        if factors is not None:
+            grad *= factors[part]
+        if needs_bias:
+            grad_bias += grad.sum(0)
+        if dtype != wide:
+            grad = product.copy_(grad)  # and the float32 tile is freed
+        if needs_hidden:
+            grad_hidden[part] = grad @ matrix
+        if needs_weight:
+            add_product(grad_weight, grad.t(), tile, is_first=start == 0)
+    return losses, correct, [grad_hidden, grad_weight, grad_bias]
 
 
 def cap_(logits: torch.Tensor, cap: float) -> torch.Tensor:
@@ -279,16 +338,16 @@ def cap_(logits: torch.Tensor, cap: float) -> torch.Tensor:
 
 
 def score(logits: torch.Tensor, wanted: torch.Tensor) -> Scores:
-    """logits (N, V), wanted (N, 1). In place, a tile being large, logits become their gradient.
+    """logits (N, V), wanted (N, 1) -> the loss of each target (N,).
 
-    That is softmax - one-hot.
+    In place, a tile being large, logits become their gradient, which is softmax - one-hot.
     """
     of_target = logits.gather(1, wanted)
     top = logits.amax(1, keepdim=True)
     correct = (of_target == top).sum()
     exp = logits.sub_(top).exp_()
     total = exp.sum(1, keepdim=True)
-    loss = (total.log() + top - of_target).sum()
+    loss = (total.log() + top - of_target)[:, 0]
     exp.div_(total).scatter_add_(1, wanted, torch.full_like(of_target, -1.0))
     return Scores(loss, correct)
 
