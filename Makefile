@@ -9,7 +9,7 @@ RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 LOCKED := $(PIP) --no-deps --require-hashes
 
-.PHONY: help quickstart test test-cluster test-gpu bench lint format schema tables docs lock audit clean
+.PHONY: help quickstart quickstart-dpo test test-cluster test-gpu bench lint format schema tables docs lock audit clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -46,6 +46,11 @@ quickstart: $(VENV)/.base  ## train the embedded default on the CPU (a minute) a
 	@test -f outputs/quickstart/model.safetensors || OMP_NUM_THREADS=1 \
 	  $(RUN)/accelerate launch --config_file accelerate_configs/cpu.yaml src/sft.py recipes/quickstart.yaml
 	$(RUN)/python src/generate.py outputs/quickstart 'What is the capital of Japan?'
+
+quickstart-dpo: quickstart  ## tune the quickstart on preferences (less than a minute) and ask it
+	@test -f outputs/quickstart_dpo/model.safetensors || OMP_NUM_THREADS=1 \
+	  $(RUN)/accelerate launch --config_file accelerate_configs/cpu.yaml src/dpo.py recipes/quickstart_dpo.yaml
+	$(RUN)/python src/generate.py outputs/quickstart_dpo 'What is the capital of Japan?'
 
 test: $(VENV)/.dev  ## every test that one CPU can run (under 10 minutes)
 	$(RUN)/python -m pytest -m 'not cluster' --numprocesses 2 --dist worksteal $(PYTEST_ARGS)

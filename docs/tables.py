@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from finetuning.data.preferences import PREFERENCE_READERS
 from finetuning.data.readers import READERS
 from finetuning.data.row import Message
 from finetuning.data.templates import CHAT, TEMPLATES, Markers, MarkerTemplate
@@ -49,6 +50,12 @@ def scripts() -> Rows:
 def readers() -> Rows:
     """The readers, each with the first paragraph of its docstring: the columns it takes."""
     rows = [[f"`{name}`", summary(read.__doc__ or "")] for name, read in READERS.items()]
+    return [["`data.reader`", "columns of a row"], *rows]
+
+
+def preference_readers() -> Rows:
+    """The readers of pairs, in the same way."""
+    rows = [[f"`{name}`", summary(read.__doc__ or "")] for name, read in PREFERENCE_READERS.items()]
     return [["`data.reader`", "columns of a row"], *rows]
 
 
@@ -90,7 +97,16 @@ def families() -> Rows:
 
 
 TABLES: dict[str, Callable[[], Rows]] = {
-    table.__name__: table for table in (scripts, rooms, readers, templates, incompatible, families)
+    table.__name__: table
+    for table in (
+        scripts,
+        rooms,
+        readers,
+        preference_readers,
+        templates,
+        incompatible,
+        families,
+    )
 }
 
 

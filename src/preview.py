@@ -67,6 +67,7 @@ def prepare(options: Namespace) -> "PreparedRun":
 
 def show_rows(run: "PreparedRun", console: "Console") -> None:
     """On the terminal, and in full in the folder preview."""
+    from finetuning.data.tokenization import sequences_of
     from finetuning.runs.doctor import Shown, diagnose
     from finetuning.runs.folder import make_folder, output_folder
     from finetuning.runs.terminal import (
@@ -79,7 +80,7 @@ def show_rows(run: "PreparedRun", console: "Console") -> None:
 
     prepared = run.examples
     looked_at = [
-        Shown(number, row, split, trained_and_not(example, run.tokenizer))
+        Shown(number, row, split, trained_and_not(sequences_of(example)[0], run.tokenizer))
         for number, (split, row, example) in enumerate(
             islice(examples_in_order(prepared.train, prepared.eval), LOOKED_AT)
         )
@@ -87,7 +88,8 @@ def show_rows(run: "PreparedRun", console: "Console") -> None:
     findings = diagnose(looked_at, run.template.end_marks)
     print_funnel(console, prepared.report)
     print_findings(console, findings)
-    console.rule("examples: prompt grey, response green")
+    rejected = ", rejected response red" if run.recipe.data.is_preference else ""
+    console.rule(f"examples: prompt grey, response green{rejected}")
     for _, _, example in islice(examples_in_order(prepared.train, prepared.eval), SHOWN):
         print_example(console, example, run.tokenizer)
 
@@ -119,6 +121,8 @@ def write_files(
         for split, row, example in examples_in_order(prepared.train, prepared.eval):
             input_ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
             line = {"split": split, "row": row, "input_ids": input_ids, "labels": labels}
+            if "chosen" in example:  # tokens of the chosen response's sequence, the first of two
+                line["chosen"] = example["chosen"]
             stream.write(json.dumps(line) + "\n")
 
 

@@ -54,27 +54,33 @@ def main(arguments: list[str]) -> None:
 
 def check(options: Namespace, runs: dict[str, list[str]]) -> None:
     """Every line in one process, so that libraries and rows are read once."""
-    from sft import main as train
+    from finetuning.recipe.recipe import load_recipe
+    from finetuning.training_script import read_arguments as read_training
+    from finetuning.training_script import train_recipe
 
+    script = load_recipe(options.recipe).script
     launch = ["--check", "--config_file", options.config_file]
     if options.num_processes is not None:
         launch += ["--num_processes", options.num_processes]
     for name, overrides in runs.items():
         print(f"== line {name}: {' '.join(overrides)}", flush=True)
         try:
-            train([*launch, options.recipe, *overrides])
+            train_recipe(read_training([*launch, options.recipe, *overrides]), script)
         except UserError as error:
             raise UserError(f"line {name} of {options.file}: {error}") from None
 
 
 def is_trained(name: str, options: Namespace, overrides: list[str], gpu: str | None) -> bool:
     """Trains one line; whether it is finished."""
+    from finetuning.recipe.recipe import load_recipe
+
     launch = ["accelerate.commands.launch", "--config_file", options.config_file]
     if options.num_processes is not None:
         launch += ["--num_processes", options.num_processes]
     environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     print(f"== line {name}: {' '.join(overrides)}", flush=True)
-    command = [sys.executable, "-m", *launch, str(SOURCE / "sft.py"), options.recipe, *overrides]
+    script = SOURCE.parent / load_recipe(options.recipe).script
+    command = [sys.executable, "-m", *launch, str(script), options.recipe, *overrides]
     return subprocess.run(command, env=environment, check=False).returncode == 0
 
 

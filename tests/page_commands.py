@@ -12,6 +12,7 @@ from pages import listed_recipes
 
 import chat
 import compare
+import dpo
 import evaluate
 import export
 import generate
@@ -30,7 +31,9 @@ from finetuning.recipe.recipe import load_recipe
 RECIPES = listed_recipes()
 SCRIPTS = {
     f"src/{one.__name__}.py": one
-    for one in (chat, compare, evaluate, export, generate, preview, publish, pull, sft, sweep)
+    for one in (
+        *(chat, compare, dpo, evaluate, export, generate, preview, publish, pull, sft, sweep),
+    )
 }
 PULLED = "outputs/pulled/recipe.yaml"  # what a command of the pages pulls
 
@@ -58,7 +61,7 @@ def check_command(command: str) -> None:
     elif program == "accelerate":
         launched = launch_command_parser().parse_args(arguments[1:])
         assert arguments[0] == "launch"
-        assert launched.training_script in ("src/sft.py", "src/evaluate.py")
+        assert launched.training_script in ("src/sft.py", "src/dpo.py", "src/evaluate.py")
         check_script(launched.training_script, launched.training_script_args)
         processes = launched.num_processes
         launch_environment(launched.config_file, processes and str(processes))
@@ -140,6 +143,7 @@ def check_sweep(options: Namespace) -> None:
 
 CHECKS = {
     "src/sft.py": check_recipe,
+    "src/dpo.py": check_recipe,
     "src/preview.py": check_preview,
     "src/generate.py": check_generate,
     "src/chat.py": check_chat,

@@ -14,6 +14,7 @@ from conftest import ROOT
 from hub_server import REPO, HubServer, speak_to
 from transformers import AutoModelForCausalLM
 
+import dpo
 import publish
 import sft
 from finetuning.recipe.recipe import load_recipe
@@ -74,7 +75,8 @@ def train(folder: Path, base: Path | str, *overrides: str) -> Path:
 
 def run_folder(tmp_path, *overrides: str, recipe: str | Path = QUICKSTART) -> Path:
     """The run folder tmp_path/run of a recipe, two steps short unless told."""
-    sft.main(
+    script = dpo if load_recipe(recipe).data.is_preference else sft
+    script.main(
         [
             str(recipe),
             f"training.output_dir={tmp_path / 'run'}",

@@ -31,7 +31,8 @@ ORDER = [
     ["evaluation"],
     ["training", "publishing"],
 ]
-BESIDE = ["script", "command_line"]  # how a script starts and ends: for scripts only
+# How a script starts and ends, and what two of them do: for scripts only.
+BESIDE = ["script", "command_line", "training_script"]
 MODULES = sorted(
     path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
     for path in PACKAGE.rglob("*.py")

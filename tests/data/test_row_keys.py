@@ -7,7 +7,7 @@ import pytest
 from tiny import byte_level
 
 from finetuning.data.prepare import load_template
-from finetuning.data.rendering import read_row, render_row
+from finetuning.data.rendering import Conversation, read_row, render_row
 from finetuning.data.row import BadRow
 from finetuning.data.section import Data, Source
 
@@ -70,7 +70,7 @@ def test_the_call_of_a_sharegpt_row_is_a_call_and_its_tools_are_tools():
         ],
     }
     system, tool = {"role": "system", "content": "s"}, {"role": "tool", "content": "17"}
-    assert read(row, "sharegpt") == ([system, USER, CALLING, tool, ASSISTANT], [TOOL], frozenset())
+    assert read(row, "sharegpt") == Conversation([system, USER, CALLING, tool, ASSISTANT], [TOOL])
 
 
 @pytest.mark.parametrize("column", ["tools", "functions"])

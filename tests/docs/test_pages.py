@@ -77,9 +77,10 @@ def test_a_command_that_cannot_be_typed_is_noticed(command):
 def test_a_recipe_begins_with_its_schema_and_its_own_commands(name):
     first = recipe_header(name).splitlines()[0]
     assert first == "yaml-language-server: $schema=recipe.schema.json"
-    folder = load_recipe(ROOT / "recipes" / name).training.output_dir
+    recipe = load_recipe(ROOT / "recipes" / name)
+    folder = recipe.training.output_dir
     typed = recipe_commands(name)
-    assert any(f"src/sft.py recipes/{name}" in command for command in typed)
+    assert any(f"{recipe.script} recipes/{name}" in command for command in typed)
     assert any(f"src/generate.py {folder}" in command for command in typed)
     assert all(f"recipes/{name}" in command or folder in command for command in typed)
     assert folder == f"outputs/{Path(name).stem}"

@@ -24,8 +24,9 @@ from finetuning.recipe.library_sections import (
     LoraConfigFields,
     SFTConfigFields,
 )
-from finetuning.recipe.ownership import OWNED, RENAMED
-from finetuning.recipe.recipe import SCHEMA, Recipe, load_recipe, recipe_schema
+from finetuning.recipe.ownership import OWNED, PREFERENCE_KEYS, RENAMED
+from finetuning.recipe.recipe import SCHEMA, PreferenceRecipe, Recipe, load_recipe, recipe_schema
+from finetuning.recipe.sections import PreferenceTraining
 from finetuning.section import Section
 
 RECIPES = [ROOT / "recipes" / name for name in listed_recipes()]
@@ -438,7 +439,7 @@ def all_sections():
 
 def is_bounded(field):
     """Whether a field, or the numbers in the union that it is, have bounds on both sides."""
-    inner = [entry for member in get_args(field.annotation) for entry in get_args(member)[1:]]
+    inner = [entry for member in members_of(field.annotation) for entry in get_args(member)[1:]]
     limits = [
         *field.metadata,
         *(limit for entry in inner for limit in getattr(entry, "metadata", [])),
@@ -458,10 +459,11 @@ def test_nan_and_infinity_are_refused(load, number):
 def test_keys_that_another_section_owns_are_keys_of_the_libraries():
     from peft import LoraConfig
     from transformers import GenerationConfig
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
+    configs = (SFTConfig, DPOConfig)
     keys = {
-        "training": {field.name for field in dataclasses.fields(SFTConfig)},
+        "training": {field.name for config in configs for field in dataclasses.fields(config)},
         "lora": {field.name for field in dataclasses.fields(LoraConfig)},
         "generation": set(GenerationConfig().to_dict()),
     }
@@ -489,3 +491,66 @@ def keys_of(annotation):
         if isinstance(m, type) and issubclass(m, Section)
         for key in m.model_fields
     ]
+
+
+PAIRS = """
+model: {name: some/model}
+data: {path: pairs.jsonl, reader: preference, template: question_answer}
+training: {output_dir: out, beta: 0.05, loss_type: [sigmoid, sft], loss_weights: [1, 0.2]}
+"""
+
+
+def test_a_recipe_of_pairs_takes_the_settings_of_dpo_config(load, validator):
+    recipe = load(PAIRS)
+    assert isinstance(recipe, PreferenceRecipe) and recipe.script == "src/dpo.py"
+    assert recipe.training.beta == 0.05 and recipe.training.learning_rate == 1e-6
+    assert load(recipe.as_yaml()) == recipe
+    read = YAML(typ="safe", pure=True).load
+    validator.validate(read(PAIRS))
+    in_list = PAIRS.replace("pairs.jsonl, reader: preference", "[{path: a, reader: hh_rlhf}]")
+    validator.validate(read(in_list))
+    assert isinstance(load(in_list), PreferenceRecipe)
+
+
+def test_the_settings_of_pairs_are_dpo_configs_by_name_and_default():
+    from trl import DPOConfig
+
+    theirs = {field.name: field for field in dataclasses.fields(DPOConfig)}
+    ours = PreferenceTraining.model_fields
+    assert set(PREFERENCE_KEYS) == PreferenceTraining.__annotations__.keys() - {"learning_rate"}
+    for name in {*PREFERENCE_KEYS, "learning_rate"} - {"loss_type"}:
+        assert ours[name].default == theirs[name].default, name
+    assert theirs["loss_type"].default_factory() == [ours["loss_type"].default]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "problem"),
+    [
+        ("beta:", "betta:", r"unknown key training.betta; did you mean training.beta\?"),
+        ("reader: preference", "reader: dolly", "training.beta belongs to recipes of src/dpo.py"),
+        ("beta: 0.05", "use_weighting: true", "training.use_weighting belongs to the loss"),
+        ("beta: 0.05", "sync_ref_model: true", "sync_ref_model belongs to the reference"),
+        (
+            "beta: 0.05",
+            "precompute_ref_log_probs: true",
+            "precompute_ref_log_probs belongs to the reference",
+        ),
+        ("[sigmoid, sft]", "[aot, sft]", 'is "aot"; allowed are sigmoid, hinge'),
+        ("[1, 0.2]", "[1]", "loss_weights: 1 of them for 2 of loss_type"),
+        ("[sigmoid, sft]", "[exo_pair, sft]", "label_smoothing: above 0 with loss_type exo_pair"),
+        ("beta: 0.05", "label_smoothing: 0.5, f_divergence_type: js_divergence", None),
+        (
+            "[sigmoid, sft]",
+            "[nca_pair, sft], f_divergence_type: js_divergence",
+            "f_divergence_type: js_divergence does not go with loss_type nca_pair",
+        ),
+        ("beta: 0.05", "max_length: 5", "training.max_length belongs to data.max_length"),
+    ],
+)
+def test_what_a_recipe_of_pairs_cannot_have_is_refused_by_name(load, right, wrong, problem):
+    assert PAIRS.count(right) == 1
+    if problem is None:
+        load(PAIRS.replace(right, wrong))
+        return
+    with pytest.raises(UserError, match=problem):
+        load(PAIRS.replace(right, wrong))

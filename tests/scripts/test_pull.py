@@ -501,13 +501,14 @@ def test_an_adapter_on_a_published_model_loads_the_way_its_card_says(served, cal
     )
 
 
-def test_an_adapter_is_no_base_to_train_on(hub, call, runs, tmp_path):
+def test_an_adapter_that_is_trained_on_is_asked_for_its_own_base(hub, call, runs, tmp_path):
+    """Which is not there, so far from the Hub."""
     run = copied(runs["lora"], tmp_path / "run")
     assert call(publish, run, "--unasked", "publish.base_model=elith/tiny-base").code == 0
     done = call(
         sft, "recipes/quickstart.yaml", "model.from_scratch=null", f"model.name=hub:{REPO}/{S}"
     )
-    assert "is an adapter; train on from full or merged weights" in error_of(done)
+    assert "model.name: elith/tiny-base has no config" in error_of(done)
 
 
 @pytest.mark.parametrize(

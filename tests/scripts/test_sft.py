@@ -48,6 +48,16 @@ ROWS = {
         for n in range(40)
     ],
     "text": [{"id": n, "title": f"{n}", "text": f"{n} は数である。\n" * n} for n in range(1, 40)],
+    "preference": [
+        {"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": f"{n}"} for n in range(40)
+    ],
+    "hh_rlhf": [
+        {
+            name: f"\n\nHuman: What is {n}?\n\nAssistant: {name} {n}"
+            for name in ("chosen", "rejected")
+        }
+        for n in range(40)
+    ],
     "harry_potter": {
         f"Session-{n}": {
             "scene": f"Scene\n{n}.",

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from finetuning.training import start_checks
@@ -20,7 +19,7 @@ def test_packing_is_checked_in_the_run_s_precision_and_for_its_longest_example(
     monkeypatch.setattr(start_checks, "require_isolation", require_isolation)
     args = SimpleNamespace(bf16=bf16, fp16=fp16, device="the GPU")
     trainer = SimpleNamespace(model="the model", args=args)
-    examples = SimpleNamespace(train=SimpleNamespace(lengths=np.array([4, 9, 2])))
+    examples = SimpleNamespace(train=SimpleNamespace(longest=9))
     recipe = SimpleNamespace(data=SimpleNamespace(layout="packed"))
     start_checks.check_packing(trainer, SimpleNamespace(recipe=recipe, examples=examples))
     assert asked == [("the model", 9, bf16 or fp16, "the GPU")]

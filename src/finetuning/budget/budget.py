@@ -110,6 +110,8 @@ def make_budget(
     responses = np.count_nonzero(prepared.train.labels != IGNORE_INDEX) * epochs
     is_checkpointed = bool(recipe.training.activation_checkpointing)
     flops = matmul_params_of(model).flops(computed, responses, is_checkpointed)
+    if recipe.data.is_preference:  # the reference: a forward, a third of a step, of each pair once
+        flops *= 1 + min(1.0, 1 / epochs) / 3
     return Budget(
         device=device,
         strategy=strategy,
@@ -141,6 +143,7 @@ def sampler_of(recipe: Recipe, prepared: Prepared, step: StepSize) -> BatchSampl
     seed = recipe.training.seed if recipe.training.data_seed is None else recipe.training.data_seed
     return BatchSampler(
         prepared.train.lengths,
+        widths=prepared.train.widths,
         batch_size=step.micro_batch,
         tokens=recipe.data.batch_tokens,
         processes=step.processes,

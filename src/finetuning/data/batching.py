@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from finetuning.data.bin_packing import ceil_div, pack_lengths
-from finetuning.data.tokenization import IGNORE_INDEX, Example, Examples
+from finetuning.data.tokenization import IGNORE_INDEX, Example, Examples, sequences_of
 
 Batch = dict[str, Any]
 Numbers = NDArray[np.int64]  # (n,) numbers of examples
@@ -37,6 +37,9 @@ class Collator:
     a trained token; targets (N,), those tokens; lengths, of each example in input_ids. No attention
     mask: packed examples are told apart by lengths, and causal attention never looks at padding on
     the right.
+
+    A pair is two examples, first that with the chosen response; then also counts (4 * pairs,), see
+    counts_of_pair, and reference (pairs, 4).
     """
 
     layout: str
@@ -44,6 +47,7 @@ class Collator:
     """fills padded rows; never attended to and never trained, so any id will do"""
 
     def __call__(self, examples: list[Example]) -> Batch:
+        pairs, examples = examples, [part for each in examples for part in sequences_of(each)]
         labels = [example["labels"] for example in examples]
         trained = [np.flatnonzero(each != IGNORE_INDEX) for each in labels]
         # Nothing depends on an example's last target, nor on what stands behind it.
@@ -71,8 +75,23 @@ class Collator:
             ),
             "targets": np.concatenate([each[at] for each, at in zip(labels, trained, strict=True)]),
         }
+        if "chosen" in pairs[0]:
+            sizes = list(map(len, trained))
+            groups = map(counts_of_pair, sizes[::2], sizes[1::2])
+            batch["counts"] = np.array(list(chain.from_iterable(groups)))
         tensors = {name: torch.as_tensor(array.astype(np.int64)) for name, array in batch.items()}
+        if "reference" in pairs[0]:
+            reference = np.stack([each["reference"] for each in pairs])
+            tensors["reference"] = torch.as_tensor(reference)
         return {**tensors, "lengths": lengths}
+
+
+def counts_of_pair(chosen: int, rejected: int) -> tuple[int, int, int, int]:
+    """How many trained tokens of each response lie within the length of the shorter one, and how
+    many behind it: of the chosen response, then of the rejected.
+    """
+    shared = min(chosen, rejected)
+    return shared, chosen - shared, shared, rejected - shared
 
 
 class ExampleSet(torch.utils.data.Dataset[Example]):
@@ -94,11 +113,23 @@ class ExampleSet(torch.utils.data.Dataset[Example]):
         is_dummy = number < 0
         at = dummy_of(number) if is_dummy else number
         tokens = slice(self.ends[at] - self.examples.lengths[at], self.ends[at])
-        labels = self.examples.labels[tokens]
-        return {
-            "input_ids": self.examples.input_ids[tokens],
-            "labels": np.full_like(labels, IGNORE_INDEX) if is_dummy else labels,
-        }
+        example = self.examples.example(at, tokens)
+        if is_dummy:
+            example["labels"] = np.full_like(example["labels"], IGNORE_INDEX)
+        return example
+
+
+class PairSet(ExampleSet):
+    """Pairs, each with the log-probabilities of its responses under the reference."""
+
+    def __init__(self, examples: Examples) -> None:
+        super().__init__(examples)
+        # Not a number until it is known: a pair without it would be noticed at once.
+        self.reference = np.full((len(examples), 4), np.nan, np.float32)
+
+    def __getitem__(self, number: int) -> Example:
+        at = dummy_of(number) if number < 0 else number
+        return {**super().__getitem__(number), "reference": self.reference[at]}
 
 
 @dataclass
@@ -123,6 +154,9 @@ class BatchSampler:
     """of the order; None keeps the order of the examples"""
     by_length: bool = False
     """examples of similar length meet in a step; the order of the steps stays random"""
+    widths: NDArray[np.int64] | None = None
+    """(examples,) slots of an example in a padded batch where it is the widest; its length if not
+    given"""
     epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -138,16 +172,16 @@ class BatchSampler:
             micro_batches = min(micro_batches, len(self))
         elif micro_batches * self.batch_size * self.processes > SEARCHED:
             count = min(self.batch_size, len(self.lengths))
-            longest: Numbers = np.argpartition(-self.lengths, count - 1)[:count]
+            sizes = self.widths if is_padded and self.widths is not None else self.lengths
+            longest: Numbers = np.argpartition(-sizes, count - 1)[:count]
             return [*longest.tolist()]
         largest, found = (0, 0), [0]
         for epoch in range(ceil_div(micro_batches, len(self))):
             micro_batches_left = micro_batches - epoch * len(self)
             of_epoch = replace(self, epoch=epoch).micro_batches()
             for part in chain.from_iterable(islice(of_epoch, micro_batches_left)):
-                lengths = self.lengths[part]
-                width = int(lengths.max(initial=0))
-                size = (width * len(part) if is_padded else int(lengths.sum()), width)
+                width = self.width(part)
+                size = (width * len(part) if is_padded else int(self.lengths[part].sum()), width)
                 if size > largest:
                     largest, found = size, part.tolist()
         return found
@@ -157,7 +191,12 @@ class BatchSampler:
         if not is_padded:
             return int(self.lengths.sum())
         parts = chain.from_iterable(self.micro_batches())
-        return sum(int(self.lengths[part].max(initial=0)) * len(part) for part in parts)
+        return sum(self.width(part) * len(part) for part in parts)
+
+    def width(self, part: Numbers) -> int:
+        """Slots that each example of a padded batch takes."""
+        widths = self.lengths if self.widths is None else self.widths
+        return int(widths[part].max(initial=0))
 
     def __len__(self) -> int:
         """Micro-batches of an epoch, the same for every process and epoch."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -22,7 +22,13 @@ from tqdm import tqdm
 
 from finetuning.data.chat_template import ChatTemplate
 from finetuning.data.groups import first_of_group, key_of, prompt_key, response_key, value_key
-from finetuning.data.rendering import Conversation, has_empty_response, read_row, render_row
+from finetuning.data.rendering import (
+    Conversation,
+    flaw_of,
+    has_empty_response,
+    read_row,
+    render_row,
+)
 from finetuning.data.row import BadRow, Row
 from finetuning.data.section import SAME_TEXT, Data, Eval, Source
 from finetuning.data.sources import stream_rows
@@ -156,13 +162,14 @@ class Preparation:
 
     def __call__(self, rows: list[LoadedRow]) -> Block:
         """Raises UserError where a row does not fit, unless such rows are dropped."""
-        tally = Tally()
+        tally, by_example = Tally(), self.by_example
         rendered = list(self.render(rows, tally))
         segments = [of_example for _, _, of_example in rendered]
         responses = tokenize(segments, self.tokenizer)
         whole = train_on_all(responses) if self.data.loss_on == "all" else responses
         kept = self.fit(whole, [row.place for row, _, _ in rendered], tally)
 
+        # Of sequences; a pair has two.
         examples = whole.select(kept, self.data.max_length)
         is_closed = ends_with_mark(
             responses.select(kept, self.data.max_length), self.template, self.tokenizer
@@ -172,56 +179,92 @@ class Preparation:
         require_special_tokens_found(kept_segments, other, self.tokenizer)
         trained = np.add.reduceat(examples.labels != IGNORE_INDEX, examples.ends - examples.lengths)
         counted = {
-            "trained": trained.astype(np.int32),
-            "cut": whole.lengths[kept] > self.data.max_length,
-            "closed": is_closed,
-            **other._asdict(),
+            "trained": by_example(trained).sum(1, dtype=np.int32),
+            "cut": by_example(whole.lengths[kept] > self.data.max_length).any(1),
+            "closed": by_example(is_closed).all(1),
+            "spelled": by_example(other.spelled).any(1),
+            "merged": by_example(other.merged).any(1),
         }
-        made_of = [rendered[number][:2] for number in kept]
+        if self.data.is_preference:
+            examples = examples.in_pairs()
+            counted["of_chosen"] = by_example(trained)[:, 0].astype(np.int32)
+        made_of = [rendered[number][:2] for number in by_example(kept)[:, 0]]
         return Block({**arrays_of(examples, made_of, self.data.eval), **counted}, tally)
 
     def render(
         self, rows: list[LoadedRow], tally: Tally
     ) -> Iterator[tuple[LoadedRow, Conversation, list[Segment]]]:
-        """The segments of every example, and what it is made of."""
+        """The segments of every sequence, and what it is made of."""
         for row in rows:
             try:
                 conversation = read_row(row.columns, self.sources[row.source])
-                examples = render_row(
+                if flaw := flaw_of(conversation):
+                    tally.drop(flaw, row.place)
+                    continue
+                sequences = render_row(
                     conversation, self.template, self.data.loss_on, self.data.turns
                 )
             except BadRow as error:
                 refuse(row.place, error, self.data, tally)
                 continue
             tally.unused |= conversation.unused
+            made = len(sequences) // self.sequences
             tally.counts += Counter(
-                read=1, made=len(examples), empty=int(has_empty_response(conversation.messages))
+                read=1, made=made, empty=int(has_empty_response(conversation.messages))
             )
-            for segments in examples:
+            for segments in sequences:
                 yield row, conversation, segments
 
+    @property
+    def sequences(self) -> int:
+        """Of an example: a pair has two, one after the other."""
+        return 2 if self.data.is_preference else 1
+
+    def by_example(self, of_sequences: NDArray[Any]) -> NDArray[Any]:
+        """(examples, sequences) what was (examples * sequences,)."""
+        return of_sequences.reshape(-1, self.sequences)
+
     def fit(self, whole: Examples, places: list[str], tally: Tally) -> NDArray[np.int64]:
-        """(kept,) numbers of the examples that fit max_length and have a token left to train.
+        """(kept,) numbers of the sequences that fit max_length and have a token left to train; of a
+        pair both do.
 
         With data.overflow: cut all fit, of which only the first tokens count.
         """
-        limit = self.data.max_length
-        is_long = whole.lengths > limit
+        limit, places = self.data.max_length, places[:: self.sequences]
+        is_long = self.by_example(whole.lengths > limit).any(1)
         self.check_overflow(whole, np.flatnonzero(is_long), places, tally)
         is_dropped = is_long & (self.data.overflow == "drop")
 
-        has_response = last_trained(whole, limit) >= 0
+        has_response = self.by_example(last_trained(whole, limit) >= 0).all(1)
         for number in np.flatnonzero(~has_response & ~is_dropped):
             tally.drop("no_response", places[number])
-        kept = np.flatnonzero(has_response & ~is_dropped)
-        return kept
+        is_equal = is_long & has_response & ~is_dropped & self.are_equal(whole)
+        for number in np.flatnonzero(is_equal):
+            tally.drop("equal_when_cut", places[number])
+        is_kept = has_response & ~is_dropped & ~is_equal
+        return np.flatnonzero(np.repeat(is_kept, self.sequences))
+
+    def are_equal(self, whole: Examples) -> NDArray[np.bool_]:
+        """(examples,) whether cut to max_length the two sequences of a pair are the same."""
+        if not self.data.is_preference:
+            return np.zeros(len(whole), bool)
+        limit, starts = self.data.max_length, whole.ends - whole.lengths
+        begins = [
+            whole.input_ids[start : start + min(length, limit)]
+            for start, length in zip(starts, whole.lengths, strict=True)
+        ]
+        pairs = zip(begins[::2], begins[1::2], strict=True)
+        return np.array([np.array_equal(*pair) for pair in pairs], bool)
 
     def check_overflow(
         self, whole: Examples, too_long: NDArray[np.int64], places: list[str], tally: Tally
     ) -> None:
+        lengths = self.by_example(whole.lengths)
         for number in too_long:
-            found = f"{whole.lengths[number]} tokens, data.max_length is {self.data.max_length}"
-            problem = f"{places[number]}: {found}"
+            tokens = " and ".join(map(str, lengths[number]))
+            problem = (
+                f"{places[number]}: {tokens} tokens, data.max_length is {self.data.max_length}"
+            )
             if self.data.overflow == "error":
                 raise UserError(f"{problem} (data.overflow: drop or cut)")
             if self.data.overflow == "drop":
@@ -241,6 +284,7 @@ def arrays_of(
 ) -> Arrays:
     """What is kept of each example and of the row that it was made of."""
     rows = np.array([row.number for row, _ in made_of], np.int64)
+    of_examples = {name: array for name, array in vars(examples).items() if array is not None}
     tokens = np.split(np.stack([examples.input_ids, examples.labels], 1), examples.ends[:-1])
     column = split.group_by if split else None
     if column in (None, SAME_TEXT):
@@ -249,7 +293,7 @@ def arrays_of(
         groups = [(value_key(row.columns.get(str(column))), 0) for row, _ in made_of]
     prompts, responses = np.array(groups, np.uint64).reshape(-1, 2).T
     return {
-        **vars(replace(examples, rows=rows)),
+        **{**of_examples, "rows": rows},
         "sources": np.array([row.source for row, _ in made_of], np.int32),
         "is_eval": np.array([row.is_eval for row, _ in made_of], bool),
         "copies": np.array([key_of(each.tobytes()) for each in tokens if len(each)], np.uint64),
@@ -449,9 +493,11 @@ def make_report(
 ) -> dict[str, Any]:
     """Of the examples of these numbers, so many of which are trained and evaluated on."""
     counts, lengths = tally.counts, arrays["lengths"][kept]
+    chosen = arrays.get("chosen", arrays["lengths"])[kept]
+    longest = np.maximum(chosen, lengths - chosen)
     total = int(lengths.sum())
     counted = {name: int(arrays[name][kept].sum()) for name in COUNTED}
-    return {
+    report: dict[str, Any] = {
         "rows": {
             "loaded": counts["loaded"],
             "where": counts["where"],
@@ -465,7 +511,7 @@ def make_report(
             "prompt": total - counted["trained"],
             "response": counted["trained"],
             "total": total,
-            "max": int(lengths.max(initial=0)),
+            "max": int(longest.max(initial=0)),
         },
         "end_mark_share": counted["closed"] / len(kept) if len(kept) else 0.0,
         "places": [place for places in tally.places.values() for place in places],
@@ -477,3 +523,14 @@ def make_report(
         "examples": counts["made"],
         "unused": sorted(tally.unused),
     }
+    if "of_chosen" in arrays:
+        report["pairs"] = lengths_of_pairs(arrays["of_chosen"][kept], arrays["trained"][kept])
+    return report
+
+
+def lengths_of_pairs(chosen: NDArray[np.int32], both: NDArray[np.int32]) -> dict[str, float]:
+    """Mean trained tokens, and the share of pairs that their lengths tell apart."""
+    rejected = both - chosen
+    means: dict[str, NDArray[Any]] = {"chosen": chosen, "rejected": rejected}
+    means |= {"chosen_longer": chosen > rejected, "chosen_shorter": chosen < rejected}
+    return {name: float(each.mean()) if len(each) else 0.0 for name, each in means.items()}

@@ -1,11 +1,13 @@
 """One row -> its messages -> the segments of each example that is made of it."""
 
 from collections.abc import Collection
+from itertools import takewhile
 from typing import Literal, NamedTuple
 
 from finetuning.data.chat_template import RewritesHistory
+from finetuning.data.preferences import PREFERENCE_READERS, require_pair
 from finetuning.data.readers import READERS
-from finetuning.data.row import Message, Record, Row, Tool
+from finetuning.data.row import BadRow, Message, Record, Row, Tool
 from finetuning.data.row_keys import COLUMN, refuse_unread, tools_of, with_columns
 from finetuning.data.section import Source
 from finetuning.data.templates import Segment, Template
@@ -21,6 +23,8 @@ class Conversation(NamedTuple):
     """that the assistant may call"""
     unused: frozenset[str] = frozenset()
     """columns, and keys of turns, that nothing was read of"""
+    rejected: list[Message] | None = None
+    """of a pair: the same with the rejected response, `messages` being those with the chosen"""
 
 
 def read_row(row: Row, source: Source) -> Conversation:
@@ -30,12 +34,29 @@ def read_row(row: Row, source: Source) -> Conversation:
     """
     assert source.reader is not None  # Data.check_data
     record = renamed(row, source.columns)
-    messages = with_columns(READERS[source.reader](record), record)
+    if source.reader in READERS:
+        messages, rejected = with_columns(READERS[source.reader](record), record), None
+    else:
+        messages, rejected = read_pair(record, source.reader)
     tools = tools_of(record)
     named = {*source.where, *filter(None, source.columns.values())}
     refuse_unread(record, COLUMN, named)
     unused = (record.keys() - record.read - named) | record.unused_inside
-    return Conversation(messages, tools, frozenset(unused))
+    return Conversation(messages, tools, frozenset(unused), rejected)
+
+
+def read_pair(record: Record, reader: str) -> tuple[list[Message], list[Message]]:
+    """The conversation with the chosen and with the rejected response; no other is trained."""
+    pair = PREFERENCE_READERS[reader](record)
+    require_pair(pair)
+
+    def whole(response: list[Message]) -> list[Message]:
+        messages = with_columns([*pair.prompt, *response], record)
+        begin = len(messages) - len(response)
+        turns = [turn for turn in trained_turns(messages, "response") if turn >= begin]
+        return training_only(messages, turns)
+
+    return whole(pair.chosen), whole(pair.rejected)
 
 
 def renamed(row: Row, columns: dict[str, str | None]) -> Record:
@@ -49,12 +70,15 @@ def renamed(row: Row, columns: dict[str, str | None]) -> Record:
 def render_row(
     conversation: Conversation, template: Template, loss_on: str = "response", turns: Turns = None
 ) -> list[list[Segment]]:
-    """The segments of each example that is made of a conversation, at least one.
+    """The segments of each example that is made of a conversation, at least one; of a pair, those
+    of the chosen and of the rejected response.
 
     Together, where the prompt of every response is the beginning of the text, else one example for
     each response, which ends with it; `loss_on` and `turns` are those of the data section. Raises
     BadRow where the template cannot write it.
     """
+    if conversation.rejected is not None:
+        return render_pair(conversation, conversation.rejected, template)
     messages, tools = conversation.messages, conversation.tools
     trained = trained_turns(messages, loss_on)
     if turns != "each" or len(trained) < 2:
@@ -64,6 +88,34 @@ def render_row(
             if turns == "together":
                 raise
     return [template.render(training_only(messages[: turn + 1], [turn]), tools) for turn in trained]
+
+
+def render_pair(
+    conversation: Conversation, rejected: list[Message], template: Template
+) -> list[list[Segment]]:
+    """The segments with the chosen and with the rejected response, the same up to the response."""
+    both = [
+        template.render(messages, conversation.tools)
+        for messages in (conversation.messages, rejected)
+    ]
+    prompts = [list(takewhile(lambda each: not is_trained(each), segments)) for segments in both]
+    if prompts[0] != prompts[1]:
+        raise BadRow("the template writes the prompt otherwise for chosen than for rejected")
+    return both
+
+
+def is_trained(segment: Segment) -> bool:
+    return segment.is_response and segment.is_trained
+
+
+def flaw_of(conversation: Conversation) -> str | None:
+    """Why nothing can be learnt from a pair; None for any other, and for conversations."""
+    if conversation.rejected is None:
+        return None
+    if conversation.messages == conversation.rejected:
+        return "equal_responses"
+    both = (conversation.messages, conversation.rejected)
+    return "empty_response" if any(map(has_empty_response, both)) else None
 
 
 def trained_turns(messages: list[Message], loss_on: str) -> list[int]:

@@ -11,7 +11,10 @@ from typing import Any, cast
 from finetuning.data.row import BadRow, Message, Record, Tool, brief, checked_text, message
 
 TEXT_ONLY = "what is trained on is text"
-PREFERENCE = "it belongs to preference data, of which not every response is a good one"
+PREFERENCE = (
+    "it belongs to preference data, of which not every response is a good one: see data.reader: "
+    "preference and src/dpo.py"
+)
 REFUSED = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), TEXT_ONLY),
     **dict.fromkeys(("chosen", "rejected", "label"), PREFERENCE),

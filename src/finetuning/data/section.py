@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from finetuning.data.preferences import PREFERENCE_READERS
 from finetuning.data.readers import READERS
 from finetuning.data.templates import CHAT, TEMPLATES, TEXT
 from finetuning.section import Section
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     ReaderName = str
     TemplateName = str
 else:  # a recipe with another name is refused with the allowed ones
-    ReaderName = Literal[tuple(READERS)]
+    ReaderName = Literal[(*READERS, *PREFERENCE_READERS)]
     TemplateName = Literal[(*TEMPLATES, CHAT)]
 
 
@@ -60,7 +61,8 @@ class RowSettings(Section):
     split: str = "train"
     """name of the split"""
     reader: ReaderName | None = None
-    """how a row is read into messages"""
+    """how a row is read: into messages for src/sft.py; preference, scored_responses and hh_rlhf
+    into pairs for src/dpo.py"""
     columns: dict[str, str | None] = Field(default_factory=dict)
     """{the reader's name of a column: the data's name}; null leaves a column out"""
     sessions: int | None = Field(default=None, ge=1, le=10**9)
@@ -132,9 +134,8 @@ class Data(RowSettings):
                 raise ValueError(f"{name} belongs to template: chat")
         for source in self.sources:
             if source.reader is None:
-                raise ValueError(
-                    f"reader is missing for {source.path}; allowed are {', '.join(READERS)}"
-                )
+                allowed = ", ".join((*READERS, *PREFERENCE_READERS))
+                raise ValueError(f"reader is missing for {source.path}; allowed are {allowed}")
             if source.reader == TEXT and self.template != TEXT:
                 raise ValueError("reader: text goes with template: text")
             if self.eval and self.eval.split == source.split:
@@ -142,6 +143,26 @@ class Data(RowSettings):
                     f"eval.split {source.split} is what is trained on; name another split"
                 )
         return self
+
+    @model_validator(mode="after")
+    def check_pairs(self) -> "Data":
+        pairs = [source.reader for source in self.sources if source.reader in PREFERENCE_READERS]
+        if not pairs:
+            return self
+        if others := [each.reader for each in self.sources if each.reader not in pairs]:
+            raise ValueError(f"reader: {pairs[0]} reads pairs, {others[0]} does not; mix one kind")
+        for name, only in (("loss_on", "response"), ("turns", None)):
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} does not go with reader: {pairs[0]}: the two "
+                    "responses of a pair are compared; leave it out"
+                )
+        return self
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether an example is a pair of responses."""
+        return any(source.reader in PREFERENCE_READERS for source in self.sources)
 
     @property
     def sources(self) -> list[Source]:

@@ -1,6 +1,7 @@
 """Examples on disk: written as they come, sealed, and mapped into the memory of every process.
 
     <folder>/train.input_ids.npy  train.labels.npy  train.lengths.npy  train.rows.npy
+             train.chosen.npy     of pairs
              eval.*.npy           the same of the evaluation set
              prepared.json        SHA-256 of what follows in it; report, fingerprint, files
 
@@ -26,6 +27,7 @@ Arrays = dict[str, NDArray[Any]]
 
 INDEX = "prepared.json"
 NAMES = [field.name for field in fields(Examples)]
+OF_EXAMPLES = ("lengths", "rows", "chosen")  # of NAMES, those with a number for each example
 CHUNK = 2**20  # tokens that are copied at once
 # Bytes at the start of a file that its digest is of. More would make the start of a run on a
 # billion tokens wait for the disk; a file that was cut short is known by its size.
@@ -44,6 +46,7 @@ class Prepared:
     dropped rows of each reason; added_end_mark: of Template; spelled, merged: rows of Exceptions;
     empty: rows with an empty response; conversations: how many were made into more examples, else
     0; unused: columns;
+    pairs: {chosen, rejected: mean trained tokens; chosen_longer, chosen_shorter: 0..1}, of pairs;
     duplicates: copies of earlier examples; leaked: evaluation examples whose prompt or response
     is trained"""
     fingerprint: str
@@ -81,14 +84,14 @@ def write_examples(folder: Path, part: str, arrays: Arrays, numbers: Counts, dig
 
     The digest is updated with every byte of every array.
     """
-    lengths, rows = arrays["lengths"][numbers], arrays["rows"][numbers]
+    lengths = arrays["lengths"][numbers]
     ends = np.cumsum(arrays["lengths"])
     for name in ("input_ids", "labels"):
         file = folder / f"{part}.{name}.npy"
         chunks = tokens_of(arrays[name], ends, arrays["lengths"], numbers)
         write_array(file, arrays[name].dtype, int(lengths.sum()), chunks, digest)
-    for name, array in (("lengths", lengths), ("rows", rows)):
-        file = folder / f"{part}.{name}.npy"
+    for name in [each for each in OF_EXAMPLES if each in arrays]:
+        file, array = folder / f"{part}.{name}.npy", arrays[name][numbers]
         write_array(file, array.dtype, len(array), iter([array]), digest)
 
 
@@ -170,4 +173,6 @@ def read_prepared(folder: Path) -> Prepared | None:
 def read_examples(folder: Path, part: str) -> Examples:
     files = {name: folder / f"{part}.{name}.npy" for name in NAMES}
     # As plain arrays: a part of a np.memmap is one too, which takes twice the time to make.
-    return Examples(**{name: np.asarray(np.load(file, "r")) for name, file in files.items()})
+    return Examples(
+        **{name: np.asarray(np.load(file, "r")) for name, file in files.items() if file.is_file()}
+    )

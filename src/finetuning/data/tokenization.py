@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, groupby, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,10 +59,14 @@ class Exceptions(NamedTuple):
 
 
 class Example(TypedDict):
-    """One sequence of T tokens."""
+    """One sequence of T tokens; of a pair two, one after the other."""
 
     input_ids: Ids  # (T,)
     labels: Ids  # (T,), IGNORE_INDEX where the token is not trained
+    chosen: NotRequired[int]
+    """of a pair: tokens of the sequence with the chosen response, behind which the other begins"""
+    reference: NotRequired[NDArray[np.float32]]
+    """of a pair in preference tuning: (4,) log-probabilities; see training/reference.py"""
 
 
 @dataclass(frozen=True)
@@ -73,25 +77,71 @@ class Examples:
     labels: Ids  # (tokens of all examples,)
     lengths: Counts  # (examples,)
     rows: Counts  # (examples,) number of the row an example was made from
+    chosen: Counts | None = None  # (examples,) of pairs: see Example
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[Example]:
-        for start, end in zip(self.ends - self.lengths, self.ends, strict=True):
-            yield {"input_ids": self.input_ids[start:end], "labels": self.labels[start:end]}
+        for number, (start, end) in enumerate(
+            zip(self.ends - self.lengths, self.ends, strict=True)
+        ):
+            yield self.example(number, slice(start, end))
+
+    def example(self, number: int, tokens: slice) -> Example:
+        """The example of this number, which has these tokens."""
+        example: Example = {"input_ids": self.input_ids[tokens], "labels": self.labels[tokens]}
+        if self.chosen is not None:
+            example["chosen"] = int(self.chosen[number])
+        return example
 
     @property
     def ends(self) -> Counts:
         """(examples,) where in the flat arrays each example ends."""
         return np.cumsum(self.lengths)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.sequence_lengths.max(initial=0))
+
+    @property
+    def sequence_lengths(self) -> Counts:
+        """(examples, 1) tokens of each sequence; (examples, 2) of pairs."""
+        if self.chosen is None:
+            return self.lengths[:, None]
+        return np.stack([self.chosen, self.lengths - self.chosen], 1)
+
     def select(self, numbers: Counts, max_length: int | None = None) -> "Examples":
         """The examples of these numbers, in this order, with repeats; cut to max_length tokens."""
         starts = (self.ends - self.lengths)[numbers]
         lengths = np.minimum(self.lengths[numbers], max_length or np.inf).astype(np.int64)
         tokens = ranges(starts, lengths)
-        return Examples(self.input_ids[tokens], self.labels[tokens], lengths, self.rows[numbers])
+        chosen = None if self.chosen is None else self.chosen[numbers]
+        rows = self.rows[numbers]
+        return Examples(self.input_ids[tokens], self.labels[tokens], lengths, rows, chosen)
+
+    @property
+    def widths(self) -> Counts:
+        """(examples,) slots in a padded batch where the example is the widest: as many sequences as
+        it has, each as long as its longest."""
+        lengths = self.sequence_lengths
+        widths: Counts = lengths.max(1) * lengths.shape[1]
+        return widths
+
+    def in_pairs(self) -> "Examples":
+        """Every two sequences as the one example that they are."""
+        lengths = self.lengths.reshape(-1, 2)
+        return replace(self, lengths=lengths.sum(1), rows=self.rows[::2], chosen=lengths[:, 0])
+
+
+def sequences_of(example: Example) -> list[Example]:
+    """The example itself; of a pair, the sequence with the chosen and that with the rejected."""
+    if "chosen" not in example:
+        return [example]
+    parts = slice(example["chosen"]), slice(example["chosen"], None)
+    ids, labels = example["input_ids"], example["labels"]
+    return [{"input_ids": ids[part], "labels": labels[part]} for part in parts]
 
 
 class TextSpan(NamedTuple):

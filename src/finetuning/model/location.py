@@ -8,8 +8,17 @@ from finetuning.recipe.sections import Model
 
 def location(model: Model) -> str:
     """A Hub id or a folder; for a model published from here, the folder it is pulled to."""
-    if model.name is not None and model.name.startswith(PREFIX):
+    return located(model.name or "")
+
+
+def adapter_folder(model: Model) -> Path | None:
+    """The folder of the adapter that training begins with, if there is one."""
+    return Path(located(model.adapter)) if model.adapter else None
+
+
+def located(name: str) -> str:
+    if name.startswith(PREFIX):
         from finetuning.hub.download import cached_folder
 
-        return str(cached_folder(parse_address(model.name)))
-    return str(Path(model.name or "").expanduser())
+        return str(cached_folder(parse_address(name)))
+    return str(Path(name).expanduser())

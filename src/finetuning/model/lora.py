@@ -25,15 +25,15 @@ def lora_config(recipe: Recipe) -> "LoraConfig | None":
         raise UserError(f"lora: {one_line(error)}") from None
 
 
-def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
-    """The base model with the folder's adapter on it.
+def load_adapter(base: "PreTrainedModel", folder: Path, **settings: Any) -> "PeftModel":
+    """The base model with the folder's adapter on it; settings are peft's.
 
     Raises UserError for whatever peft says to an adapter_config.json, which may be a stranger's.
     """
     from peft import PeftModel
 
     try:
-        adapted: PeftModel = PeftModel.from_pretrained(base, str(folder))
+        adapted: PeftModel = PeftModel.from_pretrained(base, str(folder), **settings)
         return adapted
     except Exception as error:  # of many kinds
         if is_out_of_memory(error):
@@ -43,9 +43,12 @@ def load_adapter(base: "PreTrainedModel", folder: Path) -> "PeftModel":
 
 
 def add_adapter(
-    model: "PreTrainedModel", config: "LoraConfig | None", args: "SFTConfig"
+    model: "PreTrainedModel",
+    config: "LoraConfig | None",
+    args: "SFTConfig",
+    begun: Path | None = None,
 ) -> "PreTrainedModel | PeftModel":
-    """The model under a new adapter, or as it is without a config.
+    """The model under a new adapter, or the one in the folder `begun`; as it is without a config.
 
     The adapter's weights are float32, whatever the base model's are: fp16's gradient scaler fails
     on others, and a checkpoint gives bfloat16 ones back as float32, so that a resumed run would not
@@ -59,13 +62,17 @@ def add_adapter(
     set_seed(args.seed)  # peft draws the adapter's weights
     is_zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     # ZeRO-3 gathers small weights into one buffer of one dtype (deepspeedai/DeepSpeed#8072).
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=not is_zero3)
+    settings: dict[str, Any] = {"autocast_adapter_dtype": not is_zero3}
+    if begun:
+        adapted = load_adapter(model, begun, is_trainable=True, **settings)
+    else:
+        adapted = get_peft_model(model, config, **settings)
     if args.activation_checkpointing:
         # Trainer does so itself, but not for a peft model (huggingface/transformers#42489).
         adapted.enable_input_require_grads()
         if is_zero3:  # else backward finds weights that are not gathered (huggingface/trl#2514)
-            settings: Any = args.activation_checkpointing_kwargs or {}
-            args.activation_checkpointing_kwargs = {**settings, "use_reentrant": True}
+            given: Any = args.activation_checkpointing_kwargs or {}
+            args.activation_checkpointing_kwargs = {**given, "use_reentrant": True}
     return adapted
 
 

@@ -1,5 +1,6 @@
 """Loss, accuracy, tokens per second and share of the device's peak FLOP/s since the last log."""
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ class Throughput:
         self.since = time.perf_counter()
 
     def count(self, inputs: dict[str, Any], scores: Scores) -> None:
-        self.loss += scores.loss.detach()
+        self.loss += scores.loss.sum()
         self.correct += scores.correct
         self.responses += len(inputs["targets"])
         self.tokens += sum(inputs["lengths"])
@@ -78,10 +79,15 @@ class Throughput:
         reduced: list[float] = accelerator.reduce(sums).tolist()
         return reduced
 
-    def loss_and_accuracy(self, accelerator: "Accelerator") -> tuple[float, float]:
+    def evaluation(self, accelerator: "Accelerator") -> dict[str, float]:
         """Mean cross-entropy of a response token, and the share that is the likeliest token."""
         loss, correct, responses, _, _ = self.totals(accelerator)
-        return loss / max(1.0, responses), correct / max(1.0, responses)
+        mean = loss / max(1.0, responses)
+        return {
+            "loss": mean,
+            "perplexity": math.exp(min(mean, 700.0)),
+            "mean_token_accuracy": correct / max(1.0, responses),
+        }
 
     def since_last_log(self, accelerator: "Accelerator") -> dict[str, float]:
         _, correct, responses, tokens, slots = self.totals(accelerator)  # waits for the device

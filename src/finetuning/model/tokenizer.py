@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.errors import UserError, one_line
-from finetuning.model.location import location
+from finetuning.model.location import adapter_folder, location
 from finetuning.recipe.sections import FromScratch, Model
 from finetuning.untrusted_text import short_line
 
@@ -29,7 +29,11 @@ def load_tokenizer(model: Model, texts: Iterable[str]) -> "PreTrainedTokenizerFa
     """
     if model.from_scratch:
         return train_tokenizer(model.from_scratch, texts)
-    tokenizer = read_tokenizer(location(model), model.revision)
+    folder = adapter_folder(model)
+    if folder and (folder / "tokenizer.json").is_file():  # with the template it was trained with
+        tokenizer = read_tokenizer(str(folder))
+    else:
+        tokenizer = read_tokenizer(location(model), model.revision)
     require_same_when_saved(tokenizer)
     return tokenizer
 

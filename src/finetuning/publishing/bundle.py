@@ -22,7 +22,7 @@ from finetuning.errors import UserError
 from finetuning.export.exported import export, require_gguf
 from finetuning.export.merging import merge
 from finetuning.hub import allowed_files
-from finetuning.hub.address import Address
+from finetuning.hub.address import PREFIX, Address
 from finetuning.hub.client import TIMEOUT, with_retries
 from finetuning.hub.manifest import NAME, BaseModelSource, Kind, Manifest, PublishedFile
 from finetuning.inference.agreement import Agreement
@@ -269,6 +269,8 @@ def announcement(bundle: Bundle, is_private: bool) -> str:
     size = sum(operation.upload_info.size for operation in files.values())
     audience = "private" if is_private else "public: everyone can read it"
     local = [path for path in manifest.data.path if path not in manifest.data.datasets]
+    adapter = manifest.recipe["model"].get("adapter") or PREFIX
+    local += [] if adapter.startswith(PREFIX) else [adapter]
     names = ", ".join([*local, str(manifest.recipe["training"]["output_dir"])])
     return (
         f"{address.repo} is {audience}; {len(files)} files, {size:,} bytes; "

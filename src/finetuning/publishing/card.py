@@ -19,7 +19,8 @@ from finetuning.hub.client import TIMEOUT, with_retries
 from finetuning.hub.manifest import BaseModelSource, Manifest
 from finetuning.inference.agreement import Agreement, questions_of
 from finetuning.launch.step_size import step_size
-from finetuning.recipe.recipe import Recipe
+from finetuning.recipe.recipe import PreferenceRecipe, Recipe, kind_of
+from finetuning.recipe.sections import PreferenceTraining
 from finetuning.runs.folder import RunFolder, read_samples, sample_parts
 from finetuning.untrusted_text import cell, code_cell, printable
 
@@ -65,7 +66,7 @@ def model_card(
         pipeline_tag="text-generation",
         base_model=manifest.base.name if manifest.base else None,
         datasets=manifest.data.datasets or None,
-        tags=["sft", "trl", *(["lora"] if recipe.lora else [])],
+        tags=[method_tag(recipe), "trl", *(["lora"] if recipe.lora else [])],
         model_name=address.subfolder,
         eval_results=model_index(run.evaluation, manifest) or None,
     )
@@ -100,10 +101,25 @@ def model_card(
 def summary(manifest: Manifest) -> str:
     """One sentence, and whether the training was finished."""
     method, result = METHODS[manifest.kind]
-    how = f"{'fine-tuned' if manifest.base else 'trained'}{method}"
+    preferences = preferences_of(kind_of(manifest.recipe), manifest.recipe.get("training", {}))
+    how = f"{preferences or ('fine-tuned' if manifest.base else 'trained')}{method}"
     data = ", ".join(map(code_cell, manifest.data.path))
     text = f"{base_link(manifest.base)}, {how} on {data}.{result}"
     return text if manifest.finished else f"{text} **The training was not finished.**"
+
+
+def method_tag(recipe: Recipe) -> str:
+    return "dpo" if isinstance(recipe, PreferenceRecipe) else "sft"
+
+
+def preferences_of(kind: type[Recipe], training: dict[str, Any]) -> str:
+    """How a model was tuned on preferences; nothing for one that was not."""
+    if not issubclass(kind, PreferenceRecipe):
+        return ""
+    fields = PreferenceTraining.model_fields
+    beta, losses = (training.get(name, fields[name].default) for name in ("beta", "loss_type"))
+    named = losses if isinstance(losses, list) else [losses]
+    return f"preference-tuned with DPO (beta {beta}, loss {cell(' + '.join(map(str, named)))})"
 
 
 def base_link(base: BaseModelSource | None) -> str:
@@ -229,6 +245,7 @@ def training_table(recipe: Recipe, manifest: Manifest) -> list[tuple[str, Any]]:
     training, tokens = recipe.training, recipe.data.batch_tokens
     steps, losses = training.max_steps or -1, manifest.losses
     step = step_size(recipe, manifest.processes or 1)
+    is_dpo = isinstance(recipe, PreferenceRecipe)
     evaluated = f"{losses.before:.3f} before, {losses.after:.3f} after" if losses else None
     rows = [
         ("length", f"{steps} steps" if steps > 0 else f"{training.num_train_epochs} epochs"),
@@ -239,7 +256,8 @@ def training_table(recipe: Recipe, manifest: Manifest) -> list[tuple[str, Any]]:
         ("processes", manifest.processes),
         ("learning rate", f"{training.learning_rate}, {training.lr_scheduler_type or 'linear'}"),
         ("tokens of an example at most", recipe.data.max_length),
-        ("loss on", LOSS_ON[recipe.data.loss_on]),
+        ("loss on", "pairs of responses" if is_dpo else LOSS_ON[recipe.data.loss_on]),
+        ("adapter that training began with", recipe.model.adapter),
         ("loss of the evaluation set", evaluated or "not evaluated"),
     ]
     return [(name, value) for name, value in rows if value is not None]

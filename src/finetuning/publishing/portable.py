@@ -47,6 +47,8 @@ def portable_recipe(recipe: Recipe, base_commit: str | None) -> Recipe:
 def portable_model(model: Model, base_model: str | None, base_commit: str | None) -> Model:
     """The model section with `./name` for a local folder, or the Hub id that it is a copy of."""
     name = model.name
+    if model.adapter and not model.adapter.startswith(PREFIX):
+        model = model.model_copy(update={"adapter": f"./{Path(model.adapter).name}"})
     is_folder = name is not None and not name.startswith(PREFIX) and base_commit is None
     if base_model and not is_folder:
         raise UserError(

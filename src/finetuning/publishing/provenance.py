@@ -15,7 +15,7 @@ from finetuning.hub.manifest import (
     TrainingData,
     parse_manifest,
 )
-from finetuning.recipe.recipe import Recipe
+from finetuning.recipe.recipe import Recipe, kind_of
 from finetuning.runs.folder import RunFolder
 from finetuning.runs.reopen import differences
 
@@ -91,7 +91,7 @@ def with_later_settings(recipe: dict[str, Any]) -> dict[str, Any]:
     where this version does not read it.
     """
     try:
-        return Recipe.model_validate(recipe).resolved()
+        return kind_of(recipe).model_validate(recipe).resolved()
     except ValueError:
         return recipe
 

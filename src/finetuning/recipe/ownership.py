@@ -1,5 +1,11 @@
 """Keys of the libraries that a recipe does not take, with their owner or new name."""
 
+# Fields of trl.DPOConfig that SFTConfig does not have, or another meaning of.
+PREFERENCE_KEYS = (
+    *("beta", "loss_type", "loss_weights", "label_smoothing", "ld_alpha", "discopop_tau"),
+    *("f_divergence_type", "f_alpha_divergence_coef", "disable_dropout"),
+)
+
 # Fields of the libraries that another section owns (or that nobody may set), with the owner.
 OWNED = {
     "training": {
@@ -29,9 +35,19 @@ OWNED = {
         ),
         **dict.fromkeys(("local_rank", "accelerator_config"), "accelerate_configs/"),
         **dict.fromkeys(
-            ("label_smoothing_factor", "loss_type", "router_aux_loss_coef"),
+            ("label_smoothing_factor", "router_aux_loss_coef"),
             "the loss: plain cross-entropy",
         ),
+        **dict.fromkeys(PREFERENCE_KEYS, "recipes of src/dpo.py, whose data.reader reads pairs"),
+        **dict.fromkeys(
+            ("precompute_ref_log_probs", "precompute_ref_batch_size"),
+            "the reference: its log-probabilities are always computed once, before training",
+        ),
+        **dict.fromkeys(
+            ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+            "the reference, which stays as it is: TR-DPO is not supported",
+        ),
+        "use_weighting": "the loss, which is of log-probabilities alone: WPO is not supported",
         "average_tokens_across_devices": "the loss: every trained token of a step weighs the same, "
         "on all processes",
         **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "the loss: fused without it"),

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -13,11 +13,20 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent
 
+from finetuning.data.preferences import PREFERENCE_READERS
 from finetuning.data.section import Data
 from finetuning.errors import UserError, did_you_mean, one_line
 from finetuning.recipe.error_messages import KeyPath, explain, is_inside, owner_of, shown
 from finetuning.recipe.ownership import OWNED, RENAMED
-from finetuning.recipe.sections import Evaluation, Generation, Lora, Model, Publish, Training
+from finetuning.recipe.sections import (
+    Evaluation,
+    Generation,
+    Lora,
+    Model,
+    PreferenceTraining,
+    Publish,
+    Training,
+)
 from finetuning.section import Section
 
 MAX_CHARACTERS, MAX_DEPTH = 200_000, 100  # of a recipe
@@ -26,6 +35,11 @@ SCHEMA = Path(__file__).parents[3] / "recipes" / "recipe.schema.json"
 
 class Recipe(Section):
     """One training run."""
+
+    script: ClassVar[str] = "src/sft.py"
+    """that trains it"""
+    rows: ClassVar[str] = "conversations"
+    """what its rows are read into"""
 
     model: Model
     """the base model"""
@@ -138,6 +152,27 @@ class Recipe(Section):
         return stream.getvalue()
 
 
+class PreferenceRecipe(Recipe):
+    """One training run on pairs of responses."""
+
+    script: ClassVar[str] = "src/dpo.py"
+    rows: ClassVar[str] = "pairs of responses"
+
+    training: PreferenceTraining
+    """how it is trained"""
+
+
+def kind_of(settings: Any) -> type[Recipe]:
+    """What settings are a recipe of: pairs where a reader of its data section reads pairs."""
+    data = settings.get("data") if isinstance(settings, dict) else None
+    path = data.get("path") if isinstance(data, dict) else None
+    sources = [data, *path] if isinstance(path, list) else [data]
+    readers = [source.get("reader") for source in sources if isinstance(source, dict)]
+    # A reader may be anything yet, a list that has no hash among others.
+    reads_pairs = any(reader in list(PREFERENCE_READERS) for reader in readers)
+    return PreferenceRecipe if reads_pairs else Recipe
+
+
 def recipe_schema() -> str:
     """JSON schema of a recipe, for completion and checking in editors.
 
@@ -147,16 +182,39 @@ def recipe_schema() -> str:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **Recipe.model_json_schema(),
     }
+    schema["$defs"] |= PreferenceRecipe.model_json_schema()["$defs"]
     for section, owned in OWNED.items():
-        properties = schema["$defs"][section.capitalize()]["properties"]
-        for name, owner in owned.items():
-            properties[name] = refused(f"{section}.{name} belongs to {owner}")
-        for name, new in RENAMED.items():
-            properties.setdefault(name, refused(f"{name} has a new name: write {new}"))
+        kinds = [section.capitalize(), *(["PreferenceTraining"] if section == "training" else [])]
+        for properties in (schema["$defs"][kind]["properties"] for kind in kinds):
+            for name, owner in owned.items():
+                properties.setdefault(name, refused(f"{section}.{name} belongs to {owner}"))
+            for name, new in RENAMED.items():
+                properties.setdefault(name, refused(f"{name} has a new name: write {new}"))
+    schema |= training_by_reader(schema["properties"].pop("training"))
+    del schema["additionalProperties"]  # which does not know what stands below `then` and `else`
     exclusive = {"Model": ("name", "from_scratch"), "Eval": ("every", "fraction", "split")}
     for section, names in exclusive.items():
         schema["$defs"][section]["oneOf"] = [given(name) for name in names]
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+def training_by_reader(training: dict[str, Any]) -> dict[str, Any]:
+    """Which keys `training` has, in the schema: those of pairs where the reader reads pairs."""
+    reads_pairs = {
+        "required": ["reader"],
+        "properties": {"reader": {"enum": [*PREFERENCE_READERS]}},
+    }
+    in_list = {
+        "required": ["path"],
+        "properties": {"path": {"type": "array", "contains": reads_pairs}},
+    }
+    of_pairs = {**training, "$ref": "#/$defs/PreferenceTraining"}
+    return {
+        "if": {"properties": {"data": {"anyOf": [reads_pairs, in_list]}}},
+        "then": {"properties": {"training": of_pairs}},
+        "else": {"properties": {"training": training}},
+        "unevaluatedProperties": False,
+    }
 
 
 def refused(message: str) -> dict[str, Any]:
@@ -177,15 +235,16 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     settings, places = read_yaml(Path(path))
     for override in overrides:
         apply_override(settings, places, override)
+    kind = kind_of(settings)
     try:
         json.dumps(settings, ensure_ascii=False, default=str, skipkeys=True).encode()
-        return Recipe.model_validate(settings)
+        return kind.model_validate(settings)
     except UnicodeEncodeError:
         raise UserError(
             f"{path}: a text in it has half a character, \\ud800 to \\udfff; write the whole one"
         ) from None
     except ValidationError as error:
-        raise UserError(explain(error, Recipe.model_fields, settings, places, str(path))) from None
+        raise UserError(explain(error, kind.model_fields, settings, places, str(path))) from None
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:

@@ -5,7 +5,7 @@ transformers.GenerationConfig under their own names, so the libraries' manuals a
 here imports torch: a misspelt key is refused in a fraction of a second.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +15,7 @@ from finetuning.recipe.library_sections import (
     LoraConfigFields,
     SFTConfigFields,
 )
+from finetuning.recipe.ownership import PREFERENCE_KEYS
 from finetuning.section import Section
 from finetuning.untrusted_text import TOO_SLOW, short_line, slow_patterns
 
@@ -36,6 +37,9 @@ class Model(Section):
     from here"""
     revision: str | None = None
     """branch, tag or commit on the Hub"""
+    adapter: str | None = Field(default=None, min_length=1)
+    """LoRA adapter on `name` that training begins with and goes on with: a run folder, a checkpoint
+    or hub:...; a `name` that is one is found to be"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """number format of the weights in memory; autocast (training.bf16, training.fp16) is on top of
     it. auto: float32, but under an adapter on a GPU the half format that the GPU computes in"""
@@ -49,10 +53,13 @@ class Model(Section):
     def check(self) -> "Model":
         if (self.name is None) == (self.from_scratch is None):
             raise ValueError("exactly one of name and from_scratch must be given")
-        if self.name and self.name.startswith(PREFIX):
-            parse_address(self.name)
-            if self.revision:
-                raise ValueError(f"the revision of {PREFIX}... stands in model.name, behind an @")
+        if self.adapter and self.from_scratch:
+            raise ValueError("adapter needs name: it was trained on other weights than random ones")
+        for name in (self.name, self.adapter):
+            if name and name.startswith(PREFIX):
+                parse_address(name)
+        if self.revision and self.name and self.name.startswith(PREFIX):
+            raise ValueError(f"the revision of {PREFIX}... stands in model.name, behind an @")
         if self.quantization and self.from_scratch:
             raise ValueError("quantization needs name: random weights are not worth quantising")
         return self
@@ -89,12 +96,13 @@ class Publish(Section):
         return self
 
 
-NOT_OF_SFT_CONFIG = (
+NOT_OF_SFT_CONFIG = {
     "global_batch_size",
     "auto_find_batch_size",
     "early_stopping_patience",
     "early_stopping_threshold",
-)
+    *PREFERENCE_KEYS,
+}
 """settings of `training` that are ours, or that we do otherwise"""
 
 
@@ -134,6 +142,77 @@ class Training(SFTConfigFields):
         if steps == 0:
             raise ValueError("0 steps train nothing; -1 is as many as num_train_epochs has")
         return steps
+
+
+# The losses of trl.DPOConfig that are made of log-probabilities alone, pair by pair.
+LossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+# Those that know chosen and rejected by the difference of their rewards.
+OF_DIFFERENCE = {
+    *("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"),
+}
+
+
+class PreferenceTraining(Training):
+    """Any field of trl.DPOConfig that no other section owns and that is supported."""
+
+    learning_rate: float = Field(default=1e-6, ge=0, le=10)
+    """at its highest"""
+    beta: float = Field(default=0.1, gt=0, le=1000)
+    """how strongly the model is held to the reference; ipo: its regularisation, tau"""
+    loss_type: LossType | list[LossType] = "sigmoid"
+    """what is minimised, or a list of losses that are added up by loss_weights; sigmoid is DPO"""
+    loss_weights: list[Annotated[float, Field(ge=-1000, le=1000)]] | None = None
+    """one for each of a list of loss_type; 1 if not given"""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """robust: share of pairs whose preference is wrong, below 0.5; exo_pair: its epsilon, such as
+    1e-3"""
+    ld_alpha: float | None = Field(default=None, ge=0, le=1)
+    """weight of the tokens of a response that are behind the length of the shorter one; null: 1"""
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
+        "reverse_kl"
+    )
+    """how the distance to the reference is measured"""
+    f_alpha_divergence_coef: float = Field(default=0.5, ge=-100, le=100)
+    """f_divergence_type alpha_divergence: its alpha"""
+    discopop_tau: float = Field(default=0.05, gt=0, le=1000)
+    """loss_type discopop: its temperature"""
+    disable_dropout: bool = True
+    """dropout is off, in the model that is trained too"""
+
+    @property
+    def loss_types(self) -> list[LossType]:
+        return self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
+
+    @model_validator(mode="after")
+    def check_losses(self) -> "PreferenceTraining":
+        kinds = self.loss_types
+        weights = len(kinds) if self.loss_weights is None else len(self.loss_weights)
+        if not kinds or weights != len(kinds):
+            raise ValueError(f"loss_weights: {weights} of them for {len(kinds)} of loss_type")
+        if "robust" in kinds and self.label_smoothing >= 0.5:
+            raise ValueError("label_smoothing: below 0.5 with loss_type robust")
+        if "exo_pair" in kinds and not self.label_smoothing:
+            raise ValueError("label_smoothing: above 0 with loss_type exo_pair, such as 1e-3")
+        if self.f_divergence_type != "reverse_kl" and (others := {*kinds} - OF_DIFFERENCE):
+            raise ValueError(
+                f"f_divergence_type: {self.f_divergence_type} does not go with loss_type "
+                f"{min(others)}, whose rewards do not only count by their difference"
+            )
+        return self
 
 
 class Lora(LoraConfigFields):

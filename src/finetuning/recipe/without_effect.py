@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from finetuning.recipe.recipe import Recipe
+from finetuning.recipe.recipe import PreferenceRecipe, Recipe
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,16 @@ class Condition:
     needs: str
     """what else has to be there for them to have an effect"""
     is_met: Callable[[Recipe], bool]
+
+
+def has(name: str, values: tuple[str, ...]) -> Callable[[Recipe], bool]:
+    """Whether a setting of `training`, or an entry of its list, is one of the values."""
+
+    def is_met(recipe: Recipe) -> bool:
+        value = getattr(recipe.training, name)
+        return not {*values}.isdisjoint(value if isinstance(value, list) else [value])
+
+    return is_met
 
 
 CONDITIONS = {
@@ -63,6 +73,23 @@ CONDITIONS = {
             "training.torch_compile: true",
             lambda recipe: recipe.training.torch_compile,
         ),
+        *(
+            Condition((setting,), f"training.{name}: {' or '.join(values)}", has(name, values))
+            for setting, name, values in (
+                ("label_smoothing", "loss_type", ("robust", "exo_pair")),
+                ("discopop_tau", "loss_type", ("discopop",)),
+                ("f_alpha_divergence_coef", "f_divergence_type", ("alpha_divergence",)),
+            )
+        ),
+    ),
+    "lora": (
+        Condition(
+            ("lora_dropout",),
+            "training.disable_dropout: false",
+            lambda recipe: (
+                not isinstance(recipe, PreferenceRecipe) or not recipe.training.disable_dropout
+            ),
+        ),
     ),
     "evaluation": (
         Condition(
@@ -93,7 +120,8 @@ CONDITIONS = {
 
 def settings_without_effect(recipe: Recipe) -> list[str]:
     """A line for each setting that is given and does nothing, with what it would need."""
-    given = {name: getattr(recipe, name).model_fields_set for name in CONDITIONS}
+    sections = {name: getattr(recipe, name) for name in CONDITIONS}
+    given = {name: each.model_fields_set if each else set() for name, each in sections.items()}
     return [
         f"{section}.{name} has no effect without {condition.needs}"
         for section, conditions in CONDITIONS.items()

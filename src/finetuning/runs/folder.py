@@ -6,6 +6,7 @@ metrics.jsonl     one JSON object per logged step
 samples.md        answers before and after, samples.json too
 answers.jsonl     answers to the evaluation set, base and trained, with their scores
 evaluation.json   the scores' means with intervals
+reference.npz     of preference tuning: log-probabilities before the first step
 checkpoint-N/     to resume from
 model.safetensors or adapter_model.safetensors, tokenizer.json, ...
 """
@@ -42,8 +43,11 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 
 # What a run, or a preview, writes before it has written recipe.yaml and environment.json.
-ANSWERS, EVALUATION = "answers.jsonl", "evaluation.json"
-BEGUN = {LOCK, "preview", "runs", "wandb", "samples.json", "samples.md", "recipe.yaml", ANSWERS}
+ANSWERS, EVALUATION, REFERENCE = "answers.jsonl", "evaluation.json", "reference.npz"
+BEGUN = {
+    *(LOCK, "preview", "runs", "wandb", "samples.json", "samples.md", "recipe.yaml"),
+    *(ANSWERS, REFERENCE),
+}
 
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -386,8 +390,9 @@ def find_run_folder(name: str) -> Path:
     if damage := size_damage(folder):
         raise UserError(f"{folder}: {damage}; {RECOVER}")
     if not has_model(folder):
+        script = load_recipe(recipe).script
         raise UserError(
-            f"{folder} has no trained model; train it: accelerate launch src/sft.py {recipe}"
+            f"{folder} has no trained model; train it: accelerate launch {script} {recipe}"
         )
     return folder
 

@@ -11,7 +11,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from finetuning.data.tokenization import IGNORE_INDEX, Example, Examples
+from finetuning.data.tokenization import IGNORE_INDEX, Example, Examples, sequences_of
 from finetuning.runs.doctor import KINDS, Finding
 from finetuning.runs.folder import Sample
 from finetuning.untrusted_text import printable
@@ -22,10 +22,9 @@ if TYPE_CHECKING:
     from finetuning.budget.budget import Budget
 
 
-PROMPT, RESPONSE = (
-    "bright_black",
-    "bold green",
-)  # colours of tokens that are not trained, and that are
+# Colours of tokens that are not trained, that are, and that are of a rejected response.
+PROMPT, RESPONSE, REJECTED = "bright_black", "bold green", "bold red"
+BIASED = 0.6  # share of pairs, from which their lengths alone tell much of what was preferred
 
 
 class PrintableConsole(Console):
@@ -78,6 +77,8 @@ def print_funnel(console: Console, report: dict[str, Any]) -> None:
         f"tokens   {tokens['total']:,}: {tokens['prompt']:,} prompt, "
         f"{tokens['response']:,} response ({share:.1%}); longest example {tokens['max']:,}",
     )
+    if pairs := report.get("pairs"):
+        print_lengths(console, pairs)
     console.print(f"end mark trained in {report['end_mark_share']:.1%} of the kept rows")
     if mark := report["added_end_mark"]:
         console.print(f"the chat template ends no last response: {mark} is added, and saved in it")
@@ -100,6 +101,19 @@ def print_funnel(console: Console, report: dict[str, Any]) -> None:
         )
 
 
+def print_lengths(console: Console, pairs: dict[str, float]) -> None:
+    """Of chosen and rejected responses, and whether the length alone tells them apart."""
+    longer, shorter = pairs["chosen_longer"], pairs["chosen_shorter"]
+    console.print(
+        f"pairs    chosen responses have {pairs['chosen']:.1f} tokens, rejected ones "
+        f"{pairs['rejected']:.1f} (means); the chosen one is longer in {longer:.0%}, shorter in "
+        f"{shorter:.0%}"
+    )
+    if max(longer, shorter) > BIASED:
+        which = "longer" if longer > shorter else "shorter"
+        console.print(f"         a length bias: {which} answers are preferred, and will be learnt")
+
+
 def print_example(console: Console, example: Example, tokenizer: "PreTrainedTokenizerFast") -> None:
     """The text of one example, prompt grey and response green."""
     console.print(coloured(example, tokenizer))
@@ -107,9 +121,15 @@ def print_example(console: Console, example: Example, tokenizer: "PreTrainedToke
 
 
 def coloured(example: Example, tokenizer: "PreTrainedTokenizerFast") -> Text:
+    """Of a pair the prompt, the chosen response and, on a line of its own, the rejected one."""
     text = Text()
-    for words, is_trained in trained_and_not(example, tokenizer):
-        text.append(words, style=RESPONSE if is_trained else PROMPT)
+    for part, colour in zip(sequences_of(example), (RESPONSE, REJECTED), strict=False):
+        words_of_part = trained_and_not(part, tokenizer)
+        if text:
+            text.append("\n")
+            del words_of_part[0]  # the same prompt
+        for words, is_trained in words_of_part:
+            text.append(words, style=colour if is_trained else PROMPT)
     return text
 
 

@@ -125,8 +125,16 @@ def share_of(trainer: ResponseTrainer, run: PreparedRun) -> Share:
 
 
 def losses_of(trainer: ResponseTrainer) -> dict[str, dict[str, float]]:
-    """Loss, perplexity and token accuracy of the whole evaluation set, before and after."""
+    """Loss, perplexity and token accuracy of the whole evaluation set, before and after; of pairs,
+    loss, accuracy and margin of the rewards.
+    """
     history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    names = ("eval_loss", "eval_perplexity", "eval_mean_token_accuracy")
+    names = (
+        *("eval_loss", "eval_perplexity", "eval_mean_token_accuracy"),
+        *("eval_rewards/accuracies", "eval_rewards/margins"),
+    )
     pairs = {BASE: history[0], TRAINED: history[-1]} if history else {}
-    return {model: {name: entry[name] for name in names} for model, entry in pairs.items()}
+    return {
+        model: {name: entry[name] for name in names if name in entry}
+        for model, entry in pairs.items()
+    }

@@ -52,7 +52,8 @@ IGNORES = "(?s).*(did not match any|no parameter was matched|will be ignored)"
 FROM_WEIGHTS = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga")
 TOKENS = ("token_id", "suppress_tokens")
 BY_LOSS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-METRICS = ("loss", "perplexity", "mean_token_accuracy")  # of an evaluation, see trainer.py
+METRICS = ("loss", "perplexity", "mean_token_accuracy")  # of an evaluation: model/throughput.py
+METRICS_OF_PAIRS = ("loss", "rewards/accuracies", "rewards/margins")
 
 
 def require_library_settings(run: PreparedRun, args: SFTConfig) -> "PreTrainedModel":
@@ -66,7 +67,8 @@ def require_library_settings(run: PreparedRun, args: SFTConfig) -> "PreTrainedMo
     require_positions(model, run.examples.report["tokens"]["max"])
     require_optimizer(args, model)
     require_schedule(args)
-    require_metric(args, recipe.evaluation.questions if run.examples.eval else 0)
+    metrics = METRICS_OF_PAIRS if recipe.data.is_preference else METRICS
+    require_metric(args, metrics, recipe.evaluation.questions if run.examples.eval else 0)
     require_activation_checkpointing(args)
     require_generation(recipe.generation, tokenizer)
     require_plain_head(model, recipe.lora)
@@ -123,9 +125,8 @@ def trial_arguments(recipe: Recipe) -> SFTConfig:
     launch = ("WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
     for name in launch:  # there are no other processes here
         os.environ.pop(name, None)
-    ours = set(NOT_OF_SFT_CONFIG)
     device = {"bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu", "ddp_backend"}
-    settings = recipe.training.model_dump(exclude_unset=True, exclude=ours | device)
+    settings = recipe.training.model_dump(exclude_unset=True, exclude=NOT_OF_SFT_CONFIG | device)
     settings["activation_checkpointing"] = bool(recipe.training.activation_checkpointing)
     with asking("training"):
         return SFTConfig(**settings, use_cpu=True, bf16=False)
@@ -183,13 +184,13 @@ def require_schedule(args: SFTConfig) -> None:
         schedule.step(*[1.0] if kind in BY_LOSS else [])
 
 
-def require_metric(args: SFTConfig, questions: int | str) -> None:
+def require_metric(args: SFTConfig, metrics: tuple[str, ...], questions: int | str) -> None:
     metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    if metric not in (*METRICS, *BETTER_IF_HIGHER):
+    if metric not in (*metrics, *BETTER_IF_HIGHER):
         raise UserError(
-            f"training.metric_for_best_model is {metric}; an evaluation has {', '.join(METRICS)}, "
+            f"training.metric_for_best_model is {metric}; an evaluation has {', '.join(metrics)}, "
             f"or scores of answers: {', '.join(BETTER_IF_HIGHER)}"
-            f"{did_you_mean(metric, (*METRICS, *BETTER_IF_HIGHER))}"
+            f"{did_you_mean(metric, (*metrics, *BETTER_IF_HIGHER))}"
         )
     if metric in BETTER_IF_HIGHER and not questions:
         raise UserError(

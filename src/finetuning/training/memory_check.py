@@ -97,7 +97,7 @@ def compute(trainer: ResponseTrainer, batch: Batch) -> None:
             weight.grad = torch.zeros_like(weight)
     is_alone = kind != DistributedType.FSDP
     with trainer.accelerator.no_sync(model) if is_alone else contextlib.nullcontext():
-        trainer.training_step(model, batch, torch.tensor(max(1, len(batch["targets"]))))
+        trainer.training_step(model, batch, trainer.items_of([batch]).clamp(min=1))
     del held
 
 

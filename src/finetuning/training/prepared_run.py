@@ -9,7 +9,7 @@ from finetuning.data.prepare import load_template, training_texts
 from finetuning.data.storage import Prepared
 from finetuning.data.templates import Template
 from finetuning.hub.access import require_hub
-from finetuning.inference.resolve import pin_base_model
+from finetuning.inference.resolve import pin_base_model, with_begun_adapter
 from finetuning.launch.compatibility import require_compatible
 from finetuning.launch.hub_needs import needs_of
 from finetuning.launch.strategy import Strategy
@@ -25,7 +25,8 @@ class PreparedRun:
     """One recipe, ready to be trained."""
 
     recipe: Recipe
-    """with its base model pinned to a commit where it was published from here"""
+    """with its base model, and the adapter that training begins with, pinned to a commit where they
+    were published from here"""
     strategy: Strategy
     """that was requested"""
     tokenizer: "PreTrainedTokenizerFast"
@@ -42,7 +43,11 @@ def prepare_run(recipe: Recipe, strategy: Strategy, *, trains_here: bool) -> Pre
     """
     require_compatible(recipe, strategy, trains_here)
     require_hub(needs_of(recipe))
-    recipe = pin_base_model(recipe)
+    on_base = with_begun_adapter(recipe)
+    if on_base is not recipe:  # another base model, and a lora section
+        require_compatible(on_base, strategy, trains_here)
+        require_hub(needs_of(on_base))
+    recipe = pin_base_model(on_base)
     tokenizer = load_tokenizer(recipe.model, training_texts(recipe.data))
     set_chat_template(recipe.data, tokenizer)
     examples = prepare(recipe.data, tokenizer, cache_folder())

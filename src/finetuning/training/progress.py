@@ -51,8 +51,7 @@ class ProgressLines(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if "eval_loss" in logs:
-            perplexity = f"  evaluation, perplexity {logs['eval_perplexity']:,.4g}"
-            self.print(state, *figures(state, logs, "eval_"), perplexity)
+            self.print(state, *figures(state, logs, "eval_"), f"  evaluation, {measured(logs)}")
         elif "loss" in logs:
             rate, speed = f"{logs['learning_rate']:.1e}", f"{logs['tokens_per_second']:,.0f}"
             self.print(state, *figures(state, logs), rate, speed, self.time_left(state))
@@ -82,10 +81,19 @@ class ProgressLines(TrainerCallback):
 
 
 def figures(state: Any, logs: dict[str, float], prefix: str = "") -> list[str]:
-    """Step, epoch, loss and accuracy of a log."""
+    """Step, epoch, loss and accuracy of a log: of rewards, or of tokens."""
+    names = (f"{prefix}rewards/accuracies", f"{prefix}mean_token_accuracy")
+    accuracy = next(logs[name] for name in names if name in logs)
     return [
         f"{state.global_step}/{state.max_steps}",
         f"{state.epoch or 0.0:.2f}",
         f"{logs[f'{prefix}loss']:.4f}",
-        f"{logs[f'{prefix}mean_token_accuracy']:.1%}",
+        f"{accuracy:.1%}",
     ]
+
+
+def measured(logs: dict[str, float]) -> str:
+    """What an evaluation has beside loss and accuracy."""
+    if "eval_perplexity" in logs:
+        return f"perplexity {logs['eval_perplexity']:,.4g}"
+    return f"margin {logs['eval_rewards/margins']:,.4g}"

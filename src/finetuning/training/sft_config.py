@@ -28,7 +28,7 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     if on_gpu:
         require_kernels()
     capability = torch.cuda.get_device_capability() if on_gpu else None
-    settings = recipe.training.model_dump(exclude_unset=True, exclude=set(NOT_OF_SFT_CONFIG))
+    settings = recipe.training.model_dump(exclude_unset=True, exclude=NOT_OF_SFT_CONFIG)
     step = step_size(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     settings["per_device_train_batch_size"] = step.micro_batch
     settings["gradient_accumulation_steps"] = step.accumulation
@@ -42,6 +42,7 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     # trl's default of recomputing every activation costs a third of the speed; a recipe asks for it
     # where it must.
     settings["activation_checkpointing"] = bool(settings.get("activation_checkpointing"))
+    settings["learning_rate"] = recipe.training.learning_rate
     settings["logging_nan_inf_filter"] = recipe.training.logging_nan_inf_filter
     settings |= best_metric(recipe)
     # The loss before training: the summary and the card compare with it.

@@ -14,7 +14,9 @@ from finetuning.model.attention import require_isolation
 from finetuning.runs.folder import write_start
 from finetuning.training.answers import evaluate_base
 from finetuning.training.memory_check import check_memory
+from finetuning.training.preference_trainer import PreferenceTrainer
 from finetuning.training.prepared_run import PreparedRun
+from finetuning.training.reference import find_reference
 from finetuning.training.samples import ask_before_training
 from finetuning.training.trainer import ResponseTrainer
 
@@ -37,9 +39,15 @@ def check_logits(trainer: ResponseTrainer, run: PreparedRun) -> None:
 def check_packing(trainer: ResponseTrainer, run: PreparedRun) -> None:
     """Do packed examples not see each other?"""
     if run.recipe.data.layout == "packed":
-        longest = int(run.examples.train.lengths.max())
+        longest = run.examples.train.longest
         is_half = trainer.args.bf16 or trainer.args.fp16
         require_isolation(trainer.model, longest, is_half, trainer.args.device)
+
+
+def check_reference(trainer: ResponseTrainer, run: PreparedRun) -> None:
+    """Is the model, of preference tuning, its own reference before the first step?"""
+    if isinstance(trainer, PreferenceTrainer):
+        find_reference(trainer)
 
 
 CHECKS = (
@@ -48,6 +56,7 @@ CHECKS = (
     check_logits,
     check_packing,
     check_memory,  # Does the longest batch fit?
+    check_reference,
 )
 
 

@@ -1,27 +1,31 @@
 """One run, from the base model to a finished run folder."""
 
+from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
-from finetuning.data.batching import Collator, ExampleSet
+from finetuning.data.batching import Collator, ExampleSet, PairSet
 from finetuning.errors import UserError, one_line
 from finetuning.evaluation.report import write_report
 from finetuning.evaluation.table import print_evaluation
 from finetuning.inference.generation import Asker, saved_generation_config
 from finetuning.model.attention import use_packed_attention
 from finetuning.model.loading import fuse_gelu, load_model
+from finetuning.model.location import adapter_folder
 from finetuning.model.lora import add_adapter, lora_config
 from finetuning.model.loss import require_plain_head
 from finetuning.model.precision import with_weight_format
-from finetuning.recipe.recipe import Recipe
+from finetuning.recipe.recipe import PreferenceRecipe, Recipe
 from finetuning.runs.folder import noting_end, write_finish
 from finetuning.runs.terminal import print_answers
 from finetuning.training.answers import evaluate_trained, means, score_evaluations
 from finetuning.training.callbacks import MetricsFile, ReportFile, Watchdog
 from finetuning.training.library_checks import require_library_settings
 from finetuning.training.loggers import log_samples
+from finetuning.training.preference_trainer import PreferenceTrainer
 from finetuning.training.prepared_run import PreparedRun
 from finetuning.training.progress import ProgressLines
 from finetuning.training.resume import resume_or_train
@@ -106,11 +110,14 @@ def make_trainer(run: PreparedRun) -> ResponseTrainer:
         use_packed_attention(model)
     asker = Asker(model, run.tokenizer, run.template, recipe.generation)
     try:
-        return ResponseTrainer(
-            model=add_adapter(model, lora_config(recipe), args),
+        begun = adapter_folder(recipe.model)
+        adapted = add_adapter(model, lora_config(recipe), args, begun)
+        make, kind_of_set = trainer_of(recipe)
+        return make(
+            model=adapted,
             args=args,
-            train_dataset=ExampleSet(examples.train),
-            eval_dataset=ExampleSet(examples.eval) if examples.eval else None,
+            train_dataset=kind_of_set(examples.train),
+            eval_dataset=kind_of_set(examples.eval) if examples.eval else None,
             data_collator=Collator(recipe.data.layout, run.tokenizer.pad_token_id or 0),
             processing_class=run.tokenizer,
             order=recipe.data.order,
@@ -121,6 +128,13 @@ def make_trainer(run: PreparedRun) -> ResponseTrainer:
     except ValueError as error:  # what transformers and peft find wrong with the settings
         section = "lora" if recipe.lora else "training"
         raise UserError(f"{section}: {one_line(error)}") from error
+
+
+def trainer_of(recipe: Recipe) -> tuple[Callable[..., ResponseTrainer], type[ExampleSet]]:
+    """What trains on the recipe's rows, and what it has them in."""
+    if not isinstance(recipe, PreferenceRecipe):
+        return ResponseTrainer, ExampleSet
+    return partial(PreferenceTrainer, preferences=recipe.training), PairSet
 
 
 def early_stopping(recipe: Recipe) -> EarlyStoppingCallback | None:
@@ -161,11 +175,15 @@ def loss_before_and_after(trainer: ResponseTrainer) -> str:
         trainer.evaluate()
         history = evaluations(trainer)
     first, last = history[0], history[-1]
-    return (
-        f"evaluation loss {first['eval_loss']:.3f} -> {last['eval_loss']:.3f}, "
-        f"perplexity {first['eval_perplexity']:.1f} -> {last['eval_perplexity']:.1f} "
-        f"({len(trainer.eval_dataset):,} examples)"
-    )
+    figures = [("loss", "eval_loss", ".3f"), ("perplexity", "eval_perplexity", ".1f")]
+    figures += [("reward accuracy", "eval_rewards/accuracies", ".1%")]
+    figures += [("margin", "eval_rewards/margins", ".3f")]
+    changes = [
+        f"{name} {first[key]:{form}} -> {last[key]:{form}}"
+        for name, key, form in figures
+        if key in last
+    ]
+    return f"evaluation {', '.join(changes)} ({len(trainer.eval_dataset):,} examples)"
 
 
 def evaluations(trainer: ResponseTrainer) -> list[dict[str, float]]:

@@ -1,7 +1,6 @@
 """A transformers.Trainer with our batches, our loss, and checkpoints that can be trusted."""
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -82,7 +81,7 @@ class ResponseTrainer(Trainer):
         if early_stopping:
             self.add_callback(early_stopping)
         self.head = ResponseHead(self.accelerator.unwrap_model(self.model))
-        self.throughput = Throughput(self.model, self.args.device)
+        self.throughput = self.new_throughput()
         self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch
         self.first_non_finite = FirstNonFinite(self.args.device)
         self.norms_at_start: torch.Tensor | None = None
@@ -94,6 +93,9 @@ class ResponseTrainer(Trainer):
                 reduce_dtype=torch.float32,
                 output_dtype=torch.float32,
             )
+
+    def new_throughput(self) -> Throughput:
+        return Throughput(self.model, self.args.device)
 
     @property
     def run_folder(self) -> Path:
@@ -119,10 +121,12 @@ class ResponseTrainer(Trainer):
     def load(self, examples: ExampleSet, **settings: Any) -> EpochLoader:
         """A loader of this process's batches; accelerate does not share them out again."""
         processes, process = self.args.world_size, self.args.process_index
-        lengths = examples.examples.lengths
+        lengths, widths = examples.examples.lengths, examples.examples.widths
         return EpochLoader(
             examples,
-            batch_sampler=BatchSampler(lengths, processes=processes, process=process, **settings),
+            batch_sampler=BatchSampler(
+                lengths, processes=processes, process=process, widths=widths, **settings
+            ),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -140,14 +144,18 @@ class ResponseTrainer(Trainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
-        """Trained tokens of the step on all processes.
+        """Items of the step on all processes.
 
         transformers counts labels, and waits for the device to hand it the number.
         """
-        count = sum(len(batch["targets"]) for batch in batch_samples)
+        items = self.items_of(batch_samples)
         if self.args.world_size == 1:
-            return count
-        return self.accelerator.gather(torch.full((1,), count, device=device)).sum()
+            return items
+        return self.accelerator.gather(items.to(device)[None]).sum(0)
+
+    def items_of(self, batches: list[Batch]) -> torch.Tensor:
+        """() what the loss of a step is divided by: trained tokens."""
+        return torch.tensor(sum(len(batch["targets"]) for batch in batches))
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         """On the device.
@@ -184,18 +192,23 @@ class ResponseTrainer(Trainer):
         """() cross-entropy of the response tokens; in training, over those of the step on all
         processes.
         """
-        targets = Targets(inputs["positions"], inputs["targets"])
+        loss = self.scored(model, inputs)
+        if num_items_in_batch is None:
+            mean: torch.Tensor = loss / max(1, len(inputs["targets"]))
+            return mean
+        # DDP and ZeRO average gradients over processes, each of which has only its own tokens.
+        share: torch.Tensor = loss * (self.accelerator.num_processes / num_items_in_batch)
+        return share
+
+    def scored(self, model: Any, inputs: Batch) -> torch.Tensor:
+        """Scores.loss of the batch's targets."""
+        targets = Targets(inputs["positions"], inputs["targets"], inputs.get("counts"))
         arguments = {name: inputs[name] for name in ("input_ids", "position_ids") if name in inputs}
         with self.head.scoring(targets):
             loss: torch.Tensor = model(**arguments, use_cache=False).logits
         assert self.head.scores is not None
         self.throughput.count(inputs, self.head.scores)
-        if num_items_in_batch is None:
-            mean: torch.Tensor = loss / max(1, len(targets.tokens))
-            return mean
-        # DDP and ZeRO average gradients over processes, each of which has only its own tokens.
-        share: torch.Tensor = loss * (self.accelerator.num_processes / num_items_in_batch)
-        return share
+        return loss
 
     def prediction_step(
         self, model: Any, inputs: Batch, *args: Any, **kwargs: Any
@@ -206,21 +219,19 @@ class ResponseTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """With the loss of every response token counted once, whatever batch it is in."""
-        training, self.throughput = self.throughput, Throughput(self.model, self.args.device)
+        training, self.throughput = self.throughput, self.new_throughput()
         try:
             output = super().evaluation_loop(*args, **kwargs)
-            loss, accuracy = self.throughput.loss_and_accuracy(self.accelerator)
+            found = self.throughput.evaluation(self.accelerator)
         finally:
             # Evaluating is no training time.
             training.since += time.perf_counter() - self.throughput.since
             self.throughput = training
         prefix = kwargs.get("metric_key_prefix", "eval")
         assert output.metrics is not None
-        output.metrics[f"{prefix}_loss"] = loss
-        output.metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
-        output.metrics[f"{prefix}_mean_token_accuracy"] = accuracy
         scores = self.answer_scores() if self.answer_scores else {}
-        output.metrics.update({f"{prefix}_{name}": score for name, score in scores.items()})
+        found = {f"{prefix}_{name}": value for name, value in {**found, **scores}.items()}
+        output.metrics.update(found)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,0 +1,323 @@
+"""Preference tuning against trl.DPOTrainer, and against a plain loop, step by step."""
+
+import json
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from trainings import EPSILON, LORA_TARGETS, RATE, prepared_run
+from transformers import AutoModelForCausalLM, set_seed
+from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
+
+from finetuning.data.tokenization import IGNORE_INDEX, sequences_of
+from finetuning.errors import UserError
+from finetuning.model.preference_loss import ScoredPairs, summed_losses
+from finetuning.recipe.recipe import load_recipe
+from finetuning.recipe.sections import LossType, PreferenceTraining
+from finetuning.training.reference import find_reference
+from finetuning.training.train import make_trainer
+
+STEPS, PAIRS = 4, 4
+FIGURES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+FIGURES += ("logps/chosen", "logps/rejected", "grad_norm")
+
+
+def write_pairs(file: Path) -> Path:
+    lines = [
+        {
+            "prompt": f"What is {n} + {n}?" * (1 + n % 3),
+            "chosen": f"It is {2 * n}. " * (1 + (n * 7) % 5),
+            "rejected": f"I think {n}! " * (1 + (n * 5) % 6),
+        }
+        for n in range(24)
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return file
+
+
+def recipe_of(base: tuple[str, Path], folder: Path, *overrides: str):
+    text = f"""
+model: {{name: {base[1]}}}
+data:
+  path: {write_pairs(folder / "pairs.jsonl")}
+  reader: preference
+  template: question_answer
+  max_length: 200
+  order: sequential
+  eval: {{every: 6}}
+training:
+  output_dir: {folder / "run"}
+  max_steps: {STEPS}
+  per_device_train_batch_size: {PAIRS}
+  learning_rate: {RATE}
+  lr_scheduler_type: constant
+  optim: adamw_torch
+  adam_epsilon: {EPSILON}
+  beta: 0.3
+  logging_steps: 1
+  save_strategy: "no"
+"""
+    file = folder / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    return load_recipe(file, overrides)
+
+
+def trained(recipe):
+    """The trainer of a recipe when it has trained; its run folder has only the reference."""
+    run = prepared_run(recipe)
+    Path(recipe.training.output_dir).mkdir(exist_ok=True)
+    trainer = make_trainer(run)
+    trainer.create_optimizer_and_scheduler(STEPS)
+    trainer.state.max_steps = STEPS
+    trainer.model_wrapped = trainer.model
+    find_reference(trainer)
+    trainer.train()
+    return trainer
+
+
+def logged(trainer) -> list[list[float]]:
+    return [
+        [entry[name] for name in FIGURES] for entry in trainer.state.log_history if "loss" in entry
+    ]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama", "bloom"])
+def base(request, tmp_path_factory) -> tuple[str, Path]:
+    """(architecture, folder with a small model and tokenizer of it)"""
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = tiny.byte_level()
+    tiny.model_of(request.param, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return request.param, folder
+
+
+def lora_of(base: tuple[str, Path]) -> str:
+    return f"lora={{r: 4, lora_alpha: 32, target_modules: {LORA_TARGETS[base[0]]}}}"
+
+
+def policy_of(recipe, base):
+    model = AutoModelForCausalLM.from_pretrained(base[1])
+    if recipe.lora:
+        set_seed(42)
+        settings = recipe.lora.model_dump(exclude_unset=True)
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    return model
+
+
+class Theirs(DPOTrainer):
+    """On pairs that are tokenized."""
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+
+def trl_of(recipe, base, folder: Path):
+    """trl's own trainer on the same pairs in the same order, when it has trained."""
+    run = prepared_run(recipe)
+    rows = []
+    for pair in run.examples.train:
+        both = sequences_of(pair)
+        is_trained = [each["labels"] != IGNORE_INDEX for each in both]
+        ids = [each["input_ids"] for each in both]
+        row = {"prompt_ids": ids[0][~is_trained[0]].tolist()}
+        for name, each, at in zip(("chosen", "rejected"), ids, is_trained, strict=True):
+            row[f"{name}_ids"] = each[at].tolist()
+        rows.append(row)
+    given = recipe.training.model_dump(exclude_unset=True, exclude={"output_dir"})
+    settings = {**given, "use_cpu": True, "bf16": False, "max_length": None, "report_to": "none"}
+    settings |= {"train_sampling_strategy": "sequential", "gradient_checkpointing": False}
+    args = DPOConfig(str(folder / "trl"), **settings)
+    model = policy_of(recipe, base)
+    dataset = Dataset.from_list(rows)
+    trainer = Theirs(model, args=args, train_dataset=dataset, processing_class=run.tokenizer)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_every_figure_of_every_step_is_trls_in_either_layout(base, tmp_path, method):
+    """Loss, rewards, accuracies, margins, log-probabilities and the norm of the gradient."""
+    overrides = [lora_of(base)] if method == "lora" else []
+    overrides += ["training.loss_type=[sigmoid, ipo, sft]", "training.loss_weights=[1, 0.2, 0.1]"]
+    theirs = logged(trl_of(recipe_of(base, tmp_path, *overrides), base, tmp_path))
+    assert len(theirs) == STEPS and theirs[0][0] != pytest.approx(theirs[-1][0], rel=1e-3)
+    for layout in ("packed", "padded"):
+        ours = logged(trained(recipe_of(base, tmp_path, *overrides, f"data.layout={layout}")))
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-5)
+
+
+KINDS = [kind for kind in LossType.__args__ if kind != "sft"]
+DIVERGENCES = [
+    {"loss_type": kind, "f_divergence_type": name, "f_alpha_divergence_coef": 0.3}
+    for name in ("forward_kl", "js_divergence", "alpha_divergence")
+    for kind in ("sigmoid", "ipo", "discopop")
+]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"loss_type": kind, "label_smoothing": 0.1} for kind in KINDS),
+        {"loss_type": "sft"},
+        {"loss_type": ["sigmoid", "sft", "bco_pair"], "loss_weights": [0.8, 0.3, -0.2]},
+        *DIVERGENCES,
+        *({"loss_type": kind, "ld_alpha": 0.4} for kind in ("sigmoid", "sft", "ipo")),
+    ],
+    ids=lambda settings: "-".join(str(value) for value in settings.values()),
+)
+def test_a_loss_and_its_gradient_are_what_trl_makes_of_the_same_log_probabilities(settings):
+    torch.manual_seed(0)
+    counts = [(5, 3), (2, 7), (4, 4)]
+    length = 8
+    mask = torch.zeros(6, length + 1, dtype=torch.long)  # chosen, then rejected; the first: prompt
+    for number, pair in enumerate(counts):
+        for half, count in enumerate(pair):
+            mask[number + 3 * half, 1 : count + 1] = 1
+    by_token = torch.randn(6, length) * mask[:, 1:]
+    reference = by_token + 0.3 * torch.randn(6, length) * mask[:, 1:]
+    given, wanted = (by_token.clone().requires_grad_() for _ in range(2))
+    training = PreferenceTraining(output_dir="x", beta=0.7, **settings)
+
+    expected = trl_loss(training, wanted, reference, mask)
+    tokens = [[(s := min(pair)), pair[0] - s, s, pair[1] - s] for pair in counts]
+    ours = ScoredPairs(
+        torch.stack(parts(given, tokens)),
+        torch.stack(parts(reference, tokens)),
+        torch.tensor(tokens),
+        training,
+    )
+    of_pairs, of_tokens = summed_losses(ours)
+    loss = of_pairs / len(counts) + of_tokens / sum(chosen for chosen, _ in counts)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    expected.backward()
+    # Theirs adds up padding, too, whose log-probabilities are 0.
+    torch.testing.assert_close(given.grad, wanted.grad * mask[:, 1:], rtol=1e-4, atol=1e-6)
+
+
+def parts(by_token, tokens) -> list[torch.Tensor]:
+    """(4,) of each pair: within the shorter length and behind it."""
+    found = []
+    for number, (shared, more, _, other) in enumerate(tokens):
+        chosen, rejected = by_token[number], by_token[number + len(tokens)]
+        cut = [chosen[:shared], chosen[shared : shared + more]]
+        cut += [rejected[:shared], rejected[shared : shared + other]]
+        found.append(torch.stack([part.sum() for part in cut]))
+    return found
+
+
+def trl_loss(training, by_token, reference, mask) -> torch.Tensor:
+    """What trl's own function returns for a model with these log-probabilities."""
+    zeros = torch.zeros_like(by_token)
+    output = SimpleNamespace(
+        log_probs=by_token, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+    )
+    reference_output = SimpleNamespace(log_probs=reference)
+    names = ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "beta")
+    trainer = SimpleNamespace(
+        **{name: getattr(training, name) for name in names},
+        model=SimpleNamespace(training=True),
+        ref_model=lambda **_: reference_output,
+        loss_types=training.loss_types,
+        loss_weights=training.loss_weights or [1.0] * len(training.loss_types),
+        aux_loss_enabled=False,
+        precompute_ref_logps=False,
+        use_weighting=False,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=0.05),
+        accelerator=SimpleNamespace(
+            device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x
+        ),
+        _metrics={"train": Metrics()},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    inputs = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo_trainer, "disable_gradient_checkpointing", lambda *_: nullcontext())
+        patch.setattr(dpo_trainer, "is_peft_model", lambda model: False)
+        return DPOTrainer._compute_loss(trainer, lambda **_: output, inputs, False)
+
+
+class Metrics(dict):
+    def __missing__(self, name):
+        self[name] = []
+        return self[name]
+
+
+def plain_loop(recipe, base) -> list[float]:
+    """The losses of DPO, one response after another, with all logits and a second model."""
+    run = prepared_run(recipe)
+    pairs = list(run.examples.train)
+    policy, frozen = (AutoModelForCausalLM.from_pretrained(base[1]) for _ in range(2))
+    optimizer = torch.optim.AdamW(policy.parameters(), RATE, eps=EPSILON, weight_decay=0.0)
+
+    def log_prob(model, part):
+        ids, labels = (torch.tensor(part[name].tolist())[None] for name in ("input_ids", "labels"))
+        logits = model(input_ids=ids).logits[:, :-1].transpose(1, 2)
+        return -F.cross_entropy(logits, labels[:, 1:].long(), reduction="sum")
+
+    losses = []
+    for step in range(STEPS):
+        total = 0.0
+        for pair in pairs[step * PAIRS : (step + 1) * PAIRS]:
+            chosen, rejected = sequences_of(pair)
+            with torch.no_grad():
+                reference = log_prob(frozen, chosen) - log_prob(frozen, rejected)
+            margin = log_prob(policy, chosen) - log_prob(policy, rejected) - reference
+            loss = -F.logsigmoid(recipe.training.beta * margin) / PAIRS
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+def test_a_step_of_several_micro_batches_is_the_step_of_a_plain_loop(base, tmp_path):
+    recipe = recipe_of(base, tmp_path)
+    expected = plain_loop(recipe, base)
+    halves = ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2"]
+    losses = [line[0] for line in logged(trained(recipe_of(base, tmp_path, *halves)))]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.fixture
+def dropping(tmp_path) -> tuple[str, Path]:
+    """A model that drops a tenth, everywhere."""
+    tokenizer, shares = tiny.byte_level(), ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    model = tiny.model_of("gpt2", vocab_size=len(tokenizer), **dict.fromkeys(shares, 0.1))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return "gpt2", tmp_path / "base"
+
+
+def test_a_model_with_dropout_is_its_own_reference_and_keeps_its_config(dropping, tmp_path):
+    trainer = trained(recipe_of(dropping, tmp_path))
+    assert logged(trainer)[0][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert trainer.model.config.attn_pdrop == 0.1
+
+
+def test_a_model_that_is_not_its_own_reference_is_refused(dropping, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "finetuning.training.preference_trainer.disable_dropout", lambda model: None
+    )
+    with pytest.raises(UserError, match="the model is not its own reference before the first step"):
+        trained(recipe_of(dropping, tmp_path))
+    with_dropout = "training.disable_dropout=false"  # as asked for
+    losses = [line[0] for line in logged(trained(recipe_of(dropping, tmp_path, with_dropout)))]
+    assert losses[0] != pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_only_the_pairs_that_a_short_run_sees_have_a_reference(dropping, tmp_path):
+    reference = trained(recipe_of(dropping, tmp_path, "data.order=random")).train_dataset.reference
+    assert (~torch.tensor(reference).isnan().any(1)).sum() == STEPS * PAIRS
