@@ -18,11 +18,13 @@ from finetuning.runs.checkpoints import (
     UNFINISHED,
     checkpoints_of,
     clear_unfinished,
+    content_damage,
     damage_of,
     move_into,
     remove,
     seal,
     seal_and_rotate,
+    size_damage,
     step_of,
     verify_newest_first,
 )
@@ -84,6 +86,17 @@ def test_what_was_sealed_is_whole(tmp_path):
         OPTIMIZER: 256,
         "latest": 0,
     }
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[3]", b"null", b"\xff", b'{"a": 1}'])
+def test_a_run_folder_with_a_damaged_seal_is_not_taken_for_whole(content, tmp_path):
+    folder = write(tmp_path / "run")
+    assert size_damage(folder) is None and content_damage(folder) is None  # as before seals
+    seal(folder)
+    assert size_damage(folder) is None and content_damage(folder) is None
+    (folder / SEAL).write_bytes(content)
+    assert size_damage(folder) == content_damage(folder)
+    assert size_damage(folder).startswith("sealed.json is damaged")
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER])

@@ -17,11 +17,7 @@ from finetuning.files import sha256_of
 from finetuning.model.finite import non_finite_weight
 
 UNFINISHED = ".unfinished"
-
-
 SEAL = "sealed.json"
-
-
 RECOVER = (
     "the command that trained it writes the weights anew from its last checkpoint; without one, "
     "src/pull.py has what was published, else train again in another training.output_dir"
@@ -120,14 +116,24 @@ def size_damage(folder: Path) -> str | None:
 
     None where that cannot be told: a run that was finished before its files were sealed.
     """
+    if not is_sealed(folder):
+        return None
     sealed = sealed_files(folder)
-    return wrong_size(folder, sealed) if sealed else None
+    if not sealed:
+        return f"{SEAL} is damaged (where it is removed, files are used unchecked)"
+    return wrong_size(folder, sealed)
 
 
 def content_damage(folder: Path) -> str | None:
     """As size_damage, with the hash of every file."""
+    damage = size_damage(folder)
     sealed = sealed_files(folder)
-    return (wrong_size(folder, sealed) or wrong_content(folder, sealed)) if sealed else None
+    return damage or (wrong_content(folder, sealed) if sealed else None)
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether it has a seal, be it one that cannot be read."""
+    return os.path.lexists(folder / SEAL)
 
 
 def sealed_files(folder: Path) -> dict[str, tuple[int, str]] | None:
