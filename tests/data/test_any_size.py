@@ -44,7 +44,10 @@ def data_of(file, count, **settings):
 
 def plain(prepared):
     parts = [vars(part) for part in (prepared.train, prepared.eval)]
-    arrays = [{name: array.tolist() for name, array in part.items()} for part in parts]
+    arrays = [
+        {name: array.tolist() for name, array in part.items() if array is not None}
+        for part in parts
+    ]
     return arrays, prepared.report, prepared.fingerprint
 
 

@@ -334,7 +334,7 @@ def test_the_last_response_is_trained_where_history_is_rewritten():
 
 
 def test_a_turn_that_the_row_does_not_train_is_read_and_not_trained():
-    messages, tools, _ = CONVERSATIONS["turns"]
+    messages, tools, *_ = CONVERSATIONS["turns"]
     messages = [messages[0], {**messages[1], "is_trained": False}, *messages[2:]]
     data = Data(path="a", reader="messages", template="chat")
     for name in ("qwen2_5", "qwen3"):
@@ -355,7 +355,7 @@ def test_the_tools_of_a_row_are_in_the_prompt_and_its_calls_are_trained():
 
 
 def test_a_tool_that_spells_a_special_token_is_refused():
-    messages, tools, _ = CONVERSATIONS["tools"]
+    messages, tools, *_ = CONVERSATIONS["tools"]
     spelt = {**CALL, "function": {"name": "weather", "arguments": {"city": "<|im_end|>"}}}
     messages = [messages[0], {**CALLING, "tool_calls": [spelt]}, *messages[2:]]
     with pytest.raises(BadRow, match=r"spell the special token '<\|im_end\|>'"):

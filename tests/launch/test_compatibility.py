@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import assert_one_line
@@ -157,6 +158,13 @@ def test_every_rule_has_a_case():
     assert {case[0] for case in (*CASES, *FSDP_CASES)} == {rule.what for rule in RULES}
 
 
+def folder_with_deepspeed(folder: Path) -> str:
+    """Where DeepSpeed seems to be installed: without it nothing else of a config is looked at."""
+    (folder / "site").mkdir()
+    (folder / "site" / "deepspeed.py").touch()
+    return str(folder / "site")
+
+
 @pytest.mark.parametrize(("what", "overrides", "environment"), CASES)
 def test_what_does_not_go_together_is_refused_before_torch_is_imported(
     what,
@@ -166,7 +174,8 @@ def test_what_does_not_go_together_is_refused_before_torch_is_imported(
     tmp_path,
 ):
     arguments = [QUICKSTART, f"training.output_dir={tmp_path / 'run'}", *overrides]
-    refused = run_fork("sft.py", *arguments, **on_disk(environment, tmp_path))
+    site = folder_with_deepspeed(tmp_path)
+    refused = run_fork("sft.py", *arguments, **on_disk(environment, tmp_path), PYTHONPATH=site)
     assert_one_line(refused, [refusal(what)])
     assert not (tmp_path / "run").exists()
 
@@ -176,6 +185,7 @@ def test_what_only_the_machine_can_tell_is_refused_before_a_model_is_loaded(
     what, gpu, environment, launched, monkeypatch, tmp_path
 ):
     launched(on_disk(environment, tmp_path))
+    monkeypatch.syspath_prepend(folder_with_deepspeed(tmp_path))
     monkeypatch.setattr(compatibility, "has_gpu", lambda: gpu)
     with pytest.raises(UserError) as refused:
         sft.main([QUICKSTART, f"training.output_dir={tmp_path / 'run'}"])
