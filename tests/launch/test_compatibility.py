@@ -218,10 +218,10 @@ def test_what_only_the_machine_can_tell_is_refused_before_a_model_is_loaded(
         ),
     ],
 )
-def test_preview_refuses_what_training_would_refuse(what, config, overrides, run_script, tmp_path):
+def test_preview_refuses_what_training_would_refuse(what, config, overrides, run_warm, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     flags = ["--config_file", tmp_path / "config.json", "--num_processes", "4", "--gpu", "t4"]
-    refused = run_script(
+    refused = run_warm(
         "preview.py", QUICKSTART, f"training.output_dir={tmp_path / 'run'}", *overrides, *flags
     )
     assert_one_line(refused, [refusal(what)])
