@@ -3,6 +3,7 @@
 Prints where it runs, after all processes have added up their numbers over gloo.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -44,6 +45,8 @@ def main(arguments: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "wrong" | "killed":
             time.sleep(600)  # until the launcher ends it
+        case "slow":
+            atexit.register(time.sleep, 6)  # as where libraries take long to end
         case "stuck":
             raise Stopped(signal.SIGUSR1, "stopped by SIGUSR1 after step 3 of 9")
         case "stopped":

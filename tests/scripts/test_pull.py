@@ -505,9 +505,9 @@ def test_an_adapter_that_is_trained_on_is_asked_for_its_own_base(hub, call, runs
     """Which is not there, so far from the Hub."""
     run = copied(runs["lora"], tmp_path / "run")
     assert call(publish, run, "--unasked", "publish.base_model=elith/tiny-base").code == 0
-    done = call(
-        sft, "recipes/quickstart.yaml", "model.from_scratch=null", f"model.name=hub:{REPO}/{S}"
-    )
+    settings = ["model.from_scratch=null", f"model.name=hub:{REPO}/{S}"]
+    settings += [f"training.output_dir={tmp_path / 'tuned'}"]
+    done = call(sft, "recipes/quickstart.yaml", *settings)
     assert "model.name: elith/tiny-base has no config" in error_of(done)
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -372,6 +373,21 @@ def stuck(site):
 def test_a_job_that_is_stopped_twice_at_the_same_step_is_not_queued_again(job):
     assert (job.facts["JobState"], job.facts["Restarts"], job.exit_code) == ("FAILED", "1", 75)
     assert "stopped again after step 3, and is not queued again" in job.log.splitlines()[-1]
+
+
+def told_too_late(site):
+    job = site.probe("slow", "--nodes=1", "--gres=gpu:2")
+    wait_for("its last line", job.probed, SECONDS)
+    for options in (["--batch"], [], ["--batch"], [], ["--batch"]):  # its shell, or all processes
+        site.cluster.run("scancel", "--signal=USR1", *options, job.number)
+        time.sleep(1)
+    return job.end()
+
+
+@about(told_too_late)
+def test_a_signal_in_each_of_the_last_five_seconds_changes_nothing(job):
+    assert (job.facts["JobState"], job.facts["Restarts"]) == ("COMPLETED", "0"), job.log
+    assert job.log.splitlines()[-1] == "slurm/sft.sh: finished"
 
 
 def repeated(site):
