@@ -260,8 +260,10 @@ def test_asked_to_stop_at_each_instant_in_turn_it_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.cluster
-def test_two_processes_end_as_if_they_had_not_been_stopped(home, tmp_path, own_cache):
+@pytest.mark.parametrize("turn", range(4))
+def test_two_processes_end_as_if_they_had_not_been_stopped(home, tmp_path, own_cache, turn):
+    """Four turns, and each signal has come at each instant."""
     assert start(home, home / "whole 2", processes=2) == 0
     shutil.rmtree(tmp_path / "cache")
-    numbers = itertools.cycle([SIGKILL, *SOFT])
-    go_everywhere(home, tmp_path / "run", numbers, processes=2)
+    numbers = [SIGKILL, *SOFT]
+    go_everywhere(home, tmp_path / "run", itertools.cycle(numbers[turn:] + numbers[:turn]), 2)
