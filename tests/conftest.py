@@ -84,6 +84,13 @@ def run_warm(warm):
     return runs_of(warm)
 
 
+@pytest.fixture(scope="module")
+def all_warm(warm):
+    """Every Python program that the tests of a module start is a fork of that one."""
+    with warm.stands_in():
+        yield
+
+
 @pytest.fixture
 def warm_python(warm):
     """Every Python program that the test starts is a fork of that one."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import tiny
 from conftest import ROOT
 from hub_server import REPO, HubServer, speak_to
+from tiny import write_base
 from transformers import AutoModelForCausalLM
 
 import dpo
@@ -44,14 +44,6 @@ SETTINGS = [
     "generation.prompts=[What is 3 + 1?, 日本の首都はどこですか？]",
     "publish={repo: elith/llm-book-models, subfolder: chapter05/sft_model}",
 ]
-
-
-def write_base(folder: Path, kind: str) -> Path:
-    """A random base model as a local folder."""
-    tokenizer = tiny.byte_level()
-    tiny.model_of(kind, vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def train(folder: Path, base: Path | str, *overrides: str) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from tokenizers import (
@@ -237,3 +238,11 @@ def model_of(
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.2 * (32 / width) ** 0.5)
     return model.eval()
+
+
+def write_base(folder: Path, kind: str, **more: object) -> Path:
+    """A random base model of an architecture, with `more` settings, as a local folder."""
+    tokenizer = byte_level()
+    model_of(kind, vocab_size=len(tokenizer), **more).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -37,6 +37,15 @@ def write_rows(folder: Path) -> Path:
     return file
 
 
+def lines_of_rows(count: int) -> str:
+    """A file of rows of different lengths."""
+    rows = [
+        {"prompt": f"What is {n} + {n}?", "response": f"It is {2 * n}. " * (1 + n % 5)}
+        for n in range(count)
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def recipe_of(base: tuple[str, Path], rows: Path, output: Path, *overrides: str) -> Recipe:
     """A recipe of STEPS steps on a (kind, folder) base; its run folder is `output`."""
     text = f"""

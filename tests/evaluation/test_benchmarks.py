@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 from pages import block
-from run_folders import LORA, error_of, train, write_base
+from run_folders import LORA, error_of, train
+from tiny import write_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import evaluate

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from run_folders import LORA, copied, train, write_base
+from run_folders import LORA, copied, train
 from safetensors.torch import load_file
+from tiny import write_base
 from transformers import AutoModelForCausalLM
 
 from finetuning.export.merging import merge

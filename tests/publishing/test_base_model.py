@@ -6,7 +6,8 @@ import torch
 from conftest import ROOT
 from hub_server import REPO
 from publications import LORA, names, published
-from run_folders import BASE, S, copied, error_of, files_below, train, write_base
+from run_folders import BASE, S, copied, error_of, files_below, train
+from tiny import write_base
 from transformers import AutoModelForCausalLM
 
 import publish

@@ -14,14 +14,9 @@ from conftest import ROOT
 
 import generate
 
+pytestmark = pytest.mark.usefixtures("all_warm")
+
 QUESTION = "What is 3 + 1?"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_warm(warm):
-    """Every Python program that is started here is a fork of one that has imported training."""
-    with warm.stands_in():
-        yield
 
 
 @contextlib.contextmanager

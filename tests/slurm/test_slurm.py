@@ -379,7 +379,8 @@ def told_too_late(site):
     job = site.probe("slow", "--nodes=1", "--gres=gpu:2")
     wait_for("its last line", job.probed, SECONDS)
     for options in (["--batch"], [], ["--batch"], [], ["--batch"]):  # its shell, or all processes
-        site.cluster.run("scancel", "--signal=USR1", *options, job.number)
+        # Not checked: on a slow machine the job may have ended before the last of them.
+        site.cluster.run("scancel", "--signal=USR1", *options, job.number, check=False)
         time.sleep(1)
     return job.end()
 

@@ -8,7 +8,6 @@ import atexit
 import gc
 import importlib
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -24,6 +23,7 @@ import pytest
 import tiny
 import torch
 from accelerate.state import AcceleratorState
+from trainings import lines_of_rows
 
 import sft
 from finetuning import script
@@ -106,16 +106,8 @@ AFTER = {
 def home(tmp_path_factory) -> Path:
     """A folder with a recipe, its rows and its model, which has dropout; and the whole run."""
     folder = tmp_path_factory.mktemp("killed")
-    tokenizer = tiny.byte_level()
-    model = tiny.model_of("gpt2", vocab_size=len(tokenizer))
-    model.config.resid_pdrop = model.config.embd_pdrop = 0.1
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    rows = [
-        {"prompt": f"What is {n} + {n}?", "response": f"It is {2 * n}. " * (1 + n % 5)}
-        for n in range(36)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.write_base(folder / "model", "gpt2", resid_pdrop=0.1, embd_pdrop=0.1)
+    (folder / "rows.jsonl").write_text(lines_of_rows(36))
     (folder / "recipe.yaml").write_text(RECIPE.replace("FOLDER", str(folder)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HOME", str(folder / "cache of whole"))

@@ -92,11 +92,7 @@ def logged(trainer) -> list[list[float]]:
 @pytest.fixture(scope="module", params=["gpt2", "llama", "bloom"])
 def base(request, tmp_path_factory) -> tuple[str, Path]:
     """(architecture, folder with a small model and tokenizer of it)"""
-    folder = tmp_path_factory.mktemp(request.param)
-    tokenizer = tiny.byte_level()
-    tiny.model_of(request.param, vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return request.param, folder
+    return request.param, tiny.write_base(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def lora_of(base: tuple[str, Path]) -> str:

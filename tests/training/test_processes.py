@@ -17,7 +17,7 @@ from peft import PeftModel
 from trainings import GLOBAL_BATCH, LORA_TARGETS, losses_of, recipe_of, trained, write_rows
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("all_warm")]
 
 STEPS = 10
 # (architecture, method, layout, accumulation)
@@ -67,13 +67,6 @@ def launch(config: str | Path, *command: object, processes: int = 2) -> subproce
         text=True,
         timeout=600,
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_warm(warm):
-    """Every Python program that is started here is a fork of one that has imported training."""
-    with warm.stands_in():
-        yield
 
 
 @pytest.fixture(scope="module")

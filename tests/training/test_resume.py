@@ -20,8 +20,9 @@ import tiny
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from trainings import lines_of_rows
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("all_warm")]
 
 STEPS = 60  # of 8 examples; an epoch has 7
 EVERY = 7 + 4  # steps from one checkpoint to the next: in the middle of epochs and over their ends
@@ -30,27 +31,12 @@ SINGLE, DDP, ZERO2 = ("cpu", "packed", 2), ("cpu_ddp", "padded", 2), ("zero2", "
 ZERO3, FSDP2 = ("zero3", "padded", 2), ("fsdp2", "packed", 1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def all_warm(warm):
-    """Every Python program that is started here is a fork of one that has imported training."""
-    with warm.stands_in():
-        yield
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     """A model with dropout, so that random numbers matter, and rows of different lengths."""
     folder = tmp_path_factory.mktemp("resume")
-    tokenizer = tiny.byte_level()
-    model = tiny.model_of("gpt2", vocab_size=len(tokenizer))
-    model.config.resid_pdrop = model.config.embd_pdrop = 0.1
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    rows = [
-        {"prompt": f"What is {n} + {n}?", "response": f"It is {2 * n}. " * (1 + n % 5)}
-        for n in range(63)
-    ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    tiny.write_base(folder / "model", "gpt2", resid_pdrop=0.1, embd_pdrop=0.1)
+    lines = lines_of_rows(63)
     (folder / "rows.jsonl").write_text(lines, encoding="utf-8")
     (folder / "many.jsonl").write_text(lines * 20, encoding="utf-8")
     text = f"""
@@ -73,9 +59,7 @@ training:
 generation: {{prompts: [What is 2 + 2?], max_new_tokens: 4}}
 """
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    model.config.resid_pdrop = model.config.embd_pdrop = 0.0
-    model.save_pretrained(folder / "plain")
-    tokenizer.save_pretrained(folder / "plain")
+    tiny.write_base(folder / "plain", "gpt2", resid_pdrop=0.0, embd_pdrop=0.0)
     return folder / "recipe.yaml"
 
 
