@@ -2,8 +2,6 @@
 
 import io
 import json
-from collections.abc import Iterator
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,13 +9,13 @@ from pydantic import ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.events import AliasEvent
 
 from finetuning.data.preferences import PREFERENCE_READERS
 from finetuning.data.section import Data
 from finetuning.errors import UserError, did_you_mean, one_line
 from finetuning.recipe.error_messages import KeyPath, explain, is_inside, owner_of, shown
 from finetuning.recipe.ownership import OWNED, RENAMED
+from finetuning.recipe.plain_yaml import parse_plain
 from finetuning.recipe.sections import (
     Evaluation,
     Generation,
@@ -29,7 +27,6 @@ from finetuning.recipe.sections import (
 )
 from finetuning.section import Section
 
-MAX_CHARACTERS, MAX_DEPTH = 200_000, 100  # of a recipe
 SCHEMA = Path(__file__).parents[3] / "recipes" / "recipe.schema.json"
 
 
@@ -263,9 +260,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        require_plain(text, str(path))
-        settings = YAML(typ="safe", pure=True).load(text)
-        lines = dict(node_lines(YAML(typ="safe", pure=True).compose(text)))
+        settings, lines = parse_plain(text, str(path))
     except RecursionError:
         raise UserError(f"{path}: is nested too deeply") from None
     except DuplicateKeyError as error:
@@ -288,39 +283,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     return settings, {key: f"{path}:{line}" for key, line in lines.items()}
 
 
-def require_plain(text: str, place: str) -> None:
-    """Raises UserError for what makes a short recipe a large one: aliases of aliases; or size."""
-    if len(text) > MAX_CHARACTERS:
-        raise UserError(f"{place}: has {len(text):,} characters; at most {MAX_CHARACTERS:,}")
-    brackets = ({"[": 1, "{": 1, "]": -1, "}": -1}.get(character, 0) for character in text)
-    if max(accumulate(brackets), default=0) > MAX_DEPTH:  # ruamel's time grows with its square
-        raise UserError(f"{place}: is nested too deeply")
-    for event in YAML(typ="safe", pure=True).parse(text):
-        if isinstance(event, AliasEvent):
-            line = event.start_mark.line + 1
-            raise UserError(
-                f"{place}:{line}: *{event.anchor} is an alias; write out what it stands for"
-            )
-
-
 def similar_recipe(path: Path) -> str:
     return did_you_mean(str(path), [str(other) for other in path.parent.glob("*.yaml")])
-
-
-def node_lines(node: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
-    """Key path and line (from 1) of every setting below a YAML node."""
-    if node is None or isinstance(node.value, str):
-        return
-    for index, child in enumerate(node.value):
-        name, place, value = (
-            (child[0].value, child[0], child[1])
-            if isinstance(child, tuple)
-            else (index, child, child)
-        )
-        if isinstance(name, list):
-            continue  # a key that is a list or mapping has no name; it is refused later
-        yield (*key, name), place.start_mark.line + 1
-        yield from node_lines(value, (*key, name))
 
 
 def apply_override(settings: dict[str, Any], places: dict[KeyPath, str], override: str) -> None:
@@ -332,8 +296,7 @@ def apply_override(settings: dict[str, Any], places: dict[KeyPath, str], overrid
             f"override {override!r}: expected section.key=value{with_section(name, text)}"
         )
     try:
-        require_plain(text, f"override {name}")
-        value = YAML(typ="safe", pure=True).load(text) if text.strip() else None
+        value, _ = parse_plain(text, f"override {name}")
     except YAMLError as error:
         raise UserError(
             f"override {override!r}: the value is not YAML: {getattr(error, 'problem', error)}"
