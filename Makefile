@@ -6,6 +6,8 @@ RUN := $(VENV)/bin
 # Every package is compared with its hash in requirements/ and, but for rouge-score and DeepSpeed, is a wheel: no code of
 # it runs while it is installed. torch goes by version alone; requirements/left_out.txt says why.
 # Python compiles what is imported, when it is: a third of the packages' files, and half the time of an installation.
+# It must be allowed to keep it, which images of containers forbid: importing what trains takes 6 CPU seconds, else 15.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 LOCKED := $(PIP) --no-deps --require-hashes
 

@@ -38,10 +38,12 @@ FAKE_TORCH = (
 
 # What scripts import without torch.
 SHARED = (
+    "finetuning.training.prepared_run",
     "finetuning.model.loading",
     "finetuning.hub.access",
     "finetuning.runs.terminal",
     "finetuning.runs.folder",
+    "detect_secrets.core.scan",
     "huggingface_hub",
     "rich.console",
     "transformers.tokenization_utils_tokenizers",
