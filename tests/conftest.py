@@ -181,13 +181,6 @@ def call(monkeypatch, capfd):
     return call
 
 
-def pytest_collection_finish():
-    """What was imported is not looked through by each gc.collect() of accelerate: several in a
-    training, 0.1 to 0.4 CPU seconds each.
-    """
-    gc.freeze()
-
-
 def pytest_collection_modifyitems(items):
     from gpus import lacking
 
@@ -226,7 +219,8 @@ def browser(tmp_path_factory):
 def pytest_collection_finish():
     """No garbage is looked for among what imports and tests are made of: they live to the end.
 
-    Measured: it took a fifth of the CPU seconds of tests/data and tests/training/test_trainer.py.
+    Measured: a fifth of the CPU seconds of tests/data and tests/training/test_trainer.py, and 0.1
+    to 0.4 for each of the gc.collect() of accelerate in a training.
     """
     gc.collect()
     gc.freeze()
