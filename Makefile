@@ -68,7 +68,7 @@ DATA ?= databricks/databricks-dolly-15k
 TOKENIZER ?= openai-community/gpt2
 BENCH = --data $(DATA) --tokenizer $(TOKENIZER)
 
-bench: $(VENV)/.base  ## speed and memory beside trl and transformers, about an hour on two cores
+bench: $(VENV)/.base  ## speed and memory beside trl and transformers, about an hour and a half on two cores
 	@mkdir -p benchmarks/results
 	$(RUN)/python benchmarks/train.py $(BENCH) --model gpt2 --json benchmarks/results/gpt2_full.json
 	$(RUN)/python benchmarks/train.py $(BENCH) --model gpt2 --method lora --json benchmarks/results/gpt2_lora.json
@@ -76,6 +76,9 @@ bench: $(VENV)/.base  ## speed and memory beside trl and transformers, about an 
 	$(RUN)/python benchmarks/train.py $(BENCH) --model bloom --method lora --json benchmarks/results/bloom_lora.json
 	$(RUN)/python benchmarks/plot.py benchmarks/results/gpt2_full.json benchmarks/results/gpt2_lora.json \
 	  benchmarks/results/small_full.json benchmarks/results/bloom_lora.json
+	$(RUN)/python benchmarks/dpo.py $(BENCH) --model gpt2 --json benchmarks/results/dpo_gpt2_full.json
+	$(RUN)/python benchmarks/dpo.py $(BENCH) --model gpt2 --method lora --json benchmarks/results/dpo_gpt2_lora.json
+	$(RUN)/python benchmarks/dpo.py $(BENCH) --model small --json benchmarks/results/dpo_small_full.json
 	$(RUN)/python benchmarks/memory.py --json benchmarks/results/memory_cpu.json
 	$(RUN)/python benchmarks/data.py $(BENCH)
 	$(RUN)/python benchmarks/rows.py $(BENCH) --rows 15000
