@@ -5,9 +5,10 @@
 #   sbatch --nodes=2 --gres=gpu:8 slurm/sft.sh accelerate_configs/zero3.yaml recipes/dolly_gpt2.yaml training.seed=1
 #   slurm/sft.sh --check --nodes=2 --gres=gpu:8 -- accelerate_configs/zero3.yaml recipes/dolly_gpt2.yaml
 #
-# Arguments: accelerate config, recipe, overrides. Options of sbatch win over the #SBATCH lines. A process for each GPU
-# of a node; without GPUs --ntasks-per-node of them. --check asks, before queueing, whether recipe and run folder are
-# right and whether Slurm would take the job. Time limit, preemption and dead nodes: docs/slurm.md.
+# Arguments: accelerate config, recipe, overrides; a recipe of preferences is trained by src/dpo.py. Options of sbatch
+# win over the #SBATCH lines. A process for each GPU of a node; without GPUs --ntasks-per-node of them. --check asks,
+# before queueing, whether recipe and run folder are right and whether Slurm would take the job. Time limit, preemption
+# and dead nodes: docs/slurm.md.
 #SBATCH --job-name=sft
 #SBATCH --output=logs/%x-%j.out
 #SBATCH --open-mode=append
@@ -39,7 +40,8 @@ shift
 if [ $is_check ]; then
   [ -w logs ] || die "there is no folder $PWD/logs to write to, where Slurm opens the log: mkdir logs"
   processes=$(slurm/count_processes "${options[@]}")
-  python src/sft.py --check --config_file "$config" --num_processes "$processes" "$@" || exit 2
+  script=$(PYTHONPATH=src python -m finetuning.training_script "$@") || exit 2
+  python "$script" --check --config_file "$config" --num_processes "$processes" "$@" || exit 2
   sbatch --test-only "${options[@]}" "$0" "$config" "$@"
   exit
 fi
@@ -91,8 +93,10 @@ srun "${srun_options[@]}" --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks="
     processes=${SLURM_GPUS_ON_NODE:-$TASKS_PER_NODE}
     threads=$((SLURM_CPUS_PER_TASK / processes))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads ? threads : 1))}
+    launch=("${@:2:$1}") && shift $(($1 + 1))
+    script=$(${CONTAINER:-} env PYTHONPATH=src python -m finetuning.training_script "$@") || exit 1
     exec ${CONTAINER:-} accelerate launch --machine_rank "$SLURM_NODEID" \
-      --num_processes $((processes * SLURM_NNODES)) "$@"' - "${launch[@]}" src/sft.py "$@" &
+      --num_processes $((processes * SLURM_NNODES)) "${launch[@]}" "$script" "$@"' - ${#launch[@]} "${launch[@]}" "$@" &
 step=$!
 while kill -0 $step 2>/dev/null; do wait $step; done # a signal ends `wait` early
 wait $step

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fp16_on_cpu import fp16_on_cpu
 from torch.distributed.tensor import DTensor
-from trainings import losses_of, trained
+from trainings import figures_of, losses_of, trained
 
 from finetuning.launch.strategy import actual_strategy
 from finetuning.recipe.recipe import load_recipe
@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> None:
         trainer.save_trained()
         found = {
             "losses": losses_of(trainer),
+            "figures": figures_of(trainer),
             "eval": [
                 entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry
             ],

@@ -194,6 +194,8 @@ def make_site(cluster: Cluster, folder: Path) -> Site:
     (checkout / "src").symlink_to(ROOT / "src")
     (checkout / "recipe.yaml").write_text(RECIPE)
     (checkout / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    pairs = [{**row, "chosen": row["response"], "rejected": "No."} for row in ROWS]
+    (checkout / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (probes / "src").mkdir()
     (probes / "src" / "finetuning").symlink_to(ROOT / "src" / "finetuning")
     shutil.copy(ROOT / "tests" / "slurm_probe.py", probes / "src" / "sft.py")

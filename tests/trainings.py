@@ -12,7 +12,7 @@ from finetuning.model.tokenizer import load_tokenizer
 from finetuning.recipe.recipe import Recipe, load_recipe
 from finetuning.training.callbacks import MetricsFile
 from finetuning.training.prepared_run import PreparedRun
-from finetuning.training.start_checks import check_logits, check_packing
+from finetuning.training.start_checks import check_logits, check_packing, check_reference
 from finetuning.training.train import make_trainer
 from finetuning.training.trainer import ResponseTrainer
 
@@ -32,6 +32,21 @@ def write_rows(folder: Path) -> Path:
             "response": f"It is {2 * n}. " * (1 + (n * 7) % 11),
         }
         for n in range(60)
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return file
+
+
+def write_pairs(folder: Path, count: int = 60) -> Path:
+    """The file of pairs of responses, of which now the chosen is longer and now the rejected."""
+    file = folder / "pairs.jsonl"
+    lines = [
+        {
+            "prompt": f"What is {n} + {n}?" * (1 + n % 3),
+            "chosen": f"It is {2 * n}. " * (1 + (n * 7) % 5),
+            "rejected": f"I think {n}! " * (1 + (n * 5) % 6),
+        }
+        for n in range(count)
     ]
     file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     return file
@@ -88,6 +103,7 @@ class Checks(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         check_logits(self.trainer, self.run)
         check_packing(self.trainer, self.run)
+        check_reference(self.trainer, self.run)
 
 
 def trained(recipe: Recipe) -> ResponseTrainer:
@@ -103,4 +119,11 @@ def trained(recipe: Recipe) -> ResponseTrainer:
 
 def losses_of(trainer: ResponseTrainer) -> list[float]:
     """The loss of every logged step."""
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return figures_of(trainer)["loss"]
+
+
+def figures_of(trainer: ResponseTrainer) -> dict[str, list[float]]:
+    """Loss, norm of the gradient, and of preference tuning the rewards, of every logged step."""
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    names = [name for name in steps[0] if name in ("loss", "grad_norm") or "rewards/" in name]
+    return {name: [entry[name] for entry in steps] for name in names}

@@ -1,6 +1,7 @@
 """What src/sft.py and src/dpo.py do: one recipe in, one run folder out."""
 
 import os
+import sys
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
@@ -82,6 +83,17 @@ def require_script(recipe: "Recipe", script: str) -> None:
         )
 
 
+def script_of(arguments: list[str]) -> str:
+    """Which of the two trains the recipe; where it cannot be read src/sft.py, which says why."""
+    from finetuning.recipe.recipe import Recipe, load_recipe
+
+    try:
+        options = read_arguments(arguments)
+        return load_recipe(options.recipe, options.overrides).script
+    except UserError:
+        return Recipe.script
+
+
 def say_finished(
     run: "PreparedRun", folder: Path, finished: str, options: Namespace, console: "Console"
 ) -> None:
@@ -145,3 +157,7 @@ def read_arguments(arguments: list[str]) -> Namespace:
     parser.add_argument("--config_file")
     parser.add_argument("--num_processes")
     return parser.read(arguments)
+
+
+if __name__ == "__main__":  # slurm/sft.sh asks which to launch
+    print(script_of(sys.argv[1:]))

@@ -76,11 +76,6 @@ CASES = [
         {**ZERO_3, **GATHERS},
     ),
     (
-        "model.adapter with ZeRO-3 or FSDP",
-        ["model.from_scratch=null", "model.name=a", "model.adapter=b"],
-        {**ZERO_3, **GATHERS},
-    ),
-    (
         "training.auto_find_batch_size with ZeRO or FSDP",
         ["training.auto_find_batch_size=true"],
         ZERO,

@@ -25,6 +25,8 @@ from finetuning.recipe.recipe import load_recipe
 pytestmark = pytest.mark.cluster
 
 AT_ONCE = 3  # stories; each starts several Pythons
+# Makes the recipe one of preferences.
+OF_PAIRS = ("data.path=pairs.jsonl", "data.reader=preference", "training.max_steps=20")
 LARGE = (
     "-- accelerate_configs/ddp.yaml recipe.yaml training.output_dir=outputs/large "
     "training.global_batch_size=null"
@@ -124,6 +126,18 @@ def test_two_nodes_train_what_one_process_trains(job, processes, begun):
     assert all((weights[name] - expected[name]).abs().max() < 1e-4 for name in expected)
 
 
+def of_preferences(site):
+    return site.train("preferred", "--nodes=2", config="cpu_ddp", overrides=OF_PAIRS).end()
+
+
+@about(of_preferences)
+def test_a_recipe_of_preferences_is_trained_as_any_other(job):
+    assert job.facts["JobState"] == "COMPLETED", job.log
+    assert len(job.logged("rewards/margins")) == 2
+    arguments = json.loads((job.run / "environment.json").read_text())["launches"][-1]["arguments"]
+    assert arguments[0] == "src/dpo.py"
+
+
 def addresses(site):
     # CONTAINER and SRUN_OPTIONS as for a container, which is not there: they set a variable and a
     # working directory.
@@ -200,6 +214,8 @@ def test_a_check_finds_all_right(site):
     assert check(site, *fsdp).returncode == 0, (
         "a login node has no GPU, and options of sbatch may be left out"
     )
+    of_pairs = check(site, *arguments[:2], "training.output_dir=outputs/pairs", *OF_PAIRS)
+    assert of_pairs.returncode == 0, of_pairs.stderr
 
 
 def test_a_check_of_a_sweep_names_the_line(site):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from finetuning.training_script import script_of
+
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 # What a cluster may not have, or has under another name: to be given on the command line.
 NEVER = (
@@ -221,6 +223,20 @@ def test_processes_of_a_job_are_counted_from_its_options(options, processes):
     command = [ROOT / "slurm" / "count_processes", *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == (f"{processes}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "script"),
+    [
+        (["recipes/quickstart_dpo.yaml", "--verbose"], "src/dpo.py"),
+        (["recipes/quickstart.yaml"], "src/sft.py"),
+        (["recipes/quickstart.yaml", "data.reader=preference"], "src/dpo.py"),
+        (["recipes/missing.yaml"], "src/sft.py"),
+        (["recipes/quickstart.yaml", "--nothing"], "src/sft.py"),
+    ],
+)
+def test_a_job_launches_the_script_that_trains_its_recipe(words, script):
+    assert script_of([str(ROOT / words[0]), *words[1:]]) == script
 
 
 HOSTILE = [

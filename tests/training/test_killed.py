@@ -1,13 +1,15 @@
 """A run that is killed, or asked to stop, at any of twenty instants ends as one that is left alone.
 
 Each start is a fork of this process, which has trained the same run once: it costs half a second.
-Two processes, ZeRO and FSDP are killed in test_resume.py.
+Two processes, ZeRO and FSDP are killed in test_resume.py. Preference tuning is the same run, with a
+reference before its first step.
 """
 
 import atexit
 import gc
 import importlib
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -16,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import SIGHUP, SIGKILL, SIGTERM, SIGUSR1
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import huggingface_hub.constants
@@ -25,6 +28,7 @@ import torch
 from accelerate.state import AcceleratorState
 from trainings import lines_of_rows
 
+import dpo
 import sft
 from finetuning import script
 from finetuning.data import cache, prepare, storage
@@ -32,7 +36,8 @@ from finetuning.errors import REQUEUE
 from finetuning.launch.strategy import launch_environment
 from finetuning.runs import checkpoints
 from finetuning.runs.folder import RunFolder
-from finetuning.training import callbacks, memory_check, start_checks, train, trainer
+from finetuning.training import callbacks, memory_check, reference, start_checks, train, trainer
+from finetuning.training.preference_trainer import PreferenceTrainer
 from finetuning.training.trainer import ResponseTrainer
 
 SOFT = [SIGTERM, SIGUSR1, SIGHUP]
@@ -40,7 +45,7 @@ RECIPE = """
 model: {name: FOLDER/model}
 data:
   path: FOLDER/rows.jsonl
-  reader: prompt_response
+  reader: READER
   template: question_answer
   eval: {every: 9}
 training:
@@ -89,6 +94,13 @@ DURING = {
     "a checkpoint is sealed": Instant(checkpoints, "sync"),
     "an old checkpoint is removed": Instant(shutil, "rmtree", 1, Instant(checkpoints, "remove", 2)),
 }
+OF_REFERENCE = {
+    "the reference is computed": Instant(PreferenceTrainer, "log_probs", 3),
+    "the reference is cached": Instant(reference, "keep"),
+    "the reference is compared": Instant(reference, "require_own_reference"),
+    "the reference is written": Instant(reference, "write_bytes", 2),
+    "the reference is known": Instant(start_checks, "ask_before_training"),
+}
 FINISHED = ("the report is written", "the last line is printed", "Python ends")
 AFTER = {
     "the weights are saved": Instant(ResponseTrainer, "save_trained"),
@@ -102,18 +114,44 @@ AFTER = {
 }
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
+def lines_of_pairs(count: int) -> str:
+    rows = [json.loads(line) for line in lines_of_rows(count).splitlines()]
+    pairs = [{**row, "chosen": row["response"], "rejected": "I do not know."} for row in rows]
+    return "".join(json.dumps(pair) + "\n" for pair in pairs)
+
+
+class Home(NamedTuple):
     """A folder with a recipe, its rows and its model, which has dropout; and the whole run."""
-    folder = tmp_path_factory.mktemp("killed")
+
+    folder: Path
+    script: ModuleType
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+
+def home_of(folder: Path, script: ModuleType, reader: str, rows: str) -> Home:
     tiny.write_base(folder / "model", "gpt2", resid_pdrop=0.1, embd_pdrop=0.1)
-    (folder / "rows.jsonl").write_text(lines_of_rows(36))
-    (folder / "recipe.yaml").write_text(RECIPE.replace("FOLDER", str(folder)))
+    (folder / "rows.jsonl").write_text(rows)
+    recipe = RECIPE.replace("FOLDER", str(folder)).replace("READER", reader)
+    (folder / "recipe.yaml").write_text(recipe)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HOME", str(folder / "cache of whole"))
-        sft.main([str(folder / "recipe.yaml")])
+        script.main([str(folder / "recipe.yaml")])
     importlib.import_module("detect_secrets")  # as a script that is stopped does
-    return folder
+    return Home(folder, script)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Home:
+    folder = tmp_path_factory.mktemp("killed")
+    return home_of(folder, sft, "prompt_response", lines_of_rows(36))
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory) -> Home:
+    folder = tmp_path_factory.mktemp("preferences")
+    return home_of(folder, dpo, "preference", lines_of_pairs(36))
 
 
 @pytest.fixture
@@ -123,10 +161,10 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def start(
-    home: Path, run: Path, instant: Instant | None = None, number: int = 0, processes: int = 1
+    home: Home, run: Path, instant: Instant | None = None, number: int = 0, processes: int = 1
 ) -> int:
-    """Exit code of `python src/sft.py` in forks, all of which get this signal when one comes to the
-    instant.
+    """Exit code of `python src/sft.py`, or src/dpo.py, in forks, all of which get this signal when
+    one comes to the instant.
     """
     children = []
     port = free_port() if processes > 1 else 0
@@ -160,20 +198,24 @@ def join(rank: int, processes: int, port: int) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def become(home: Path, run: Path, instant: Instant | None, number: int) -> None:
+def become(home: Home, run: Path, instant: Instant | None, number: int) -> None:
     gc.freeze()  # to look through what is shared would be to copy it
     atexit._clear()  # what pytest has registered
     for each in (SIGTERM, SIGUSR1, SIGHUP):
         signal.signal(each, signal.SIG_DFL)
     sys.stdout = sys.stderr = run.with_suffix(".log").open("a", buffering=1)
-    sys.argv = ["src/sft.py", str(home / "recipe.yaml"), f"training.output_dir={run}"]
+    sys.argv = [
+        f"src/{home.script.__name__}.py",
+        str(home / "recipe.yaml"),
+        f"training.output_dir={run}",
+    ]
     if "WORLD_SIZE" in os.environ:  # the same step
         sys.argv.append("training.gradient_accumulation_steps=1")
     # Rows are prepared by whoever is first, and the end is that of the first process.
     if instant and (instant in BEFORE.values() or os.environ.get("RANK", "0") == "0"):
         at(instant, lambda: os.killpg(0, number))
     try:
-        script.run(sft.main, sft.__doc__)
+        script.run(home.script.main, home.script.__doc__)
     except SystemExit as end:
         atexit._run_exitfuncs()
         os._exit(end.code)
@@ -203,13 +245,13 @@ def require_whole(run: Path, whole: Path) -> None:
     """The run is finished, and as the one that was left alone."""
     for name in ("model.safetensors", "samples.json", "answers.jsonl"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
-    for name in ("loss", "eval_loss", "train_loss"):
+    for name in ("loss", "eval_loss", "train_loss", "rewards/margins"):
         assert RunFolder(run).curve(name) == RunFolder(whole).curve(name)
     assert is_finished(run) and checkpoints.content_damage(run) is None
     assert "Traceback" not in run.with_suffix(".log").read_text()
 
 
-def require_left_alone(home: Path, run: Path, processes: int) -> None:
+def require_left_alone(home: Home, run: Path, processes: int) -> None:
     """By the same command."""
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert start(home, run, processes=processes) == 0
@@ -217,7 +259,7 @@ def require_left_alone(home: Path, run: Path, processes: int) -> None:
     assert " is finished (" in run.with_suffix(".log").read_text()
 
 
-def go_everywhere(home: Path, run: Path, numbers: Iterator[int], processes: int = 1) -> None:
+def go_everywhere(home: Home, run: Path, numbers: Iterator[int], processes: int = 1) -> None:
     """The run meets a signal at each instant, and is started again."""
     for (name, instant), number in zip((BEFORE | DURING).items(), numbers, strict=False):
         code = -SIGKILL if number == SIGKILL else REQUEUE
@@ -259,3 +301,39 @@ def test_two_processes_end_as_if_they_had_not_been_stopped(home, tmp_path, own_c
     shutil.rmtree(tmp_path / "cache")
     numbers = [SIGKILL, *SOFT]
     go_everywhere(home, tmp_path / "run", itertools.cycle(numbers[turn:] + numbers[:turn]), 2)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("turn", range(4))
+def test_preference_tuning_ends_as_if_it_had_not_been_stopped(
+    preferences, tmp_path, own_cache, turn
+):
+    """Four turns, and each signal has come at each instant, those of the reference among them."""
+    numbers = [SIGKILL, *SOFT]
+    numbers = numbers[turn:] + numbers[:turn]
+    for (name, instant), number in zip(OF_REFERENCE.items(), itertools.cycle(numbers)):
+        run = tmp_path / name
+        code = -SIGKILL if number == SIGKILL else REQUEUE
+        assert start(preferences, run, instant, number) == code and not is_finished(run), name
+        if name == "the reference is computed":
+            assert not (run / "reference.npz").exists() and not [*run.glob("checkpoint-*")]
+        assert start(preferences, run) == 0
+        require_whole(run, preferences / "whole 1")
+        shutil.rmtree(tmp_path / "cache")
+    go_everywhere(preferences, tmp_path / "run", itertools.cycle(numbers))
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("number", [SIGKILL, SIGUSR1])
+def test_two_processes_that_compute_a_reference_end_as_if_they_had_not_been_stopped(
+    preferences, tmp_path, own_cache, number
+):
+    assert start(preferences, preferences / "whole 2", processes=2) == 0
+    shutil.rmtree(tmp_path / "cache")
+    for name, instant in OF_REFERENCE.items():
+        run = tmp_path / name
+        code = -SIGKILL if number == SIGKILL else REQUEUE
+        assert start(preferences, run, instant, number, 2) == code and not is_finished(run), name
+        assert start(preferences, run, processes=2) == 0
+        require_whole(run, preferences / "whole 2")
+        shutil.rmtree(tmp_path / "cache")

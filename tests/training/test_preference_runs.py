@@ -6,15 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from hub_server import REPO
-from run_folders import copied, error_of, interrupted
+from peft import PeftModel
+from run_folders import copied, error_of, files_below, interrupted
 from safetensors.torch import load_file
+from trainings import prepared_run
+from transformers import AutoModelForCausalLM
 
 import dpo
+import generate
 import publish
+import pull
 import sft
-from finetuning.inference.generation import load_asker
+from finetuning.data.tokenization import sequences_of
 from finetuning.recipe.recipe import load_recipe
 
 PAIRS = [
@@ -96,14 +102,44 @@ def test_a_run_whose_reference_is_lost_is_not_resumed(tuned, tmp_path, call, dam
     assert f"{file} is missing or damaged" in error_of(done)
 
 
-def test_an_adapter_is_its_own_reference_and_one_adapter_on_the_original_base(
-    runs, hub, call, tmp_path
-):
+@pytest.fixture(scope="module")
+def on_adapter(runs, tmp_path_factory) -> Path:
+    """Preference tuning of what is an adapter already."""
+    return tune(tmp_path_factory.mktemp("on_adapter") / "run", runs["lora"])
+
+
+def test_what_an_adapter_is_held_to_is_that_adapter(runs, on_adapter):
     """With the bare base as the reference, rewards would not begin at 0."""
-    began = runs["lora"]
-    run = tune(tmp_path / "run", began)
-    assert logged(run, "eval_rewards/margins")[0] == pytest.approx(0, abs=1e-6)
-    assert logged(run, "eval_loss")[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert logged(on_adapter, "eval_rewards/margins")[0] == pytest.approx(0, abs=1e-6)
+    assert logged(on_adapter, "eval_loss")[0] == pytest.approx(np.log(2), abs=1e-6)
+    recipe = load_recipe(on_adapter / "recipe.yaml")
+    run = prepared_run(recipe)
+    bare = AutoModelForCausalLM.from_pretrained(recipe.model.name)
+    of_base = log_probs_of(bare, run.examples.eval)
+    of_adapter = log_probs_of(PeftModel.from_pretrained(bare, runs["lora"]), run.examples.eval)
+    with np.load(on_adapter / "reference.npz") as reference:
+        found = reference["eval"].reshape(-1, 2, 2).sum(2).ravel()
+    assert found == pytest.approx(of_adapter, rel=1e-4)
+    assert np.abs(found - of_base).min() > 1
+
+
+def log_probs_of(model, pairs) -> list[float]:
+    """Of each response, the chosen and the rejected of each pair in turn."""
+    found = []
+    for each in (part for pair in pairs for part in sequences_of(pair)):
+        ids, labels = (torch.tensor(each[name].tolist())[None] for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[:, :-1].transpose(1, 2)
+        loss = F.cross_entropy(logits, labels[:, 1:].long(), reduction="sum")
+        found.append(-loss.item())
+    return found
+
+
+def test_what_was_tuned_from_an_adapter_is_one_adapter_on_the_original_base(
+    runs, on_adapter, hub, call, tmp_path
+):
+    """Published, pulled and asked, it answers as the policy did when it was trained."""
+    run, began = copied(on_adapter, tmp_path / "run"), runs["lora"]
     recipe, before = load_recipe(run / "recipe.yaml"), load_recipe(began / "recipe.yaml")
     assert recipe.model.name == before.model.name and recipe.model.adapter == str(began)
     assert recipe.lora == before.lora
@@ -111,13 +147,22 @@ def test_an_adapter_is_its_own_reference_and_one_adapter_on_the_original_base(
     assert weights.keys() == old.keys()
     assert any(not torch.equal(weight, old[name]) for name, weight in weights.items())
 
-    base = ["publish.base_model=elith/tiny-base", "publish.subfolder=chapter05/dpo"]
-    assert call(publish, run, "--unasked", *base).code == 0
+    hub.create("elith/tiny-base")
+    hub.put("elith/tiny-base", files_below(Path(before.model.name)))
+    place = ["publish.base_model=elith/tiny-base", "publish.subfolder=chapter05/dpo"]
+    assert call(publish, run, *place).code == 0
     card = hub.read(REPO, "chapter05/dpo/README.md").decode()
     assert "preference-tuned with DPO (beta 0.1, loss sigmoid) with LoRA on" in card
+    assert "with the adapter `./run`" in card and "accelerate launch src/dpo.py outputs/" in card
+    config = json.loads(hub.read(REPO, "chapter05/dpo/adapter_config.json"))
+    assert config["base_model_name_or_path"] == "elith/tiny-base"
+
+    assert call(pull, REPO, "chapter05/dpo", tmp_path / "pulled").code == 0
     question = "What is 3 + 1?"
-    ours = load_asker(run, recipe)([question])
-    assert load_asker(began, before)([question]) != ours
+    answers = {each: call(generate, each, question).out for each in (run, tmp_path / "pulled")}
+    answers["hub"] = call(generate, f"hub:{REPO}/chapter05/dpo", question).out
+    assert len({*answers.values()}) == 1 and answers[run].strip()
+    assert call(generate, began, question).out != answers[run]
 
 
 def test_sft_and_dpo_refuse_each_others_recipes(call):

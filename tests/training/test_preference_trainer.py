@@ -1,18 +1,22 @@
 """Preference tuning against trl.DPOTrainer, and against a plain loop, step by step."""
 
-import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import huggingface_hub.constants
+import numpy as np
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+import trainings
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from trainings import EPSILON, LORA_TARGETS, RATE, prepared_run
+from safetensors.torch import load_file, save_file
+from trainings import EPSILON, LORA_TARGETS, RATE, prepared_run, trained, write_pairs
 from transformers import AutoModelForCausalLM, set_seed
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
@@ -20,67 +24,19 @@ from trl.trainer import dpo_trainer
 from finetuning.data.tokenization import IGNORE_INDEX, sequences_of
 from finetuning.errors import UserError
 from finetuning.model.preference_loss import ScoredPairs, summed_losses
-from finetuning.recipe.recipe import load_recipe
 from finetuning.recipe.sections import LossType, PreferenceTraining
-from finetuning.training.reference import find_reference
-from finetuning.training.train import make_trainer
+from finetuning.training.preference_trainer import PreferenceTrainer
 
 STEPS, PAIRS = 4, 4
 FIGURES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 FIGURES += ("logps/chosen", "logps/rejected", "grad_norm")
 
 
-def write_pairs(file: Path) -> Path:
-    lines = [
-        {
-            "prompt": f"What is {n} + {n}?" * (1 + n % 3),
-            "chosen": f"It is {2 * n}. " * (1 + (n * 7) % 5),
-            "rejected": f"I think {n}! " * (1 + (n * 5) % 6),
-        }
-        for n in range(24)
-    ]
-    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    return file
-
-
 def recipe_of(base: tuple[str, Path], folder: Path, *overrides: str):
-    text = f"""
-model: {{name: {base[1]}}}
-data:
-  path: {write_pairs(folder / "pairs.jsonl")}
-  reader: preference
-  template: question_answer
-  max_length: 200
-  order: sequential
-  eval: {{every: 6}}
-training:
-  output_dir: {folder / "run"}
-  max_steps: {STEPS}
-  per_device_train_batch_size: {PAIRS}
-  learning_rate: {RATE}
-  lr_scheduler_type: constant
-  optim: adamw_torch
-  adam_epsilon: {EPSILON}
-  beta: 0.3
-  logging_steps: 1
-  save_strategy: "no"
-"""
-    file = folder / "recipe.yaml"
-    file.write_text(text, encoding="utf-8")
-    return load_recipe(file, overrides)
-
-
-def trained(recipe):
-    """The trainer of a recipe when it has trained; its run folder has only the reference."""
-    run = prepared_run(recipe)
-    Path(recipe.training.output_dir).mkdir(exist_ok=True)
-    trainer = make_trainer(run)
-    trainer.create_optimizer_and_scheduler(STEPS)
-    trainer.state.max_steps = STEPS
-    trainer.model_wrapped = trainer.model
-    find_reference(trainer)
-    trainer.train()
-    return trainer
+    settings = ["data.reader=preference", "data.order=sequential", "training.beta=0.3"]
+    settings += [f"training.max_steps={STEPS}", f"training.per_device_train_batch_size={PAIRS}"]
+    rows = write_pairs(folder, 24)
+    return trainings.recipe_of(base, rows, folder / "run", *settings, *overrides)
 
 
 def logged(trainer) -> list[list[float]]:
@@ -317,3 +273,34 @@ def test_a_model_that_is_not_its_own_reference_is_refused(dropping, tmp_path, mo
 def test_only_the_pairs_that_a_short_run_sees_have_a_reference(dropping, tmp_path):
     reference = trained(recipe_of(dropping, tmp_path, "data.order=random")).train_dataset.reference
     assert (~torch.tensor(reference).isnan().any(1)).sum() == STEPS * PAIRS
+
+
+def test_another_run_on_the_same_weights_and_pairs_does_not_ask_the_reference_again(
+    dropping, tmp_path, monkeypatch
+):
+    """Only the first pairs are, with which a run checks that the model is its own reference."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
+    asked = []
+    whole = PreferenceTrainer.log_probs
+
+    def log_probs(trainer, batch):
+        asked.append(1)
+        return whole(trainer, batch)
+
+    monkeypatch.setattr(PreferenceTrainer, "log_probs", log_probs)
+
+    def passes(*overrides: str) -> tuple[int, Any]:
+        asked.clear()
+        trainer = trained(recipe_of(dropping, tmp_path, "training.max_steps=1", *overrides))
+        return len(asked), trainer.train_dataset.reference
+
+    (first, reference), (second, cached) = passes(), passes("training.beta=0.5")
+    assert (first, second) == (3, 1) and np.array_equal(reference, cached, equal_nan=True)
+    assert passes("data.layout=padded")[0] == 3
+    for file in (tmp_path / "cache/finetuning").glob("*.npz"):
+        file.write_bytes(file.read_bytes()[:-40])
+    assert passes()[0] == 3
+    weights = load_file(dropping[1] / "model.safetensors")
+    weights["transformer.ln_f.bias"] += 1e-6
+    save_file(weights, dropping[1] / "model.safetensors", {"format": "pt"})
+    assert passes()[0] == 3

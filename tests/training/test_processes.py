@@ -7,27 +7,57 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
 import tiny
 import torch
 from conftest import ROOT
-from peft import PeftModel
-from trainings import GLOBAL_BATCH, LORA_TARGETS, losses_of, recipe_of, trained, write_rows
+from peft import LoraConfig, PeftModel, get_peft_model
+from trainings import (
+    GLOBAL_BATCH,
+    LORA_TARGETS,
+    figures_of,
+    losses_of,
+    recipe_of,
+    trained,
+    write_pairs,
+    write_rows,
+)
 from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("all_warm")]
 
 STEPS = 10
-# (architecture, method, layout, accumulation)
+
+
+class Case(NamedTuple):
+    """What is trained, by one process and by two."""
+
+    architecture: str
+    method: str
+    """full; lora, a new adapter; or begun, an adapter that was trained before"""
+    layout: str
+    accumulation: int
+    reader: str = "prompt_response"
+    """or preference"""
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+
 CASES = [
-    ("gpt2", "full", "packed", 1),
-    ("gpt2", "full", "padded", 2),
-    ("gpt2", "lora", "packed", 2),
-    ("bloom", "full", "packed", 2),
-    ("llama", "full", "packed", 1),
-    ("llama", "lora", "padded", 1),
+    Case("gpt2", "full", "packed", 1),
+    Case("gpt2", "full", "padded", 2),
+    Case("gpt2", "lora", "packed", 2),
+    Case("gpt2", "begun", "packed", 1),
+    Case("bloom", "full", "packed", 2),
+    Case("llama", "full", "packed", 1),
+    Case("llama", "lora", "padded", 1),
+    Case("gpt2", "full", "packed", 2, "preference"),
+    Case("llama", "lora", "padded", 1, "preference"),
+    Case("llama", "begun", "packed", 1, "preference"),
 ]
 # accelerate config -> what runs, a class of the prepared model, the share that a process has of
 # weights and moments
@@ -85,45 +115,59 @@ def bases(tmp_path_factory) -> dict[str, tuple[str, Path]]:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows"))
-
-
-def overrides_of(case: tuple[str, str, str, int], processes: int) -> list[str]:
-    kind, method, layout, accumulation = case
-    lora = (
-        [f"lora={{r: 4, lora_alpha: 8, target_modules: {LORA_TARGETS[kind]}}}"]
-        if method == "lora"
-        else []
-    )
-    batch = [f"training.per_device_train_batch_size={GLOBAL_BATCH // accumulation // processes}"]
-    size = [f"training.global_batch_size={GLOBAL_BATCH}", f"training.max_steps={STEPS}"]
-    return [f"data.layout={layout}", *batch, *size, *lora]
+def rows(tmp_path_factory) -> dict[str, Path]:
+    """{reader: file}"""
+    folder = tmp_path_factory.mktemp("rows")
+    return {"prompt_response": write_rows(folder), "preference": write_pairs(folder)}
 
 
 @pytest.fixture(scope="module")
-def alone(bases, rows, tmp_path_factory) -> dict:
+def adapters(bases, tmp_path_factory) -> dict[str, Path]:
+    """{architecture: folder of an adapter whose answers are not the base's}"""
+    found = {}
+    for kind in ("gpt2", "llama"):
+        found[kind] = tmp_path_factory.mktemp(f"adapter of {kind}")
+        base = AutoModelForCausalLM.from_pretrained(bases[kind][1])
+        targets = LORA_TARGETS[kind].strip("[]").split(", ")
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM"}
+        torch.manual_seed(0)
+        adapted = get_peft_model(base, LoraConfig(**settings, init_lora_weights=False))
+        adapted.save_pretrained(found[kind])
+    return found
+
+
+def overrides_of(case: Case, processes: int, adapters: dict[str, Path]) -> list[str]:
+    micro_batch = GLOBAL_BATCH // case.accumulation // processes
+    found = [f"data.layout={case.layout}", f"data.reader={case.reader}"]
+    found += [f"training.per_device_train_batch_size={micro_batch}"]
+    found += [f"training.global_batch_size={GLOBAL_BATCH}", f"training.max_steps={STEPS}"]
+    if case.method != "full":
+        targets = LORA_TARGETS[case.architecture]
+        found.append(f"lora={{r: 4, lora_alpha: 8, target_modules: {targets}}}")
+    if case.method == "begun":
+        found.append(f"model.adapter={adapters[case.architecture]}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(bases, rows, adapters, tmp_path_factory) -> dict:
     """{case: trainer} of one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    return {
-        case: trained(
-            recipe_of(
-                bases[case[0]], rows, folder / "-".join(map(str, case)), *overrides_of(case, 1)
-            )
-        )
-        for case in CASES
-    }
+    folder, found = tmp_path_factory.mktemp("alone"), {}
+    for case in CASES:
+        overrides = overrides_of(case, 1, adapters)
+        base, output = bases[case.architecture], folder / str(case)
+        found[case] = trained(recipe_of(base, rows[case.reader], output, *overrides))
+    return found
 
 
 @pytest.fixture(scope="module", params=STRATEGIES)
-def together(request, bases, rows, tmp_path_factory) -> tuple[str, Path]:
+def together(request, bases, rows, adapters, tmp_path_factory) -> tuple[str, Path]:
     """(strategy, folder with what two processes found for each case)"""
     folder = tmp_path_factory.mktemp(request.param)
     cases = {}
     for case in CASES:
-        name = "-".join(map(str, case))
-        recipe_of(bases[case[0]], rows, folder / name)
-        cases[name] = (str(folder / f"{name}.yaml"), overrides_of(case, 2))
+        recipe_of(bases[case.architecture], rows[case.reader], folder / str(case))
+        cases[str(case)] = (str(folder / f"{case}.yaml"), overrides_of(case, 2, adapters))
     (folder / "cases.json").write_text(json.dumps(cases))
     config = f"accelerate_configs/{request.param}.yaml"
     around = ["tests/fsdp_on_cpu.py"] if request.param == "fsdp2" else []
@@ -139,8 +183,8 @@ def test_two_processes_in_half_precision_have_the_losses_of_float32(
     """The formats of GPUs: accelerate's FSDP2 would round the loss."""
     case, cases = CASES[0], {}
     for half in ("bf16", "fp16"):
-        recipe_of(bases[case[0]], rows, tmp_path / half)
-        overrides = [*overrides_of(case, 2), f"training.{half}=true"]
+        recipe_of(bases[case.architecture], rows[case.reader], tmp_path / half)
+        overrides = [*overrides_of(case, 2, {}), f"training.{half}=true"]
         cases[half] = (str(tmp_path / f"{half}.yaml"), overrides)
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     around = ["tests/fsdp_on_cpu.py"] if strategy == "fsdp2" else []
@@ -160,8 +204,8 @@ def test_two_gpus_in_their_own_format_have_the_losses_of_one(
     strategy, alone, bases, rows, tmp_path, record_property
 ):
     case = CASES[0]
-    recipe_of(bases[case[0]], rows, tmp_path / "two")
-    cases = {"two": (str(tmp_path / "two.yaml"), overrides_of(case, 2))}
+    recipe_of(bases[case.architecture], rows[case.reader], tmp_path / "two")
+    cases = {"two": (str(tmp_path / "two.yaml"), overrides_of(case, 2, {}))}
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     config = f"accelerate_configs/{strategy}.yaml"
     done = launch(config, "tests/processes.py", tmp_path / "cases.json", tmp_path)
@@ -171,11 +215,10 @@ def test_two_gpus_in_their_own_format_have_the_losses_of_one(
     assert found["losses"] == pytest.approx(one, rel=1e-2)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_two_processes_train_what_one_trains(together, alone, bases, case):
     strategy, folder = together
-    name = "-".join(map(str, case))
-    found, one = json.loads((folder / f"{name}.json").read_text()), alone[case]
+    found, one = json.loads((folder / f"{case}.json").read_text()), alone[case]
     runs, wrapper, weights, moments = STRATEGIES[strategy]
     assert found["strategy"] == runs and wrapper in found["wrappers"]
     assert (found["weights"], found["moments"]) == (
@@ -184,11 +227,14 @@ def test_two_processes_train_what_one_trains(together, alone, bases, case):
     )
 
     assert len(found["losses"]) == STEPS
-    assert found["losses"] == pytest.approx(losses_of(one), rel=1e-5)
+    for figure, values in figures_of(one).items():
+        # Of the norm a step repeats the rounding of all steps before it.
+        tolerance = {"rel": 5e-5 if figure == "grad_norm" else 1e-5, "abs": 1e-6}
+        assert found["figures"][figure] == pytest.approx(values, **tolerance), figure
     evaluated = [entry["eval_loss"] for entry in one.state.log_history if "eval_loss" in entry]
     assert found["eval"] == pytest.approx(evaluated, rel=1e-5)
     trained_weights = one.model.state_dict()
-    reloaded = load(folder / name, bases[case[0]][1], case[1])
+    reloaded = load(folder / str(case), bases[case.architecture][1], case.method)
     assert reloaded.keys() == trained_weights.keys()
     for key, weight in trained_weights.items():
         assert (reloaded[key] - weight).abs().max() <= 1e-5, key

@@ -120,12 +120,6 @@ RULES = (
         lambda recipe, strategy: bool(recipe.model.quantization) and strategy.is_sharded,
     ),
     Rule(
-        "model.adapter with ZeRO-3 or FSDP",
-        "it was not tested that an adapter's weights are read into a sharded model",
-        "accelerate_configs/ddp.yaml or zero2.yaml",
-        lambda recipe, strategy: bool(recipe.model.adapter) and strategy.is_sharded,
-    ),
-    Rule(
         "training.auto_find_batch_size with ZeRO or FSDP",
         "a wrapped model cannot be rebuilt with another micro-batch",
         "a smaller training.per_device_train_batch_size, with training.global_batch_size",

@@ -89,6 +89,7 @@ def model_card(
         has_plot="loss.png" in files,
         gguf=next((name for name in files if name.endswith(".gguf")), None),
         kind=manifest.kind,
+        script=recipe.script,
         samples="\n".join(f"#{part}" for part in sample_parts(read_samples(run.path))),
         versions=", ".join(cell(f"{name} {version}") for name, version in made_with(manifest)),
     )
@@ -104,7 +105,10 @@ def summary(manifest: Manifest) -> str:
     preferences = preferences_of(kind_of(manifest.recipe), manifest.recipe.get("training", {}))
     how = f"{preferences or ('fine-tuned' if manifest.base else 'trained')}{method}"
     data = ", ".join(map(code_cell, manifest.data.path))
-    text = f"{base_link(manifest.base)}, {how} on {data}.{result}"
+    began = base_link(manifest.base)
+    if adapter := manifest.recipe["model"].get("adapter"):
+        began += f" with the adapter {code_cell(adapter)}"
+    text = f"{began}, {how} on {data}.{result}"
     return text if manifest.finished else f"{text} **The training was not finished.**"
 
 

@@ -3,10 +3,14 @@
 They are computed once, of the pairs that the run will use, by all its processes, and kept in the
 run folder. So no second model is in memory and none is asked in a step; and the reference is what
 training starts from, whatever that is: full weights, a base model under a new adapter, or an
-adapter that is trained on.
+adapter that is trained on. They are cached beside prepared rows, too: another run on the same
+weights and pairs, with another beta, reads them there.
 """
 
+import hashlib
 import io
+import json
+import os
 import zipfile
 from itertools import islice
 from pathlib import Path
@@ -14,39 +18,88 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from finetuning.data.batching import BatchSampler, PairSet, dummy_of
+from finetuning.data.cache import cache_folder, make_private
 from finetuning.errors import UserError
 from finetuning.files import write_bytes
+from finetuning.launch.software import versions
 from finetuning.runs.folder import REFERENCE
+from finetuning.training.divergence import local_part
 from finetuning.training.preference_trainer import PreferenceTrainer
+from finetuning.training.prepared_run import PreparedRun
 
 # By how much a log-probability may differ when the same model computes it in another batch: for
 # each token, and at least; in float32 and in half precision. The sum over a response of another
 # model differs by more than that for each of its first tokens.
 ROUNDING = {False: (2e-4, 1e-3), True: (2e-2, 1e-1)}
+PACKAGE = Path(__file__).parents[1]
+# Modules of this package that a log-probability depends on; an edit of one makes the cache stale.
+CODE = sorted(
+    [
+        *(PACKAGE / "model").glob("*.py"),
+        *(PACKAGE / "data/batching.py", PACKAGE / "data/bin_packing.py"),
+        *(PACKAGE / "training/preference_trainer.py", Path(__file__)),
+    ]
+)
 
 Numbers = NDArray[np.int64]
+Arrays = dict[str, NDArray[np.float32]]
 
 
-def find_reference(trainer: PreferenceTrainer) -> None:
+def find_reference(trainer: PreferenceTrainer, run: PreparedRun) -> None:
     """Fills in what the pairs of training and evaluation compare with: computed before the first
-    step, and read from the run folder by a run that is resumed.
+    step or cached by an earlier run, and read from the run folder by a run that is resumed.
 
-    Raises UserError where that file is gone or the model is not its own reference.
+    Raises UserError where that file is gone or the model is not its own reference, Stopped where a
+    signal asked for it.
     """
     if trainer.state.global_step:
         read_reference(trainer)
         return
-    compute(trainer, trainer.train_dataset, used_pairs(trainer))
-    if trainer.eval_dataset is not None:
-        compute(trainer, trainer.eval_dataset, np.arange(len(trainer.eval_dataset)))
+    cached = cache_folder() / f"{reference_key(trainer, run)}.{REFERENCE}"
+    if not fill_from(cached, trainer):
+        compute(trainer, trainer.train_dataset, used_pairs(trainer))
+        if trainer.eval_dataset is not None:
+            compute(trainer, trainer.eval_dataset, np.arange(len(trainer.eval_dataset)))
+        keep(cached, trainer)
     require_own_reference(trainer)
     if trainer.is_world_process_zero():
-        write_reference(trainer)
+        write_bytes(trainer.run_folder / REFERENCE, content_of(trainer))
     trainer.accelerator.wait_for_everyone()
+
+
+def reference_key(trainer: PreferenceTrainer, run: PreparedRun) -> str:
+    """Digest of all that decides the reference, to the bit: weights, pairs, precision, the shape of
+    its batches, libraries and code. The same in every process.
+    """
+    args = trainer.args
+    formats = [args.bf16, args.fp16, str(args.device), args.tf32]
+    batches = [args.per_device_eval_batch_size, args.world_size, run.recipe.data.layout]
+    used = hashlib.sha256(used_pairs(trainer).tobytes()).hexdigest()
+    pairs = [run.examples.fingerprint, used]
+    code = [path.read_text(encoding="utf-8") for path in CODE]
+    weights = gather_object([digest_of_weights(trainer)])
+    decides = [weights, pairs, formats, batches, versions(), code]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+
+def digest_of_weights(trainer: PreferenceTrainer) -> str:
+    """Of what this process holds of the model, adapter, buffers and scales of quantized weights
+    among it.
+    """
+    # Under ZeRO-3 a state_dict is of empty tensors.
+    tensors: dict[str, Any] = {**trainer.model.state_dict()}
+    tensors |= dict(trainer.model.named_parameters())
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        part = local_part(tensor.detach()).contiguous()
+        digest.update(f"{name} {part.dtype} {list(part.shape)}".encode())
+        digest.update(part.reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def used_pairs(trainer: PreferenceTrainer) -> Numbers:
@@ -79,6 +132,8 @@ def compute(trainer: PreferenceTrainer, pairs: PairSet, numbers: Numbers) -> Non
         log_probs = trainer.log_probs(trainer.data_collator(examples))
         if not is_dummy:
             found[at] = log_probs.float()
+        # Whoever asks a run to stop does not wait for the end of a long pass.
+        trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
     trainer.model_wrapped.train(was_training)
     everything: Any = trainer.accelerator.reduce(found)
     pairs.reference[numbers] = everything.cpu().numpy()
@@ -111,25 +166,65 @@ def require_own_reference(trainer: PreferenceTrainer) -> None:
         )
 
 
-def write_reference(trainer: PreferenceTrainer) -> None:
-    pairs = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
-    arrays: dict[str, Any] = {k: each.reference for k, each in pairs.items() if each is not None}
+def parts_of(trainer: PreferenceTrainer) -> dict[str, PairSet]:
+    parts = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
+    return {name: pairs for name, pairs in parts.items() if pairs is not None}
+
+
+def content_of(trainer: PreferenceTrainer) -> bytes:
+    """The reference as an .npz file."""
+    arrays: dict[str, Any] = {name: pairs.reference for name, pairs in parts_of(trainer).items()}
     content = io.BytesIO()
     np.savez(content, **arrays)
-    write_bytes(trainer.run_folder / REFERENCE, content.getvalue())
+    return content.getvalue()
+
+
+def read_arrays(file: Path) -> Arrays | None:
+    """What content_of has made; None where the file is missing or damaged."""
+    try:
+        with np.load(file) as found:
+            return {name: found[name] for name in found.files}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def fill_from(cached: Path, trainer: PreferenceTrainer) -> bool:
+    """Whether an earlier run has left the reference there; the first process reads it for all."""
+    found: list[Arrays | None] = [None]
+    if trainer.is_world_process_zero() and is_own(cached):
+        found = [read_arrays(cached)]
+    broadcast_object_list(found)  # in place
+    if found[0] is None:
+        return False
+    for name, pairs in parts_of(trainer).items():
+        pairs.reference[:] = found[0][name]
+    return True
+
+
+def is_own(file: Path) -> bool:
+    """Whether it is there, and was not put there by another user."""
+    return file.is_file() and file.stat().st_uid == os.getuid()
+
+
+def keep(cached: Path, trainer: PreferenceTrainer) -> None:
+    """For other runs; with a read-only home, say, there is none."""
+    if not trainer.is_world_process_zero():
+        return
+    try:
+        make_private(cached.parent)
+        write_bytes(cached, content_of(trainer))
+    except OSError as error:
+        tqdm.write(f"the reference is not cached: {cached.parent}: {error.strerror}")
 
 
 def read_reference(trainer: PreferenceTrainer) -> None:
     """Of a run that is resumed: its model has learnt since, and cannot be asked any more."""
     file = trainer.run_folder / REFERENCE
-    pairs = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
-    try:
-        with np.load(file) as found:
-            for name, each in pairs.items():
-                if each is not None:
-                    fill(each, found[name], file)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        raise lost(file, "is missing or damaged") from None
+    found = read_arrays(file)
+    if found is None or not parts_of(trainer).keys() <= found.keys():
+        raise lost(file, "is missing or damaged")
+    for name, pairs in parts_of(trainer).items():
+        fill(pairs, found[name], file)
     if np.isnan(trainer.train_dataset.reference[used_pairs(trainer)]).any():
         raise lost(file, "has only the pairs of the steps that were asked for when it began")
 

@@ -47,7 +47,7 @@ def check_packing(trainer: ResponseTrainer, run: PreparedRun) -> None:
 def check_reference(trainer: ResponseTrainer, run: PreparedRun) -> None:
     """Is the model, of preference tuning, its own reference before the first step?"""
     if isinstance(trainer, PreferenceTrainer):
-        find_reference(trainer)
+        find_reference(trainer, run)
 
 
 CHECKS = (

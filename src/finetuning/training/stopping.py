@@ -1,6 +1,7 @@
 """All processes stop after the same step."""
 
 import signal
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ class SynchronizedStop(TrainerCallback):
 
     def __init__(self, stop: Stop, trainer: ResponseTrainer | None = None) -> None:
         self.stop, self.trainer = stop, trainer
-        self.group: Any = None
         self.question: tuple[Any, torch.Tensor] | None = None
         self.number = 0  # that all processes agreed on, see poll_stop
         self.in_training = False
@@ -38,8 +38,6 @@ class SynchronizedStop(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.in_training, self.saved = True, state.global_step
-        if args.world_size > 1:
-            self.group = dist.new_group(backend="gloo")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.number = self.number or self.poll_stop()
@@ -86,6 +84,14 @@ class SynchronizedStop(TrainerCallback):
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.in_training = False
         self.number = self.number or self.finish_poll()
+
+    @cached_property
+    def group(self) -> Any:
+        """Of all processes, on the CPU; None where there is one. They make it when they first ask
+        each other.
+        """
+        is_alone = not dist.is_initialized() or dist.get_world_size() == 1
+        return None if is_alone else dist.new_group(backend="gloo")
 
     def poll_stop(self) -> int:
         """The highest number that any process had a step ago; at once where there is only one.
