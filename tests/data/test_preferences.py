@@ -101,7 +101,12 @@ def test_earlier_responses_belong_to_the_prompt_and_are_not_trained():
         (
             {"prompt": "q", "chosen": "a", "rejected": "b", "label": True},
             "preference",
-            "column label: it belongs to preference data",
+            "column label: it says which responses are good, as KTO wants it, which is not",
+        ),
+        (
+            {"prompt": "q", "completion": "a", "label": True},
+            "preference",
+            "column label: it says which responses are good, as KTO wants it, which is not",
         ),
     ],
 )

@@ -134,7 +134,10 @@ def test_a_key_without_a_value_says_nothing(key, empty):
         (messages(USER, ASSISTANT, videos=["a"]), "column videos: what is trained on is text"),
         (messages(USER, ASSISTANT, audio="a.wav"), "column audio: what is trained on is text"),
         (messages(USER, ASSISTANT, chosen="a"), "column chosen: it belongs to preference data"),
-        (messages(USER, ASSISTANT, label=False), "column label: it belongs to preference data"),
+        (
+            messages(USER, ASSISTANT, label=False),
+            "column label: it says which responses are good, as KTO wants it, which is not",
+        ),
         (
             messages({**USER, "images": ["a"]}, ASSISTANT),
             "column messages, turn 0, key images: what is trained on is text",

@@ -636,6 +636,22 @@ MISSING = [
         command=f"{NO_MODEL} model.name=FOLDER/none",
     ),
     case(
+        "run that is not trained",
+        "model.name: outputs/dolly_gpt2: no such folder; train it first: accelerate launch "
+        "src/sft.py recipes/dolly_gpt2.yaml",
+        command=f"{NO_MODEL} model.name=outputs/dolly_gpt2",
+    ),
+    case(
+        "checkpoint of it",
+        "train it first: accelerate launch src/dpo.py recipes/hh_rlhf_gpt2_dpo.yaml",
+        command=f"{NO_MODEL} model.name=outputs/hh_rlhf_gpt2_dpo/checkpoint-9",
+    ),
+    case(
+        "run of no recipe",
+        "model.name: outputs/none: no such folder",
+        command=f"{NO_MODEL} model.name=outputs/none",
+    ),
+    case(
         "model",
         "model.name: me/none is not in the cache",
         "model.name=/path/to/none",

@@ -15,9 +15,14 @@ PREFERENCE = (
     "it belongs to preference data, of which not every response is a good one: see data.reader: "
     "preference and src/dpo.py"
 )
+LABELLED = (
+    "it says which responses are good, as KTO wants it, which is not supported (see "
+    "docs/preferences.md); data.where: {label: true} trains on those"
+)
 REFUSED = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), TEXT_ONLY),
-    **dict.fromkeys(("chosen", "rejected", "label"), PREFERENCE),
+    **dict.fromkeys(("chosen", "rejected"), PREFERENCE),
+    "label": LABELLED,
 }
 TOOLS = ("tools", "functions")
 SYSTEM = ("system", "system_prompt")

@@ -37,10 +37,14 @@ def explain(
         for key, found in problems.items()
         if not any(is_inside(other, key) for other in problems)
     }
-    # A misspelt key comes before what is then missing.
+    # A misspelt key comes before what is then missing, and a reader before all: it decides which
+    # keys there are.
     key, found = min(
         problems.items(),
-        key=lambda item: item[1][0]["type"] not in ("extra_forbidden", "invalid_key"),
+        key=lambda item: (
+            item[0][-1:] != ("reader",),
+            item[1][0]["type"] not in ("extra_forbidden", "invalid_key"),
+        ),
     )
     place = next((places[key[:end]] for end in range(len(key), 0, -1) if key[:end] in places), path)
     more = [".".join(map(str, other)) for other in problems if other != key]

@@ -6,6 +6,16 @@ PREFERENCE_KEYS = (
     *("f_divergence_type", "f_alpha_divergence_coef", "disable_dropout"),
 )
 
+# Values of training.loss_type that are not supported, and why.
+REFUSED_LOSSES = {
+    **dict.fromkeys(
+        ("aot", "aot_unpaired"),
+        "sorts the pairs of a micro-batch, so that it depends on how a step is divided",
+    ),
+    "kto": "compares with other prompts of a micro-batch, so that it depends on how a step is "
+    "divided",
+}
+
 # Fields of the libraries that another section owns (or that nobody may set), with the owner.
 OWNED = {
     "training": {

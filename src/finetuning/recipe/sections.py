@@ -15,7 +15,7 @@ from finetuning.recipe.library_sections import (
     LoraConfigFields,
     SFTConfigFields,
 )
-from finetuning.recipe.ownership import PREFERENCE_KEYS
+from finetuning.recipe.ownership import PREFERENCE_KEYS, REFUSED_LOSSES
 from finetuning.section import Section
 from finetuning.untrusted_text import TOO_SLOW, short_line, slow_patterns
 
@@ -192,6 +192,14 @@ class PreferenceTraining(Training):
     """loss_type discopop: its temperature"""
     disable_dropout: bool = True
     """dropout is off, in the model that is trained too"""
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def check_loss_type(cls, given: Any) -> Any:
+        for name in given if isinstance(given, list) else [given]:
+            if isinstance(name, str) and name in REFUSED_LOSSES:
+                raise ValueError(f"{name} is not supported: it {REFUSED_LOSSES[name]}")
+        return given
 
     @property
     def loss_types(self) -> list[LossType]:
