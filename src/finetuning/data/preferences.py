@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from finetuning.data.readers import text_or_turns
 from finetuning.data.row import BadRow, Message, Row, brief, checked_text, message, text
-from finetuning.data.row_keys import COLUMN, refuse_unread
+from finetuning.data.row_keys import COLUMN, LABELLED
 
 # Where a turn of hh-rlhf begins.
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
@@ -31,8 +31,8 @@ def read_preference(row: Row) -> Pair:
     Without a prompt, it is the turns that chosen and rejected begin with; with one, they may begin
     with it too.
     """
-    if not row.get("chosen"):
-        refuse_unread(row, COLUMN)  # a row of KTO has a label instead
+    if "label" in row and "chosen" not in row:
+        raise BadRow(f"{COLUMN} label: {LABELLED}")
     chosen, rejected = (text_or_turns(row, name, "assistant") for name in ("chosen", "rejected"))
     if not row.get("prompt"):
         if isinstance(row["chosen"], str):
