@@ -21,7 +21,7 @@ from argparse import Namespace
 from contextlib import suppress
 
 from finetuning.command_line import ArgumentParser, require_section
-from finetuning.script import run
+from finetuning.script import run, uncollected
 
 
 def main(arguments: list[str]) -> None:
@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> None:
     hide_bitsandbytes(quantized[0] if quantized else recipe)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see sft.py
     # Torch and transformers take seconds to import: only now.
-    from finetuning.inference.page import columns_of, serving
+    with uncollected():
+        from finetuning.inference.page import columns_of, serving
 
     has_base = len(runs) == 1 and not options.no_base
     columns = [column for each in runs for column in columns_of(*each, has_base)]

@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.command_line import ArgumentParser, require_section
 from finetuning.errors import UserError, did_you_mean
-from finetuning.script import run
+from finetuning.script import run, uncollected
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,10 +107,11 @@ def processes() -> Iterator[tuple["Share", "Console"]]:
     """What this process answers, and where it prints."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see sft.py
     # Torch and transformers take seconds to import: only now.
-    import torch
-    from accelerate import PartialState
+    with uncollected():
+        import torch
+        from accelerate import PartialState
 
-    from finetuning.evaluation.asking import Share
+        from finetuning.evaluation.asking import Share
     from finetuning.runs.terminal import make_console
 
     state = PartialState(cpu=not torch.cuda.is_available())
