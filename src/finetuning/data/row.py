@@ -69,6 +69,13 @@ def checked_text(value: str, place: str) -> str:
     return value
 
 
+def checked_row(row: Any, place: str) -> Row:
+    """The row. Raises BadRow where it is no object."""
+    if not isinstance(row, dict):
+        raise BadRow(f"{place}: expected an object, found {type(row).__name__}")
+    return row
+
+
 def columns(row: Row, missing: str) -> str:
     """What a message about a missing column adds: the columns that the row has."""
     if missing in row:

@@ -7,7 +7,6 @@ uneven columns are no error, and nothing heavy is imported.
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -15,21 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.data.configurations import configured_files
-from finetuning.data.file_kinds import (
-    BATCH,
-    FILE_KINDS,
-    METADATA_FILES,
-    PARSERS,
-    SPLIT_NAME,
-    UNREADABLE,
-    open_data,
-    parse_json,
-    splits_of,
-    suffix_of,
-)
+from finetuning.data.file_kinds import FILE_KINDS, PARSERS, is_data
+from finetuning.data.json_files import members_of, parse_json, splits_in
+from finetuning.data.packed_files import UNREADABLE, open_data, suffix_of
 from finetuning.data.readers import FILE_READERS
 from finetuning.data.row import BadRow, Row
 from finetuning.data.section import Source
+from finetuning.data.split_names import names_split
+from finetuning.data.table_files import BATCH
 from finetuning.errors import UserError, one_line
 
 
@@ -139,7 +131,7 @@ def files_of_split(path: Path, split: str) -> list[Path]:
     if path.is_file():
         if suffix_of(path) not in PARSERS:
             raise UserError(f"data.path: {path}: unknown kind of file; allowed are {FILE_KINDS}")
-        if split != "train" and split not in splits_in(path):
+        if split != "train" and split not in splits_of(path):
             raise UserError(
                 f"data.path: {path}: no split {split!r} in a file, which is train; name a folder"
             )
@@ -149,45 +141,33 @@ def files_of_split(path: Path, split: str) -> list[Path]:
     )
     if not files:
         raise UserError(f"data.path: {path}: no data file in this folder; expected {FILE_KINDS}")
-    names = [file.relative_to(path).as_posix().lower() for file in files]
-    word = re.compile(rf"(?<![a-z]){re.escape(split.lower())}(?![a-z])")
-    named = [file for file, name in zip(files, names, strict=True) if word.search(name)]
-    if named or (split == "train" and not any(map(SPLIT_NAME.search, names))):
+    names = [file.relative_to(path).as_posix() for file in files]
+    named = [file for file, name in zip(files, names, strict=True) if names_split(name, split)]
+    if named or (split == "train" and not any(map(names_split, names))):
         return named or files
     found = ", ".join(file.name for file in files[:5])
     raise UserError(f"data.path: {path}: no file of split {split!r}; found {found}")
 
 
-def splits_in(file: Path) -> list[str]:
+def splits_of(file: Path) -> list[str]:
     """The splits of a file that is `{"train": [...], "test": [...]}`."""
     if PARSERS[suffix_of(file)] is not parse_json:
         return []
     try:
-        with open_data(file) as stream:
-            return list(splits_of(json.loads(stream.read())))
+        return splits_in(members_of(file) or {})
     except (*UNREADABLE, ValueError, RecursionError):  # told where its rows are read
         return []
-
-
-def is_data(path: Path) -> bool:
-    """Whether the file at this path in a folder holds rows.
-
-    Hidden files are copies of others: Jupyter's `.ipynb_checkpoints/`, the `._rows.jsonl` of macOS.
-    """
-    is_hidden = any(part.startswith(".") for part in path.parts)
-    is_about = path.name in METADATA_FILES or path.match("cache-*.arrow")
-    return suffix_of(path) in PARSERS and not is_hidden and not is_about
 
 
 def read_rows(path: Path, source: Source) -> Iterator[Row]:
     """The file's rows. Raises UserError where it cannot be read."""
     try:
-        with open_data(path) as stream:
-            if read_file := FILE_READERS.get(source.reader or ""):
-                yield from read_file(json.loads(stream.read()), source.sessions)
-            else:
-                parse = PARSERS[suffix_of(path)]
-                yield from parse(stream, source.split) if parse is parse_json else parse(stream)
+        if read_file := FILE_READERS.get(source.reader or ""):
+            with open_data(path) as stream:
+                document = json.loads(stream.read())
+            yield from read_file(document, source.sessions)
+        else:
+            yield from PARSERS[suffix_of(path)](path, source.split)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: is not JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
