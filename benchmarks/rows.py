@@ -91,6 +91,7 @@ def measure(
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment = {**os.environ, "PYTHONPATH": str(options.source)}
     processes = [subprocess.Popen(command, env=environment, **pipes) for _ in range(count)]
+    started = time.perf_counter()
     peak_own = peak_mapped = 0.0
     trees = [psutil.Process(process.pid) for process in processes]
     while True:
@@ -98,7 +99,8 @@ def measure(
         peak_own, peak_mapped = max(peak_own, own), max(peak_mapped, mapped)
         if all(has_printed(process) for process in processes):
             break
-        time.sleep(0.05)
+        # Of a long preparation rarely: each look costs milliseconds of the cores that it uses.
+        time.sleep(min(2, 0.05 + (time.perf_counter() - started) / 100))
     seconds = [json.loads(process.stdout.readline()) for process in processes if process.stdout]
     for process in processes:
         process.communicate("")

@@ -10,7 +10,7 @@ from tiny import byte_level
 from finetuning.data.cache import prepare
 from finetuning.data.groups import first_of_group, prompt_key, response_key, text_key
 from finetuning.data.row import message
-from finetuning.data.section import Data
+from finetuning.data.section import Data, Eval
 from finetuning.errors import UserError
 from finetuning.recipe.recipe import load_recipe
 
@@ -42,14 +42,14 @@ def test_a_group_goes_where_its_first_row_is_drawn_to(prepared_of):
     rows = [pair(f"question {number}", f"answer {number}") for number in range(8)]
     rows[5]["prompt"] = " Question\n0"  # of row 0, which is held out
     rows[6]["prompt"] = "question 1"  # is drawn, but row 1 is not
-    held, train = sides(prepared_of(rows, eval={"every": 3, "group_by": "same_text"}))
+    held, train = sides(prepared_of(rows, eval={"every": 3}))
     assert (held, train) == ([0, 3, 5], [1, 2, 4, 6, 7])
 
 
 def test_a_long_answer_joins_two_questions_and_a_short_one_does_not(prepared_of):
     rows = [pair(f"question {number}", "Yes") for number in range(6)]
     rows[0]["response"], rows[4]["response"] = LONG, LONG.upper()
-    assert sides(prepared_of(rows, eval={"every": 6, "group_by": "same_text"})) == (
+    assert sides(prepared_of(rows, eval={"every": 6})) == (
         [0, 4],
         [1, 2, 3, 5],
     )
@@ -63,7 +63,7 @@ def test_groups_that_share_a_row_are_one_group(prepared_of):
         pair("c", LONG + "!"),
         pair("d", LONG + "!"),
     ]
-    assert sides(prepared_of(rows, eval={"every": 5, "group_by": "same_text"})) == (
+    assert sides(prepared_of(rows, eval={"every": 5})) == (
         [0, 2, 3, 4],
         [1],
     )
@@ -143,19 +143,46 @@ def test_nothing_that_is_drawn_stands_on_both_sides(prepared_of):
         pair(f"question {random.integers(400)}", f"{LONG} {random.integers(400)}")
         for _ in range(100)
     ]
-    alone = prepared_of(rows, eval={"fraction": 0.2})
+    alone = prepared_of(rows, eval={"fraction": 0.2, "group_by": None})
     assert len(alone.eval) == 20 and alone.report["leaked"] > 0
-    prepared = prepared_of(rows, eval={"fraction": 0.2, "group_by": "same_text"})
+    prepared = prepared_of(rows, eval={"fraction": 0.2})
     held, train = sides(prepared)
     for name in ("prompt", "response"):
         assert {rows[n][name] for n in held}.isdisjoint({rows[n][name] for n in train})
     assert prepared.report["leaked"] == 0
 
 
+def test_rows_that_are_all_one_group_leave_nothing_to_train_on(prepared_of):
+    rows = [pair("the same", LONG)] * 3
+    with pytest.raises(UserError, match=r"to train on: .*; data\.eval\.group_by: null draws each"):
+        prepared_of(rows, eval={"every": 2})
+    assert sides(prepared_of(rows, eval={"every": 2, "group_by": None})) == ([0, 2], [1])
+
+
+@pytest.mark.parametrize(
+    ("said", "group_by"),
+    [
+        ({"every": 5}, "same_text"),
+        ({"fraction": 0.1, "seed": 3}, "same_text"),
+        ({"every": 5, "group_by": None}, None),
+        ({"split": "test"}, None),
+        # As recipe.yaml of a run folder says it, of a version that knew no groups, and of later.
+        ({"every": 5, "fraction": None, "seed": None, "split": None}, None),
+        ({"every": 5, "fraction": None, "seed": None, "split": None, "group_by": "book"}, "book"),
+    ],
+)
+def test_what_is_drawn_is_drawn_by_group_unless_a_recipe_or_an_older_run_says_otherwise(
+    said, group_by
+):
+    assert Eval.model_validate(said).group_by == group_by
+    assert Eval.model_validate(Eval.model_validate(said).model_dump()).group_by == group_by
+
+
 def test_every_recipe_that_draws_its_evaluation_set_keeps_the_same_text_on_one_side():
     drawn = {
         file.name: recipe.data.eval.group_by
         for file in ROOT.glob("recipes/*.yaml")
-        if (recipe := load_recipe(file)).data.eval and recipe.data.eval.fraction
+        if (recipe := load_recipe(file)).data.eval and recipe.data.eval.split is None
     }
-    assert len(drawn) > 3 and set(drawn.values()) == {"same_text"}, drawn
+    alone = {name for name, group_by in drawn.items() if group_by != "same_text"}
+    assert len(drawn) > 3 and {name.partition("_bloomz")[0] for name in alone} == {"harry_potter"}

@@ -151,7 +151,7 @@ def test_overrides_are_applied_in_order(load):
 
 def test_an_override_changes_one_key_and_leaves_its_neighbours(load):
     assert load(MIXED, "lora.r=4").resolved()["lora"] == {"r": 4, "target_modules": ["c_attn"]}
-    assert load(MIXED, "data.eval.seed=4").data.eval.model_dump(exclude_none=True) == {
+    assert load(MIXED, "data.eval.seed=4").data.eval.model_dump(exclude_unset=True) == {
         "fraction": 0.1,
         "seed": 4,
     }

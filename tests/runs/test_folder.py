@@ -22,7 +22,12 @@ from finetuning.runs.folder import (
     write_samples,
     write_start,
 )
-from finetuning.runs.reopen import is_finished, open_run_folder, with_real_folder
+from finetuning.runs.reopen import (
+    is_finished,
+    open_run_folder,
+    with_begun_draw,
+    with_real_folder,
+)
 
 # Holds the lock of a folder until it is killed.
 HOLDER = """
@@ -319,6 +324,24 @@ def test_where_an_evaluation_decides_its_steps_stay(recipe_of, chooses):
     with pytest.raises(UserError, match=r"training\.eval_steps was 4(.0)?, is 5"):
         now = recipe_of("data.eval={every: 2}", "training.eval_steps=5", *chooses)
         open_run_folder(now, "rows", Strategy("single", 1))
+
+
+def test_a_run_that_began_without_groups_keeps_its_evaluation_set(recipe_of, capsys):
+    begun(recipe_of("data.eval={every: 2, group_by: null}"), Strategy("single", 1))
+    recipe = with_begun_draw(recipe_of("data.eval={every: 2}"))
+    assert recipe.data.eval.group_by is None
+    assert "began with data.eval.group_by: null" in capsys.readouterr().err
+    open_run_folder(recipe, "rows", Strategy("single", 1))
+    said = with_begun_draw(recipe_of("data.eval={every: 2, group_by: same_text}"))
+    with pytest.raises(UserError, match=r"data\.eval\.group_by was None, is 'same_text'"):
+        open_run_folder(said, "rows", Strategy("single", 1))
+
+
+def test_a_run_that_began_with_groups_keeps_them(recipe_of, capsys):
+    recipe = recipe_of("data.eval={every: 2}")
+    assert with_begun_draw(recipe) == recipe
+    begun(recipe, Strategy("single", 1))
+    assert with_begun_draw(recipe) == recipe and not capsys.readouterr().err
 
 
 def test_one_folder_has_many_names(recipe_of, tmp_path, monkeypatch):

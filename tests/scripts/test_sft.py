@@ -449,9 +449,10 @@ def test_preview_and_training_see_the_same_examples(tmp_path):
         for line in (tmp_path / "preview" / "examples.jsonl").read_text().splitlines()
     ]
     report = json.loads((tmp_path / "preview" / "report.json").read_text())
-    assert report["rows"] == {"loaded": 589, "where": 589, "kept": 589, "train": 530, "eval": 59}
+    assert report["rows"] == {"loaded": 589, "where": 589, "kept": 589, "train": 531, "eval": 58}
     assert [line["row"] for line in written] == list(range(589))
-    assert [line["row"] for line in written if line["split"] == "eval"] == list(range(0, 589, 10))
+    held_out = [line["row"] for line in written if line["split"] == "eval"]
+    assert held_out == [n for n in range(0, 589, 10) if n != 570]  # whose answer is trained
     assert sum(len(line["input_ids"]) for line in written) == report["tokens"]["total"]
     assert (
         sum(token != -100 for line in written for token in line["labels"])

@@ -136,7 +136,8 @@ def build(data: Data, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> Non
     if len(train) == 0 or (data.eval and len(held_out) == 0):
         which = "train" if len(train) == 0 else "evaluate"
         counts = f"{json.dumps(report['rows'])}, dropped {json.dumps(report['dropped'])}"
-        raise UserError(f"nothing to {which} on: {counts}")
+        hint = "; data.eval.group_by: null draws each row alone" if np.any(groups[1:] == 0) else ""
+        raise UserError(f"nothing to {which} on: {counts}{hint}")
 
     digest = hashlib.sha256()
     write_examples(folder, "train", arrays, train, digest)

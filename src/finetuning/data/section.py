@@ -31,9 +31,22 @@ class Eval(Section):
     """of the draw for `fraction`; 0 if not given"""
     split: str | None = Field(default=None, min_length=1)
     """name of another split of the same data"""
-    group_by: str | None = None
-    """column: rows of one value are all trained or all evaluated on; same_text: so are rows that
-    share their prompt or a long response"""
+    group_by: str | None = SAME_TEXT
+    """same_text: rows that share their prompt or a long response are all trained or all evaluated
+    on; a column: so are rows that share its value; null: every row is drawn alone"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def draw_alone(cls, settings: Any) -> Any:
+        """No groups where a split is named, nor in a recipe that was saved before there were any.
+
+        A saved recipe says every key, and such a one all but this.
+        """
+        if not isinstance(settings, dict) or "group_by" in settings:
+            return settings
+        is_saved = {"every", "fraction", "seed", "split"} <= settings.keys()
+        is_named = settings.get("split") is not None
+        return {**settings, "group_by": None} if is_saved or is_named else settings
 
     @model_validator(mode="after")
     def check(self) -> "Eval":

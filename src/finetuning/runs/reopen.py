@@ -65,6 +65,24 @@ def with_real_folder(recipe: Recipe, file: Path) -> Recipe:
     return recipe.model_copy(update={"training": training})
 
 
+def with_begun_draw(recipe: Recipe) -> Recipe:
+    """The recipe of a run that began before rows were drawn by group, with its evaluation set.
+
+    A recipe that says data.eval.group_by is as it says.
+    """
+    now, file = recipe.data.eval, output_folder(recipe) / "recipe.yaml"
+    if now is None or "group_by" in now.model_fields_set or not file.is_file():
+        return recipe
+    begun = load_recipe(file).data.eval
+    if begun is None or begun.group_by is not None:
+        return recipe
+    say(f"{file.parent} began with data.eval.group_by: null, and keeps its evaluation set")
+    data = recipe.data.model_copy(
+        update={"eval": now.model_copy(update={"group_by": begun.group_by})}
+    )
+    return recipe.model_copy(update={"data": data})
+
+
 def open_run_folder(recipe: Recipe, fingerprint: str, strategy: Strategy | None) -> Path:
     """Creates the folder, or finds it of the same recipe and data, ready to be resumed.
 

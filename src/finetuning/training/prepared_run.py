@@ -15,6 +15,7 @@ from finetuning.launch.hub_needs import needs_of
 from finetuning.launch.strategy import Strategy
 from finetuning.model.tokenizer import load_tokenizer
 from finetuning.recipe.recipe import Recipe
+from finetuning.runs.reopen import with_begun_draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -43,6 +44,7 @@ def prepare_run(recipe: Recipe, strategy: Strategy, *, trains_here: bool) -> Pre
     """
     require_compatible(recipe, strategy, trains_here)
     require_hub(needs_of(recipe))
+    recipe = with_begun_draw(recipe)
     on_base = with_begun_adapter(recipe)
     if on_base is not recipe:  # another base model, and a lora section
         require_compatible(on_base, strategy, trains_here)
