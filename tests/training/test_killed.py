@@ -36,7 +36,7 @@ from finetuning.errors import REQUEUE
 from finetuning.launch.strategy import launch_environment
 from finetuning.runs import checkpoints
 from finetuning.runs.folder import RunFolder
-from finetuning.training import callbacks, memory_check, reference, start_checks, train, trainer
+from finetuning.training import callbacks, memory_check, reference, resumable, start_checks, train
 from finetuning.training.preference_trainer import PreferenceTrainer
 from finetuning.training.trainer import ResponseTrainer
 
@@ -104,7 +104,7 @@ OF_REFERENCE = {
 FINISHED = ("the report is written", "the last line is printed", "Python ends")
 AFTER = {
     "the weights are saved": Instant(ResponseTrainer, "save_trained"),
-    "the weights are moved": Instant(Path, "replace", 3, Instant(trainer, "move_into")),
+    "the weights are moved": Instant(Path, "replace", 3, Instant(resumable, "move_into")),
     "the trained model is asked": Instant(train, "ask_after_training"),
     "answers are scored": Instant(train, "evaluate_trained"),
     "the end is noted": Instant(train, "write_finish"),

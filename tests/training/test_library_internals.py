@@ -19,7 +19,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.models.bloom.modeling_bloom import BloomAttention
 from trl import SFTConfig
 
-TRAINER = ROOT / "src" / "finetuning" / "training" / "trainer.py"
+TRAINERS = {
+    "ResumableTrainer": ROOT / "src" / "finetuning" / "training" / "resumable.py",
+    "ResponseTrainer": ROOT / "src" / "finetuning" / "training" / "trainer.py",
+}
 # method of Trainer: the arguments it is called with or handed, in this order
 CALLED = {
     "train": ["resume_from_checkpoint"],
@@ -59,19 +62,20 @@ def parameters(function: object) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "self"]
 
 
-def overridden() -> set[str]:
-    """Every method of ResponseTrainer that Trainer has too."""
+def overridden(name: str) -> set[str]:
+    """Every method of our trainer that Trainer has too."""
     (trainer,) = (
         node
-        for node in ast.parse(TRAINER.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef) and node.name == "ResponseTrainer"
+        for node in ast.parse(TRAINERS[name].read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == name
     )
     own = {node.name for node in trainer.body if isinstance(node, ast.FunctionDef)}
     return own & set(dir(Trainer)) - {"__init__"}
 
 
-def test_every_method_that_is_overridden_is_listed():
-    assert overridden() <= CALLED.keys()
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_method_that_is_overridden_is_listed(name):
+    assert overridden(name) <= CALLED.keys()
 
 
 @pytest.mark.parametrize("method", CALLED)

@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 from finetuning.runs.checkpoints import step_of, verify_newest_first
 from finetuning.training.loggers import resume_loggers, resume_tensorboard
 from finetuning.training.memory_check import TooLarge, halve_micro_batch
-from finetuning.training.trainer import Counters, ResponseTrainer
+from finetuning.training.resumable import Counters
+from finetuning.training.trainer import ResponseTrainer
 from finetuning.untrusted_text import printable
 
 
