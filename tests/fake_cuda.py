@@ -250,7 +250,7 @@ def training_step(
 ) -> SimpleNamespace:
     """Forward and backward of a model whose weights are on the fake GPU; what is allocated when."""
     from finetuning.model.attention import Packing, packed_as
-    from finetuning.model.loss import ResponseHead, Targets
+    from finetuning.model.response_head import ResponseHead, Targets
 
     inputs = {
         name: torch.empty(value.shape, dtype=value.dtype, device="cuda:0")

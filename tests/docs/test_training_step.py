@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel
 
 from finetuning.data.batching import Collator
 from finetuning.model.attention import Packing, packed_as, use_packed_attention
-from finetuning.model.loss import ResponseHead, Targets
+from finetuning.model.response_head import ResponseHead, Targets
 
 PAGES = ["docs/training_step.md", "docs/training_step.ja.md"]
 

@@ -19,7 +19,7 @@ from finetuning.model.attention import (
     require_isolation,
     use_packed_attention,
 )
-from finetuning.model.loss import ResponseHead
+from finetuning.model.response_head import ResponseHead
 
 LENGTHS = (7, 1, 12, 5)
 # A window of 8 tokens, in every layer or in some.

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from finetuning.data.batching import Collator
 from finetuning.model.attention import Packing, packed_as, require_isolation, use_packed_attention
 from finetuning.model.families import FAMILIES
-from finetuning.model.loss import ResponseHead, Targets, require_plain_head
+from finetuning.model.response_head import ResponseHead, Targets, require_plain_head
 
 WINDOW = {"sliding_window": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}

@@ -14,8 +14,8 @@ from finetuning.model import loss
 from finetuning.model.attention import Packing, packed_as, use_packed_attention
 from finetuning.model.last_block import LastBlock
 from finetuning.model.loading import fuse_gelu
-from finetuning.model.loss import ResponseHead, Targets
 from finetuning.model.recompute import Known, made_by, maker_of, recomputing
+from finetuning.model.response_head import ResponseHead, Targets
 
 TARGETS = {
     "gpt2": ["c_attn", "c_proj"],

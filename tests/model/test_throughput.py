@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetuning.budget.gpu_stand_ins import quantize_linear_layers
 from finetuning.model.flops import matmul_params_of
 from finetuning.model.loading import load_model
-from finetuning.model.loss import ResponseHead, Targets
+from finetuning.model.response_head import ResponseHead, Targets
 from finetuning.model.throughput import Throughput
 from finetuning.recipe.sections import Model
 

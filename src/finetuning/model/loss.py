@@ -8,45 +8,14 @@ Liger's fused linear cross-entropy (https://github.com/linkedin/Liger-Kernel), h
 torch for every device.
 """
 
-import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-
-from finetuning.errors import UserError
-from finetuning.model.last_block import LastBlock
-from finetuning.model.lora import require_modules
-from finetuning.model.recompute import recompute_cheap_outputs, recomputing
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from finetuning.recipe.sections import Lora
 
 TILE_LOGITS = 2**24  # alive at once: 64 MiB in float32
 # But no fewer rows: below, a core multiplies a vocabulary of 250,880 a fifth slower.
 TILE_ROWS = 128
-CLOSE = 0.05  # the loss of logits that were rounded to half precision, and of those that were not
-# Fields of a config by which a model caps or scales its logits: Gemma 2's cap, the factor of Cohere
-# and the divisor of Granite are part of the loss, those of other models are refused.
-CAP, FACTOR, DIVISOR = "final_logit_softcapping", "logit_scale", "logits_scaling"
-NEUTRAL = {CAP: None, FACTOR: 1.0, DIVISOR: 1.0}
-UNKNOWN = ("logits_soft_cap", "output_logit_soft_cap", "lm_head_multiplier", "output_multiplier")
-
-
-class Targets(NamedTuple):
-    """Which positions are scored, and against which token."""
-
-    positions: torch.Tensor
-    """(N,) in the flattened (B * T) hidden states, each one before its target"""
-    tokens: torch.Tensor
-    """(N,)"""
-    counts: torch.Tensor | None = None
-    """(G,) targets of each group of them, one group after another, whose losses are added up; None:
-    all N are one group"""
 
 
 class Scores(NamedTuple):
@@ -54,153 +23,6 @@ class Scores(NamedTuple):
     """() cross-entropy, summed over the N targets; (G,) summed over those of each group"""
     correct: torch.Tensor
     """() how many targets are the likeliest token"""
-
-
-class LogitChange(NamedTuple):
-    """What a model does to the logits of its head: x -> cap * tanh(factor * x / cap)."""
-
-    factor: float
-    cap: float | None
-
-    @classmethod
-    def of(cls, model: "PreTrainedModel") -> "LogitChange":
-        config = model.config.get_text_config()
-        factor = getattr(config, FACTOR, None) or 1
-        divisor = getattr(config, DIVISOR, None) or 1
-        return cls(factor / divisor, getattr(config, CAP, None))
-
-
-Setting = tuple[Any, str, Any]  # (config or module, name, value)
-
-
-def settings_of_change(model: "PreTrainedModel") -> list[Setting]:
-    """Where the model, or its config, says how it changes its logits."""
-    owners = [model.config.get_text_config(), *model.modules()]
-    return [
-        (owner, name, vars(owner)[name])
-        for owner in owners
-        for name in NEUTRAL
-        if vars(owner).get(name) is not None
-    ]
-
-
-@contextmanager
-def unchanged(settings: list[Setting]) -> Iterator[None]:
-    """Within, the model returns what its head returns: the head does the rest, see LogitChange."""
-    for owner, name, _ in settings:
-        setattr(owner, name, NEUTRAL[name])
-    try:
-        yield
-    finally:
-        for owner, name, value in settings:
-            setattr(owner, name, value)
-
-
-class ResponseHead:
-    """A model's output embeddings, made to score targets instead of returning logits.
-
-    The head is still called as the module it is, inside the model's own forward: what DDP, ZeRO-3
-    and FSDP2 hook there (gathering its weight, say) they find as ever. While it scores, the model
-    computes and keeps only what these targets need: see last_block.py and recompute.py.
-    """
-
-    def __init__(self, model: "PreTrainedModel") -> None:
-        recompute_cheap_outputs(model)
-        self.last_block = LastBlock(model)
-        self.change, self.settings = LogitChange.of(model), settings_of_change(model)
-        self.head: Any = model.get_output_embeddings()
-        self.targets: Targets | None = None
-        self.scores: Scores | None = None
-        """of the last batch"""
-        self.head.forward = types.MethodType(self.forward, self.head)
-
-    @contextmanager
-    def scoring(self, targets: Targets) -> Iterator[None]:
-        """Within, the model's `logits` are Scores.loss of the targets."""
-        self.targets = targets
-        try:
-            with recomputing(), self.last_block.at(targets.positions), unchanged(self.settings):
-                yield
-        finally:
-            self.targets = None
-
-    @torch.no_grad()
-    def require_unmodified_logits(
-        self, model: "PreTrainedModel", device: torch.device | None = None
-    ) -> None:
-        """Raises UserError for a model that changes the logits its head returns.
-
-        What it returns is then not the loss, and it would silently train with other gradients than
-        those of the loss that is logged. `device` is that of require_isolation.
-        """
-        tokens = torch.arange(5, 13, device=device or model.device)
-        was_training = model.training
-        model.train(False)
-        try:
-            logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
-            with self.scoring(Targets(torch.arange(7, device=tokens.device), tokens[1:])):
-                returned = model(input_ids=tokens[None], use_cache=False).logits
-        finally:
-            model.train(was_training)
-        expected = F.cross_entropy(logits, tokens[1:], reduction="sum")
-        if (
-            self.scores is None
-            or not torch.equal(returned.float(), self.scores.loss.float())
-            or not torch.isclose(self.scores.loss.float(), expected, rtol=CLOSE)
-        ):
-            kind = model.config.model_type
-            raise UserError(
-                f"model.name: {kind} models scale, cap or cut their logits, which is not supported"
-            )
-
-    def forward(self, head: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.targets is None:
-            return F.linear(hidden_states, head.weight, head.bias)
-        hidden = hidden_states.flatten(0, -2).index_select(0, self.targets.positions)
-        if self.change.factor != 1:
-            hidden = hidden * self.change.factor
-        _, tokens, counts = self.targets
-        loss, correct = response_loss(
-            hidden, head.weight, head.bias, tokens, self.change.cap, counts
-        )
-        # Detached: the graph would live until the next batch, with bitsandbytes' activations in it.
-        self.scores = Scores(loss.detach(), correct)
-        return loss
-
-
-def require_plain_head(model: "PreTrainedModel", lora: "Lora | None") -> None:
-    """Raises UserError where the loss is more than a product with the head's weight.
-
-    That is with logits changed in an unknown way, with a loss that balances experts, and with an
-    adapter on the head; and where the adapter would not be what was asked for: see require_modules.
-    """
-    config = model.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        raise UserError(
-            f"model.name: the config of this {config.model_type} model asks for the loss that "
-            "balances its experts (output_router_logits: true), which is not computed here; train "
-            "a copy of it whose config.json has output_router_logits: false"
-        )
-    modified = [name for name in UNKNOWN if getattr(config, name, None) not in (None, 1)]
-    head = model.get_output_embeddings()
-    if modified or type(head) is not torch.nn.Linear:
-        what = modified[0] if modified else type(head).__name__
-        raise UserError(
-            f"model.name: the output layer of {config.model_type} models ({what}) is not supported"
-        )
-    given = lora.model_dump(exclude_unset=True) if lora else {}
-    fields = ("target_modules", "modules_to_save", "trainable_token_indices")
-    if any("lm_head" in names for field in fields if (names := given.get(field))):
-        raise UserError(
-            "lora: lm_head cannot be adapted: the loss is computed from its weight; leave it out"
-        )
-    is_tied = head.weight is model.get_input_embeddings().weight
-    if given.get("trainable_token_indices") and is_tied:
-        raise UserError(
-            f"lora.trainable_token_indices: the {config.model_type} model's output layer has the "
-            "weight of its embeddings, and the loss is computed from it; leave it out"
-        )
-    require_modules(model, given)
 
 
 class ResponseLoss(torch.autograd.Function):
@@ -251,15 +73,14 @@ class ResponseLoss(torch.autograd.Function):
                 hidden, weight, bias, tokens, ctx.cap, ctx.dtype, ctx.needs, shares
             )
             factor = largest
-        elif ctx.counts is not None and gradients[0] is not None:
-            factor = of_each_target(factor, ctx.counts, len(gradients[0]))
+        elif ctx.counts is not None and gradients.hidden is not None:
+            factor = of_each_target(factor, ctx.counts, len(gradients.hidden))
         # Scaled here and not in forward: only now is it known (accumulation, fp16's scale).
-        gradients = [None if each is None else each.mul_(factor) for each in gradients]
-        ctx.gradients = None
-        rounded = (
-            None if gradient is None else gradient.to(dtype)
+        rounded = [
+            None if gradient is None else gradient.mul_(factor).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        )
+        ]
+        ctx.gradients = None
         return (*rounded, None, None, None)
 
 
@@ -271,7 +92,36 @@ def of_each_target(factor: torch.Tensor, counts: torch.Tensor, targets: int) -> 
     return factor.repeat_interleave(counts, output_size=targets)[:, None]
 
 
-Gradients = list[torch.Tensor | None]  # of hidden, weight and bias; None where none is needed
+class Gradients(NamedTuple):
+    """Of hidden, weight and bias, added up tile by tile; None where none is needed.
+
+    In float32 whatever the products are in: with bfloat16 sums 13 tiles are off by 4.4e-3 (float32:
+    4e-4), and in float16 a frequent token overflows that no loss scale can save.
+    """
+
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    @classmethod
+    def zeros(
+        cls, hidden: torch.Tensor, weight: torch.Tensor, needs: Sequence[bool], dtype: torch.dtype
+    ) -> "Gradients":
+        of_hidden, of_weight, of_bias = needs
+        return cls(
+            torch.empty_like(hidden, dtype=dtype) if of_hidden else None,
+            torch.zeros_like(weight, dtype=dtype) if of_weight else None,
+            torch.zeros_like(weight[:, 0], dtype=dtype) if of_bias else None,
+        )
+
+    def add(
+        self, part: slice, of_logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor
+    ) -> None:
+        """Adds what the gradient of a tile's logits (n, V) means for hidden[part] and weight."""
+        if self.hidden is not None:
+            self.hidden[part] = of_logits @ weight
+        if self.weight is not None:
+            add_product(self.weight, of_logits.t(), hidden[part], is_first=part.start == 0)
 
 
 def score_tiles(
@@ -285,48 +135,61 @@ def score_tiles(
     factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
     """(N,) cross-entropy of each target; () how many are the likeliest token; the gradients of the
-    sum, in which each target counts by its factor (N, 1), 1 if not given.
-
-    Gradients are added up in float32 whatever the products are in: with bfloat16 sums 13 tiles are
-    off by 4.4e-3 (float32: 4e-4), and in float16 a frequent token overflows that no loss scale can
-    save.
+    sum, in which each target counts by its factor (N, 1), 1 if not given. Products are in dtype.
     """
-    needs_hidden, needs_weight, needs_bias = needs
     rows, matrix = hidden.to(dtype), weight.to(dtype)
     offset = None if bias is None else bias.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    grad_hidden: Any = torch.empty_like(rows, dtype=wide) if needs_hidden else None
-    grad_weight: Any = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-    grad_bias: Any = torch.zeros_like(weight[:, 0], dtype=wide) if needs_bias else None
+    gradients = Gradients.zeros(rows, weight, needs, wide)
     losses = torch.empty(len(rows), dtype=wide, device=hidden.device)
     correct = torch.zeros((), dtype=torch.long, device=hidden.device)
-    tile_rows = min(max(TILE_ROWS, TILE_LOGITS // len(weight)), max(1, len(rows)))
-    buffer = rows.new_empty(tile_rows, aligned(len(weight)))[:, : len(weight)]
-    for start in range(0, len(rows), tile_rows):
-        part = slice(start, start + tile_rows)
-        tile, wanted = rows[part], tokens[part, None]
-        product = buffer[: len(tile)]
-        torch.mm(tile, matrix.t(), out=product)
-        if offset is not None:
-            product += offset
-        grad = product.to(wide)  # in float32 the buffer itself
-        slope = None if cap is None else cap_(grad, cap)
-        scored = score(grad, wanted)
-        losses[part] = scored.loss
-        correct += scored.correct
-        if slope is not None:
-            grad *= slope
-        if factors is not None:
-            grad *= factors[part]
-        if needs_bias:
-            grad_bias += grad.sum(0)
-        if dtype != wide:
-            grad = product.copy_(grad)  # and the float32 tile is freed
-        if needs_hidden:
-            grad_hidden[part] = grad @ matrix
-        if needs_weight:
-            add_product(grad_weight, grad.t(), tile, is_first=start == 0)
-    return losses, correct, [grad_hidden, grad_weight, grad_bias]
+    for part, logits in tiles(rows, matrix, offset):
+        factor = None if factors is None else factors[part]
+        scores = score_tile(logits, tokens[part, None], cap, factor, gradients.bias)
+        losses[part] = scores.loss
+        correct += scores.correct
+        gradients.add(part, logits, rows, matrix)
+    return losses, correct, gradients
+
+
+def tiles(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(which rows of hidden, their logits (n, V)), one tile after another in the same memory."""
+    vocabulary = len(weight)
+    height = min(max(TILE_ROWS, TILE_LOGITS // vocabulary), max(1, len(hidden)))
+    buffer = hidden.new_empty(height, aligned(vocabulary))[:, :vocabulary]
+    for start in range(0, len(hidden), height):
+        part = slice(start, start + height)
+        rows = hidden[part]
+        logits = buffer[: len(rows)]
+        torch.mm(rows, weight.t(), out=logits)
+        if bias is not None:
+            logits += bias
+        yield part, logits
+
+
+def score_tile(
+    logits: torch.Tensor,
+    wanted: torch.Tensor,
+    cap: float | None,
+    factor: torch.Tensor | None,
+    bias_gradient: torch.Tensor | None,
+) -> Scores:
+    """Scores of each target, wanted (n, 1); logits (n, V) become their gradient, in place."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    grad = logits.to(wide)  # in float32 the logits themselves
+    slope = None if cap is None else cap_(grad, cap)
+    scores = score(grad, wanted)
+    if slope is not None:
+        grad *= slope
+    if factor is not None:
+        grad *= factor
+    if bias_gradient is not None:
+        bias_gradient += grad.sum(0)
+    if grad is not logits:
+        logits.copy_(grad)
+    return scores
 
 
 def cap_(logits: torch.Tensor, cap: float) -> torch.Tensor:

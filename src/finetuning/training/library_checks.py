@@ -26,7 +26,7 @@ from finetuning.evaluation.scores import BETTER_IF_HIGHER
 from finetuning.hub.allowed_files import MAX_LAYERS
 from finetuning.model.loading import load_config
 from finetuning.model.lora import lora_config
-from finetuning.model.loss import require_plain_head
+from finetuning.model.response_head import require_plain_head
 from finetuning.recipe.recipe import Recipe
 from finetuning.recipe.sections import NOT_OF_SFT_CONFIG, Generation
 from finetuning.training.prepared_run import PreparedRun

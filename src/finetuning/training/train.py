@@ -16,8 +16,8 @@ from finetuning.model.attention import use_packed_attention
 from finetuning.model.loading import fuse_gelu, load_model
 from finetuning.model.location import adapter_folder
 from finetuning.model.lora import add_adapter, lora_config
-from finetuning.model.loss import require_plain_head
 from finetuning.model.precision import with_weight_format
+from finetuning.model.response_head import require_plain_head
 from finetuning.recipe.recipe import PreferenceRecipe, Recipe
 from finetuning.runs.folder import noting_end, write_finish
 from finetuning.runs.terminal import print_answers

@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from finetuning.data.batching import Batch, BatchSampler, Collator, ExampleSet
 from finetuning.model.attention import Packing, packed_as
-from finetuning.model.loss import ResponseHead, Targets
+from finetuning.model.response_head import ResponseHead, Targets
 from finetuning.model.throughput import Throughput
 from finetuning.training.loader import EpochLoader
 from finetuning.training.resumable import Counters, ResumableTrainer
