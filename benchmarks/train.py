@@ -122,8 +122,8 @@ def make_trainer(options: argparse.Namespace, model, examples, callbacks):
     from trl import SFTConfig, SFTTrainer
 
     from finetuning.data.batching import Collator, ExampleSet
-    from finetuning.model.attention import use_packed_attention
     from finetuning.model.loading import fuse_gelu
+    from finetuning.model.packed_models import use_packed_attention
     from finetuning.training.trainer import ResponseTrainer
 
     common, lora = settings_of(options, BATCH), adapter_of(options)

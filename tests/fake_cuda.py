@@ -249,7 +249,7 @@ def training_step(
     trace: Trace, model: Any, batch: dict[str, Any], autocast: torch.dtype | None
 ) -> SimpleNamespace:
     """Forward and backward of a model whose weights are on the fake GPU; what is allocated when."""
-    from finetuning.model.attention import Packing, packed_as
+    from finetuning.model.packing import Packing, packed_as
     from finetuning.model.response_head import ResponseHead, Targets
 
     inputs = {

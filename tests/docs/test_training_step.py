@@ -11,7 +11,8 @@ from conftest import ROOT
 from transformers import GPT2LMHeadModel
 
 from finetuning.data.batching import Collator
-from finetuning.model.attention import Packing, packed_as, use_packed_attention
+from finetuning.model.packed_models import use_packed_attention
+from finetuning.model.packing import Packing, packed_as
 from finetuning.model.response_head import ResponseHead, Targets
 
 PAGES = ["docs/training_step.md", "docs/training_step.ja.md"]

@@ -6,60 +6,16 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from accelerate.utils import convert_outputs_to_fp32
+from packed_batches import LENGTHS, WINDOWED, computing_in, flat, logits_of, packing_of
 
 from finetuning.budget.gpu_stand_ins import PaddedPacking
-from finetuning.errors import UserError
 from finetuning.model import attention
-from finetuning.model.attention import (
-    Packing,
-    attend,
-    packed_as,
-    positions_of,
-    require_isolation,
-    use_packed_attention,
-)
-from finetuning.model.response_head import ResponseHead
+from finetuning.model.attention import attend
+from finetuning.model.isolation import require_isolation
+from finetuning.model.packed_models import use_packed_attention
+from finetuning.model.packing import Packing, packed_as
 
-LENGTHS = (7, 1, 12, 5)
-# A window of 8 tokens, in every layer or in some.
-WINDOWED = {
-    "mistral": {"sliding_window": 8},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
-    "phi3": {"sliding_window": 8},
-    "gemma3_text": {
-        "sliding_window": 8,
-        "head_dim": 8,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def flat(lengths=LENGTHS, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and position_ids of a packed batch, (1, T) each."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, 500, (1, sum(lengths)), generator=generator)
-    return ids, torch.cat([torch.arange(length) for length in lengths])[None]
-
-
-def packing_of(lengths, device, way: type[Packing] = Packing) -> Packing:
-    return way(tuple(lengths), positions_of(lengths, device))
-
-
-def logits_of(model, ids, positions, lengths) -> torch.Tensor:
-    with torch.no_grad(), packed_as(packing_of(lengths, model.device)):
-        ids, positions = ids.to(model.device), positions.to(model.device)
-        return model(input_ids=ids, position_ids=positions, use_cache=False).logits.float().cpu()
-
-
-def computing_in(model, dtype):
-    """The model as accelerate prepares it for bf16 or fp16: autocast, and logits in float32."""
-    if dtype is not None:
-        model.forward = convert_outputs_to_fp32(
-            torch.autocast(model.device.type, dtype)(model.forward)
-        )
-    return model
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -139,34 +95,6 @@ def test_padding_on_the_right_changes_no_logit_of_a_model_with_windows_or_sinks(
     torch.testing.assert_close(padded, alone, rtol=0, atol=1e-5)
 
 
-def test_windows_that_the_packed_path_would_drop_are_refused(monkeypatch):
-    model = tiny.model_of("mistral", **WINDOWED["mistral"])
-    use_packed_attention(model)
-    one = attention.attend
-    monkeypatch.setattr(attention, "attend", lambda *args, window: one(*args))
-    assert require_isolation(model, longest=8) is None  # no example outgrows the window
-    with pytest.raises(UserError, match=r"mistral.*get alone.*data\.layout=padded"):
-        require_isolation(model, longest=40)
-
-
-def test_a_model_that_attends_in_chunks_is_refused_where_an_example_outgrows_them():
-    model = tiny.model_of(
-        "llama4_text", attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=64
-    )
-    use_packed_attention(model)
-    assert require_isolation(model, longest=8) is None
-    with pytest.raises(UserError, match="get alone"):
-        require_isolation(model, longest=12)
-
-
-def test_a_model_whose_attention_is_more_than_sdpa_is_refused():
-    model = tiny.model_of("gpt_oss", num_local_experts=4, head_dim=8)
-    with pytest.raises(
-        UserError, match=r"^data\.layout: packed, but gpt_oss .*eager.*sinks.*data\.layout=padded$"
-    ):
-        use_packed_attention(model)
-
-
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_what_attends_under_autocast_is_half_precision_as_the_kernel_needs_it(kind, monkeypatch):
     """As a recipe trains: float32 weights. Rotary positions make float32 of queries and keys."""
@@ -212,27 +140,6 @@ def test_attention_under_autocast_rounds_as_sdpa_does():
     assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(torch.bfloat16, marks=pytest.mark.gpu(capability=(8, 0)), id="bf16"),
-        pytest.param(torch.float16, id="fp16"),
-    ],
-)
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_half_precision_on_a_gpu_isolates_too(kind, dtype):
-    model = computing_in(tiny.model_of(kind).to("cuda"), dtype)
-    use_packed_attention(model)
-    require_isolation(model, is_half=True)
-    ids, positions = flat()
-    before = logits_of(model, ids, positions, LENGTHS)
-    ids[0, 8:20] = torch.randint(5, 500, (12,))
-    after = logits_of(model, ids, positions, LENGTHS)
-    assert torch.equal(before[0, :8], after[0, :8])
-    assert torch.equal(before[0, 20:], after[0, 20:])
-
-
 @pytest.mark.gpu(capability=(8, 0))
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
 def test_the_flash_kernel_and_padded_rows_give_the_same_gradients(kind, monkeypatch):
@@ -253,79 +160,6 @@ def test_the_flash_kernel_and_padded_rows_give_the_same_gradients(kind, monkeypa
         grads.append(torch.cat([weight.grad.float().flatten() for weight in model.parameters()]))
     assert len(taken) == 2  # layers, of the first model
     assert (grads[0] - grads[1]).norm() / grads[1].norm() < 0.05
-
-
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_the_real_model_is_asked_and_passes(kind):
-    model = tiny.model_of(kind)
-    use_packed_attention(model)
-    assert require_isolation(model) is None  # it raises otherwise
-
-
-def test_a_model_is_asked_where_it_computes_and_not_where_its_weights_wait(monkeypatch):
-    """Those of FSDP2 with offload wait in main memory."""
-    model = tiny.model_of("llama")
-    use_packed_attention(model)
-    here = model.device
-    monkeypatch.setattr(type(model), "device", torch.device("meta"))
-    assert require_isolation(model, device=here) is None  # it raises otherwise
-    assert ResponseHead(model).require_unmodified_logits(model, here) is None
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_a_model_that_is_asked_under_autocast_may_round_as_autocast_does(kind, dtype):
-    model = computing_in(tiny.model_of(kind), dtype)
-    use_packed_attention(model)
-    assert require_isolation(model, is_half=True) is None  # it raises otherwise
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "std", [0.02, 0.2]
-)  # of fresh weights, and of such that tokens matter to each other
-def test_bloom_as_it_is_leaks_and_is_refused(std, dtype):
-    model = computing_in(tiny.model_of("bloom", width=256, n_layer=8, n_head=8), dtype)
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            weight.data.normal_(std=std)
-    with pytest.raises(UserError, match=r"bloom.*get alone.*data\.layout=padded"):
-        require_isolation(model, is_half=dtype is not None)
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_broken_isolation_is_refused(kind, dtype, monkeypatch):
-    model = computing_in(tiny.model_of(kind), dtype)
-    use_packed_attention(model)
-    one = attention.attend
-    whole = lambda query, key, value, packing, *rest, window: one(  # noqa: E731
-        query, key, value, packing_of((query.shape[2],), query.device), *rest
-    )
-    monkeypatch.setattr(attention, "attend", whole)
-    with pytest.raises(UserError, match="get alone"):
-        require_isolation(model, is_half=dtype is not None)
-
-
-def test_packing_by_transformers_in_the_same_process_is_what_it_was():
-    """Restarting positions without a mask: it has to look at them, which ours need not."""
-    model = tiny.model_of("llama")
-    ids, positions = flat()
-    with torch.no_grad():
-        alone = [model(input_ids=part).logits for part in ids.split(LENGTHS, dim=1)]
-        together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_generation_is_what_it_was(kind):
-    model = tiny.model_of(kind)
-    ids = torch.tensor([[0, 0, 7, 8, 9], [11, 12, 13, 14, 15]])
-    mask = (ids != 0).long()
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    before = model.generate(input_ids=ids, attention_mask=mask, **settings)
-    use_packed_attention(model)
-    assert torch.equal(before, model.generate(input_ids=ids, attention_mask=mask, **settings))
 
 
 @pytest.mark.parametrize("kind", [*tiny.CONFIGS, "mistral"])

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from finetuning.data.batching import Collator
-from finetuning.model.attention import Packing, packed_as, require_isolation, use_packed_attention
 from finetuning.model.families import FAMILIES
+from finetuning.model.isolation import require_isolation
+from finetuning.model.packed_models import use_packed_attention
+from finetuning.model.packing import Packing, packed_as
 from finetuning.model.response_head import ResponseHead, Targets, require_plain_head
 
 WINDOW = {"sliding_window": 8}

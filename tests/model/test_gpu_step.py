@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from finetuning.budget.step_memory import as_trained, measure_step, meta_model
-from finetuning.model.attention import Packing, attend
+from finetuning.model.attention import attend
+from finetuning.model.packing import Packing
 from finetuning.model.quantization import cast_inputs_to_autocast
 from finetuning.recipe.recipe import load_recipe
 

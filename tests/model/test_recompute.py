@@ -11,9 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 from finetuning.budget.step_memory import StorageTracker
 from finetuning.model import loss
-from finetuning.model.attention import Packing, packed_as, use_packed_attention
 from finetuning.model.last_block import LastBlock
 from finetuning.model.loading import fuse_gelu
+from finetuning.model.packed_models import use_packed_attention
+from finetuning.model.packing import Packing, packed_as
 from finetuning.model.recompute import Known, made_by, maker_of, recomputing
 from finetuning.model.response_head import ResponseHead, Targets
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from finetuning.model import loss
-from finetuning.model.attention import Packing
+from finetuning.model.packing import Packing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,9 +24,10 @@ from finetuning.budget.gpu_stand_ins import (
     quantize_linear_layers,
 )
 from finetuning.data.batching import Batch
-from finetuning.model.attention import Packing, packed_as, use_packed_attention
 from finetuning.model.loading import fuse_gelu
 from finetuning.model.lora import lora_config
+from finetuning.model.packed_models import use_packed_attention
+from finetuning.model.packing import Packing, packed_as
 from finetuning.model.precision import torch_dtype
 from finetuning.model.response_head import ResponseHead, Targets, require_plain_head
 from finetuning.recipe.recipe import Recipe

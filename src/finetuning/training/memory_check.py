@@ -15,7 +15,7 @@ from finetuning.budget.savings import remedies
 from finetuning.data.batching import Batch
 from finetuning.errors import UserError, is_out_of_memory
 from finetuning.launch.step_size import smaller
-from finetuning.model.attention import packed_as
+from finetuning.model.packing import packed_as
 from finetuning.training.prepared_run import PreparedRun
 from finetuning.training.trainer import ResponseTrainer
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from finetuning.data.batching import Batch, PairSet
-from finetuning.model.attention import packed_as
 from finetuning.model.dropout import disable_dropout
+from finetuning.model.packing import packed_as
 from finetuning.model.preference_loss import ScoredPairs, summed_losses
 from finetuning.model.preference_throughput import PreferenceThroughput
 from finetuning.recipe.sections import PreferenceTraining

@@ -12,10 +12,10 @@ from finetuning.errors import UserError, one_line
 from finetuning.evaluation.report import write_report
 from finetuning.evaluation.table import print_evaluation
 from finetuning.inference.generation import Asker, saved_generation_config
-from finetuning.model.attention import use_packed_attention
 from finetuning.model.loading import fuse_gelu, load_model
 from finetuning.model.location import adapter_folder
 from finetuning.model.lora import add_adapter, lora_config
+from finetuning.model.packed_models import use_packed_attention
 from finetuning.model.precision import with_weight_format
 from finetuning.model.response_head import require_plain_head
 from finetuning.recipe.recipe import PreferenceRecipe, Recipe

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl import SFTConfig
 
 from finetuning.data.batching import Batch, BatchSampler, Collator, ExampleSet
-from finetuning.model.attention import Packing, packed_as
+from finetuning.model.packing import Packing, packed_as
 from finetuning.model.response_head import ResponseHead, Targets
 from finetuning.model.throughput import Throughput
 from finetuning.training.loader import EpochLoader
