@@ -55,7 +55,11 @@ def main(arguments: list[str]) -> None:
 def prepare(options: Namespace) -> "PreparedRun":
     from finetuning.launch.strategy import launch_environment, requested_strategy
     from finetuning.recipe.recipe import load_recipe
-    from finetuning.runs.folder import output_folder, require_free_or_ours, require_local_output
+    from finetuning.runs.output_folder import (
+        output_folder,
+        require_free_or_ours,
+        require_local_output,
+    )
     from finetuning.training.prepared_run import prepare_run
 
     recipe = load_recipe(options.recipe, options.overrides)
@@ -69,7 +73,7 @@ def show_rows(run: "PreparedRun", console: "Console") -> None:
     """On the terminal, and in full in the folder preview."""
     from finetuning.data.tokenization import sequences_of
     from finetuning.runs.doctor import Shown, diagnose
-    from finetuning.runs.folder import make_folder, output_folder
+    from finetuning.runs.output_folder import make_folder, output_folder
     from finetuning.runs.terminal import (
         examples_in_order,
         print_example,

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
         write_record,
     )
     from finetuning.recipe.recipe import load_recipe
-    from finetuning.runs.folder import lock
+    from finetuning.runs.output_folder import lock
     from finetuning.runs.terminal import make_console, print_changes
 
     options = read_arguments(arguments)

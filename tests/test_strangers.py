@@ -21,7 +21,7 @@ from finetuning.hub.address import parse_address
 from finetuning.hub.manifest import parse_manifest
 from finetuning.publishing.repository_card import BEGIN, END, repository_card
 from finetuning.recipe.recipe import load_recipe
-from finetuning.runs.folder import (
+from finetuning.runs.output_folder import (
     make_folder,
     output_folder,
     require_free_or_ours,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def train_recipe(options: Namespace, script: str) -> None:
     """Trains the recipe of the arguments. Raises UserError where another script trains it."""
-    from finetuning.runs.folder import lock
+    from finetuning.runs.output_folder import lock
     from finetuning.runs.reopen import is_finished, open_run_folder
     from finetuning.runs.terminal import make_console
     from finetuning.training.signals import Stop
@@ -51,7 +51,11 @@ def prepare(options: Namespace, script: str, console: "Console") -> "PreparedRun
     from finetuning.launch.step_size import step_size
     from finetuning.launch.strategy import launch_environment, requested_strategy
     from finetuning.recipe.recipe import load_recipe
-    from finetuning.runs.folder import output_folder, require_free_or_ours, require_local_output
+    from finetuning.runs.output_folder import (
+        output_folder,
+        require_free_or_ours,
+        require_local_output,
+    )
     from finetuning.runs.reopen import with_real_folder
     from finetuning.training.loggers import require_loggers
     from finetuning.training.prepared_run import prepare_run

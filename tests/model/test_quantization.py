@@ -25,7 +25,8 @@ from finetuning.model.precision import precision
 from finetuning.model.quantization import hide_bitsandbytes
 from finetuning.model.tokenizer import read_tokenizer
 from finetuning.recipe.recipe import load_recipe
-from finetuning.runs.folder import RunFolder, read_samples
+from finetuning.runs.folder import RunFolder
+from finetuning.runs.samples import read_samples
 from finetuning.training.prepared_run import PreparedRun
 from finetuning.training.train import make_trainer
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import publish
 import pull
-from finetuning.runs.folder import RunFolder, lock
+from finetuning.runs.folder import RunFolder
+from finetuning.runs.output_folder import lock
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,7 +22,7 @@ import sft
 from finetuning.errors import Stopped, UserError
 from finetuning.inference.generation import load_asker
 from finetuning.recipe.recipe import load_recipe
-from finetuning.runs.folder import read_samples
+from finetuning.runs.samples import read_samples
 from finetuning.training.signals import SIGNALS
 from finetuning.training.trainer import ResponseTrainer
 

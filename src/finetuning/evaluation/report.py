@@ -17,7 +17,7 @@ from finetuning.evaluation.table import ScoreRow, score_rows
 from finetuning.files import write_text
 from finetuning.html_page import render, text
 from finetuning.runs.chart import COLOURS, Line, chart
-from finetuning.runs.folder import known_samples
+from finetuning.runs.samples import known_samples
 
 REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html")

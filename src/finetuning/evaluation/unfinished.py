@@ -10,7 +10,7 @@ from typing import Any
 
 from finetuning.errors import UserError
 from finetuning.files import write_text
-from finetuning.runs.folder import read_lines
+from finetuning.runs.metrics import read_lines
 
 
 @dataclass(frozen=True)

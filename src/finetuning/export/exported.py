@@ -27,7 +27,8 @@ from finetuning.launch.software import installed
 from finetuning.model.finite import require_finite_weights
 from finetuning.model.loading import load_config
 from finetuning.recipe.recipe import Recipe
-from finetuning.runs.folder import RunFolder, now
+from finetuning.runs.environment import now
+from finetuning.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -16,7 +16,9 @@ from finetuning.runs.checkpoints import (
     size_damage,
     verify_newest_first,
 )
-from finetuning.runs.folder import find_run_folder, has_model, means_folder, output_folder
+from finetuning.runs.folder import has_model
+from finetuning.runs.lookup import find_run_folder, means_folder
+from finetuning.runs.output_folder import output_folder
 from finetuning.untrusted_text import printable
 
 

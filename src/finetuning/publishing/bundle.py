@@ -33,7 +33,8 @@ from finetuning.publishing.portable import portable_recipe, publish_section
 from finetuning.publishing.provenance import describe_run
 from finetuning.recipe.recipe import Recipe
 from finetuning.runs.checkpoints import RECOVER, checkpoints_of, content_damage
-from finetuning.runs.folder import RunFolder, find_run_folder, has_model
+from finetuning.runs.folder import RunFolder, has_model
+from finetuning.runs.lookup import find_run_folder
 from finetuning.runs.plots import plot_losses
 
 GGUF_TYPE = "f16"  # what is published

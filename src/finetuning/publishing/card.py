@@ -21,7 +21,8 @@ from finetuning.inference.agreement import Agreement, questions_of
 from finetuning.launch.step_size import step_size
 from finetuning.recipe.recipe import PreferenceRecipe, Recipe, kind_of
 from finetuning.recipe.sections import PreferenceTraining
-from finetuning.runs.folder import RunFolder, read_samples, sample_parts
+from finetuning.runs.folder import RunFolder
+from finetuning.runs.samples import read_samples, sample_parts
 from finetuning.untrusted_text import cell, code_cell, printable
 
 if TYPE_CHECKING:

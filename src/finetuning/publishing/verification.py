@@ -16,7 +16,8 @@ from finetuning.inference.agreement import Agreement, Answer, ask_greedily, ques
 from finetuning.publishing.bundle import Bundle, as_published
 from finetuning.publishing.commit import Published
 from finetuning.recipe.recipe import Recipe, load_recipe
-from finetuning.runs.folder import RunFolder, now
+from finetuning.runs.environment import now
+from finetuning.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,13 +13,9 @@ from finetuning.launch.step_size import step_size
 from finetuning.launch.strategy import Strategy
 from finetuning.recipe.recipe import Recipe, load_recipe
 from finetuning.runs.checkpoints import RECOVER, size_damage, verify_newest_first
-from finetuning.runs.folder import (
-    has_model,
-    known_environment,
-    make_folder,
-    output_folder,
-    require_free_or_ours,
-)
+from finetuning.runs.environment import known_environment
+from finetuning.runs.folder import has_model
+from finetuning.runs.output_folder import make_folder, output_folder, require_free_or_ours
 
 # What may change from one launch to the next: how a step is shared out, as long as the step stays
 # the same; what is logged, saved and asked; how rows and batches are loaded; and what comes after

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from finetuning.data.tokenization import IGNORE_INDEX, Example, Examples, sequences_of
 from finetuning.runs.doctor import KINDS, Finding
-from finetuning.runs.folder import Sample
+from finetuning.runs.samples import Sample
 from finetuning.untrusted_text import printable
 
 if TYPE_CHECKING:

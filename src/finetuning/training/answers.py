@@ -22,7 +22,8 @@ from finetuning.evaluation.results import (
 from finetuning.evaluation.scores import BETTER_IF_HIGHER, SCORES
 from finetuning.evaluation.turns import Turn, draw, turns_of
 from finetuning.inference.generation import Asker
-from finetuning.runs.folder import ANSWERS, append_metrics, read_lines
+from finetuning.runs.folder import ANSWERS
+from finetuning.runs.metrics import append_metrics, read_lines
 from finetuning.training.prepared_run import PreparedRun
 from finetuning.training.trainer import ResponseTrainer
 

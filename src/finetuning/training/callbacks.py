@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from finetuning.errors import UserError
 from finetuning.evaluation.report import write_report
-from finetuning.runs.folder import append_metrics, write_metrics
+from finetuning.runs.metrics import append_metrics, write_metrics
 
 
 class MetricsFile(TrainerCallback):

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from finetuning.errors import UserError
 from finetuning.files import write_text
 from finetuning.recipe.recipe import Recipe
-from finetuning.runs.folder import Sample, quoted, read_metrics
+from finetuning.runs.metrics import read_metrics
+from finetuning.runs.samples import Sample, quoted
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -1,7 +1,7 @@
 """The recipe's prompts, asked before and after training."""
 
 from finetuning.inference.generation import Asker
-from finetuning.runs.folder import Sample, known_samples, write_samples
+from finetuning.runs.samples import Sample, known_samples, write_samples
 from finetuning.training.prepared_run import PreparedRun
 from finetuning.training.trainer import ResponseTrainer
 

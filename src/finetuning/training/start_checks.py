@@ -11,7 +11,7 @@ from finetuning.launch.software import require_same_software, software
 from finetuning.launch.step_size import StepSize
 from finetuning.launch.strategy import launch_of, require_strategy
 from finetuning.model.isolation import require_isolation
-from finetuning.runs.folder import write_start
+from finetuning.runs.environment import write_start
 from finetuning.training.answers import evaluate_base
 from finetuning.training.memory_check import check_memory
 from finetuning.training.preference_trainer import PreferenceTrainer

@@ -19,7 +19,7 @@ from finetuning.model.packed_models import use_packed_attention
 from finetuning.model.precision import with_weight_format
 from finetuning.model.response_head import require_plain_head
 from finetuning.recipe.recipe import PreferenceRecipe, Recipe
-from finetuning.runs.folder import noting_end, write_finish
+from finetuning.runs.environment import noting_end, write_finish
 from finetuning.runs.terminal import print_answers
 from finetuning.training.answers import evaluate_trained, means, score_evaluations
 from finetuning.training.callbacks import MetricsFile, ReportFile, Watchdog

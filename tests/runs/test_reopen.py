@@ -1,44 +1,16 @@
-"""A run folder belongs to one run, is written by one process, and resumes with steps as before."""
+"""A run resumes in its folder with steps as before, or is refused."""
 
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from commands import RECIPE, ROWS, assert_one_line, write_files
+from commands import RECIPE, ROWS, write_files
 from conftest import ROOT
 
 from finetuning.errors import UserError
 from finetuning.launch.strategy import Strategy
 from finetuning.recipe.recipe import Recipe, load_recipe
-from finetuning.runs.folder import (
-    Sample,
-    lock,
-    make_folder,
-    read_environment,
-    read_samples,
-    write_finish,
-    write_samples,
-    write_start,
-)
-from finetuning.runs.reopen import (
-    is_finished,
-    open_run_folder,
-    with_begun_draw,
-    with_real_folder,
-)
-
-# Holds the lock of a folder until it is killed.
-HOLDER = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, "src")
-from finetuning.runs.folder import lock
-held = lock(Path(sys.argv[1]))
-print("held", flush=True)
-time.sleep(600)
-"""
+from finetuning.runs.environment import read_environment, write_finish, write_start
+from finetuning.runs.reopen import is_finished, open_run_folder, with_begun_draw, with_real_folder
 
 
 @pytest.fixture
@@ -51,17 +23,6 @@ def recipe_of(tmp_path):
         return load_recipe(tmp_path / "recipe.yaml", overrides)
 
     return make
-
-
-@pytest.fixture
-def held_elsewhere(tmp_path):
-    """Another process that holds the lock of tmp_path/run."""
-    (tmp_path / "run").mkdir(exist_ok=True)
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
 
 
 def begun(recipe: Recipe, strategy: Strategy, fingerprint: str = "rows") -> Path:
@@ -77,45 +38,7 @@ def begun(recipe: Recipe, strategy: Strategy, fingerprint: str = "rows") -> Path
     return folder
 
 
-# The lock
-
-
-def test_a_second_run_is_refused_in_one_line_before_torch_is_imported(
-    recipe_of,
-    held_elsewhere,
-    run_fork,
-    tmp_path,
-):
-    refused = run_fork("sft.py", str(tmp_path / "recipe.yaml"))
-    assert_one_line(
-        refused,
-        [f"{tmp_path / 'run'} is in use: another run writes to it; wait for its end, or choose"],
-    )
-
-
-def test_whoever_holds_the_folder_is_named(recipe_of, held_elsewhere):
-    folder = begun(recipe_of(), Strategy("single", 1))
-    with pytest.raises(
-        UserError, match=r"is in use: another run writes to it \(process 4321 on node7\); "
-    ) as refused:
-        lock(folder)
-    assert "\n" not in str(refused.value)
-
-
-def test_a_run_that_was_killed_leaves_its_folder_free(held_elsewhere, tmp_path):
-    with pytest.raises(UserError, match="is in use"):
-        lock(tmp_path / "run")
-    held_elsewhere.kill()
-    held_elsewhere.wait()
-    assert (tmp_path / "run" / ".lock").exists()
-    held = lock(tmp_path / "run")
-    with pytest.raises(UserError, match="is in use"):
-        lock(tmp_path / "run")
-    del held
-    lock(tmp_path / "run")
-
-
-# Going on
+# Resuming
 
 
 @pytest.mark.parametrize(
@@ -410,30 +333,3 @@ def test_a_run_that_goes_on_keeps_what_was_written_first(recipe_of):
     second = read_environment(folder)
     assert {**second, "launches": second["launches"][:1]} == first and len(second["launches"]) == 2
     assert load_recipe(folder / "recipe.yaml").resolved() == recipe.resolved()
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors", "checkpoint-3"])
-def test_a_folder_with_weights_of_somebody_else_is_not_trained_into(recipe_of, name):
-    """A base model's, say."""
-    recipe = recipe_of()
-    folder = Path(recipe.training.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes(b"")
-    with pytest.raises(UserError, match="which could be overwritten; choose"):
-        open_run_folder(recipe, "data", None)
-
-
-def test_two_at_once_find_that_a_folder_can_be_written(tmp_path):
-    """Nodes, say, whose processes have the same number."""
-    with ThreadPoolExecutor(2) as pool:
-        assert set(pool.map(make_folder, [tmp_path] * 2000)) == {tmp_path}
-
-
-def test_samples_are_read_as_they_were_written(tmp_path):
-    assert read_samples(tmp_path) == []
-    samples = [Sample("首都は？", "a\nb", None), Sample("2 + 3?", "", "5")]
-    write_samples(tmp_path, samples)
-    assert read_samples(tmp_path) == samples
-    assert "Before:\n\n    a\n    b\n\nAfter:\n\n    (not yet)\n" in (
-        tmp_path / "samples.md"
-    ).read_text(encoding="utf-8")
