@@ -96,7 +96,7 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 
 schema: $(VENV)/.dev  ## write the settings of the libraries and the schema for editors again
 	PYTHONPATH=src $(RUN)/python -m finetuning.recipe.library_fields
-	PYTHONPATH=src $(RUN)/python -m finetuning.recipe.recipe
+	PYTHONPATH=src $(RUN)/python -m finetuning.recipe.schema
 
 tables: $(VENV)/.base  ## write the tables of the pages that come from code again
 	PYTHONPATH=src $(RUN)/python docs/tables.py

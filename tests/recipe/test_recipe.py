@@ -25,7 +25,8 @@ from finetuning.recipe.library_sections import (
     SFTConfigFields,
 )
 from finetuning.recipe.ownership import OWNED, PREFERENCE_KEYS, RENAMED
-from finetuning.recipe.recipe import SCHEMA, PreferenceRecipe, Recipe, load_recipe, recipe_schema
+from finetuning.recipe.recipe import PreferenceRecipe, Recipe, load_recipe
+from finetuning.recipe.schema import SCHEMA, recipe_schema
 from finetuning.recipe.sections import PreferenceTraining
 from finetuning.section import Section
 

@@ -9,7 +9,8 @@ import torch
 from conftest import ROOT
 
 from finetuning.launch.devices import local_device
-from finetuning.recipe.recipe import load_recipe, recipe_schema
+from finetuning.recipe.recipe import load_recipe
+from finetuning.recipe.schema import recipe_schema
 from finetuning.training.sft_config import make_arguments
 
 

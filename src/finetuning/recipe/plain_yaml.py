@@ -64,12 +64,9 @@ def node_lines(node: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
     if isinstance(node.value, str):
         return
     for index, child in enumerate(node.value):
-        name, place, value = (
-            (child[0].value, child[0], child[1])
-            if isinstance(child, tuple)
-            else (index, child, child)
-        )
+        of_key, value = child if isinstance(child, tuple) else (child, child)
+        name = of_key.value if isinstance(child, tuple) else index
         if isinstance(name, list):
             continue  # a key that is a list or mapping has no name; it is refused later
-        yield (*key, name), place.start_mark.line + 1
+        yield (*key, name), of_key.start_mark.line + 1
         yield from node_lines(value, (*key, name))
