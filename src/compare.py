@@ -19,12 +19,9 @@ from finetuning.script import run
 
 
 def main(arguments: list[str]) -> None:
-    from finetuning.evaluation.comparison import (
-        common_folder,
-        find_runs,
-        print_runs,
-        write_comparison,
-    )
+    from finetuning.evaluation.compared_run import common_folder, find_runs
+    from finetuning.evaluation.comparison_files import write_comparison
+    from finetuning.evaluation.comparison_terminal import print_runs
     from finetuning.evaluation.report import report, write_report
     from finetuning.files import write_text
     from finetuning.runs.terminal import make_console

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from finetuning.evaluation.asking import Answer
-from finetuning.evaluation.comparison import Run
+from finetuning.evaluation.compared_run import Run
 from finetuning.evaluation.report import marked, report, write_report
 from finetuning.evaluation.results import BASE, TRAINED, answer_lines, results_of, summary
 from finetuning.evaluation.turns import Turn

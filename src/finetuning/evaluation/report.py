@@ -11,7 +11,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from finetuning.evaluation.comparison import Run, cell, differing, name_of
+from finetuning.evaluation.compared_run import Run
+from finetuning.evaluation.comparison import cell, differing, name_of
 from finetuning.evaluation.results import TRAINED
 from finetuning.evaluation.table import ScoreRow, score_rows
 from finetuning.files import write_text
