@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
 
 from finetuning.budget.step_memory import StorageTracker
-from finetuning.model import loss
+from finetuning.model import response_head
 from finetuning.model.last_block import LastBlock
 from finetuning.model.loading import fuse_gelu
 from finetuning.model.packed_models import use_packed_attention
@@ -77,7 +77,7 @@ def step(model, form: str = "float32") -> tuple[torch.Tensor, dict[str, torch.Te
 @pytest.mark.parametrize(("kind", "method"), CASES)
 def test_what_is_computed_again_changes_no_bit(kind, method, form, monkeypatch):
     found, grads, alive = step(model_of(kind, method), form)
-    monkeypatch.setattr(loss, "recomputing", nullcontext)
+    monkeypatch.setattr(response_head, "recomputing", nullcontext)
     wanted, control, before = step(model_of(kind, method), form)
     assert torch.equal(found, wanted) and grads.keys() == control.keys()
     assert all(torch.equal(grads[name], control[name]) for name in control)
