@@ -32,17 +32,15 @@ from finetuning.script import run
 def main(arguments: list[str]) -> None:
     from finetuning.hub.allowed_files import unpublished_files
     from finetuning.hub.client import is_private, require_access, with_retries
-    from finetuning.publishing.bundle import (
-        address_of,
-        announcement,
+    from finetuning.publishing.bundle import address_of, announcement, gather
+    from finetuning.publishing.commit import plan_changes, publish
+    from finetuning.publishing.publishable import (
         find_publishable,
-        gather,
         gguf_if_wanted,
         merged_if_wanted,
         require_publishable,
         with_model,
     )
-    from finetuning.publishing.commit import plan_changes, publish
     from finetuning.publishing.verification import (
         ask_forms,
         check_published,

@@ -23,7 +23,8 @@ from finetuning.untrusted_text import printable
 
 def main(arguments: list[str]) -> None:
     from finetuning.hub.address import PREFIX, REPO, shortened
-    from finetuning.hub.download import copy_snapshot, describe_snapshot, pull
+    from finetuning.hub.download import pull
+    from finetuning.hub.snapshot import copy_snapshot, describe_snapshot
     from finetuning.inference.resolve import read_address
 
     options = read_arguments(arguments)

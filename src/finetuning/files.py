@@ -1,6 +1,8 @@
-"""Files that are whole or not there, and their SHA-256."""
+"""Files that are whole or not there, links to them, and their SHA-256."""
 
 import hashlib
+import os
+import shutil
 from pathlib import Path
 
 
@@ -23,3 +25,11 @@ def sha256_of(file: Path) -> str:
     """The file's SHA-256, in hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def link_or_copy(source: Path, place: Path) -> None:
+    """The same file under another name, on file systems that can; a copy on others."""
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copyfile(source, place)

@@ -10,7 +10,7 @@ from tiny import write_base
 from transformers import AutoModelForCausalLM
 
 from finetuning.export.merging import merge
-from finetuning.publishing.bundle import merged_if_wanted
+from finetuning.publishing.publishable import merged_if_wanted
 from finetuning.recipe.recipe import load_recipe
 from finetuning.runs.folder import RunFolder
 

@@ -9,7 +9,7 @@ from safetensors.numpy import save
 
 import pull
 from finetuning.errors import UserError
-from finetuning.hub.download import require_modest
+from finetuning.hub.checksums import require_modest
 
 WEIGHTS = save({})
 

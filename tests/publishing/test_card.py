@@ -23,7 +23,8 @@ from finetuning.hub.manifest import (
     parse_manifest,
 )
 from finetuning.model.tokenizer import read_tokenizer
-from finetuning.publishing.card import asking, loading, training_table
+from finetuning.publishing.card_facts import training_table
+from finetuning.publishing.card_usage import asking, loading
 from finetuning.publishing.repository_card import repository_card
 from finetuning.recipe.recipe import load_recipe
 

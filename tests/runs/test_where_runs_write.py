@@ -82,7 +82,7 @@ def test_the_person_may_choose_any_folder_for_a_pulled_recipe(pulled_recipe, cal
 
 def test_pulling_deletes_nothing_beside_the_target(tmp_path):
     from finetuning.hub.address import Address
-    from finetuning.hub.download import Snapshot, copy_snapshot
+    from finetuning.hub.snapshot import Snapshot, copy_snapshot
 
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "config.json").write_text("{}")

@@ -15,7 +15,7 @@ import compare
 import generate
 import sft
 from finetuning.errors import UserError
-from finetuning.publishing.bundle import require_publishable
+from finetuning.publishing.publishable import require_publishable
 from finetuning.recipe.recipe import load_recipe
 from finetuning.runs.checkpoints import content_damage
 from finetuning.runs.folder import RunFolder

@@ -90,7 +90,7 @@ def require_reachable(need: Need, needs: list[Need]) -> None:
 
 
 def unreachable(needs: list[Need], error: Exception) -> TryAgain:
-    from finetuning.hub.client import endpoint, short_reason
+    from finetuning.hub.failures import endpoint, short_reason
 
     names = ", ".join(dict.fromkeys(need.name for need in needs))
     cached = all(is_cached(need.name, need.kind) for need in needs)

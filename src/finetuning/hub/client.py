@@ -5,7 +5,6 @@ and not when a download breaks off (2.4.0).
 """
 
 import logging
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-import httpx2
 from huggingface_hub import (
     HfApi,
     constants,
@@ -21,37 +19,29 @@ from huggingface_hub import (
     hf_hub_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import logging as client_logging
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exports its functions lazily
-    parse_ratelimit_headers,
     sha,
 )
 
-from finetuning.errors import DISK_FULL, TryAgain, UserError, one_line
+from finetuning.errors import DISK_FULL, UserError, one_line
 from finetuning.files import sha256_of
+from finetuning.hub.failures import (
+    as_user_error,
+    endpoint,
+    hub_problem,
+    is_transient,
+    requested_wait,
+    short_reason,
+)
 from finetuning.hub.protocol import DIGEST, MAX_ANSWER, MIN_COST, at_most
 from finetuning.untrusted_text import printable
 
 TIMEOUT = 10  # seconds until an answer begins
 WAITS = (1, 2, 4, 8)  # seconds between one attempt and the next
 ATTEMPTS = 6  # of the client itself, which begins a file again where the line is cut
-MAX_WAIT = 300  # seconds: the Hub counts requests over five minutes
-
-# Somebody else was faster (409, 412), too many requests, or the server's own trouble.
-TRANSIENT = (408, 409, 412, 425, 429, 500, 502, 503, 504)
-
-TOKENS_PAGE = "https://huggingface.co/settings/tokens"
-LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 T = TypeVar("T")
 
@@ -78,11 +68,6 @@ def with_retries(action: Callable[[], T], repo: str) -> T:
             print(printable(said), file=sys.stderr, flush=True)
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
-
-
-def endpoint() -> str:
-    """The Hub's address, for messages: a mirror's may hold a password."""
-    return re.sub("//[^/@]*@", "//", constants.ENDPOINT)
 
 
 @contextmanager
@@ -194,103 +179,3 @@ def is_intact(file: Path, entry: RepoFile) -> bool:
     if entry.lfs:
         return sha256_of(file) == entry.lfs.sha256
     return sha.git_hash(file.read_bytes()) == entry.blob_id
-
-
-# What went wrong
-
-
-def hub_problem(error: BaseException) -> Exception | None:
-    """What went wrong between us and the Hub, or None if the error is of another kind.
-
-    The client wraps it: a failed upload is a RuntimeError, a failed download a
-    LocalEntryNotFoundError.
-    """
-    kinds = (
-        HfHubHTTPError,
-        httpx2.HTTPError,
-        httpx2.InvalidURL,
-        LocalTokenNotFoundError,
-        ConnectionError,
-        TimeoutError,
-    )
-    return next((cause for cause in causes(error) if isinstance(cause, kinds)), None)
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, its cause, the cause's cause ..."""
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def is_transient(problem: Exception) -> bool:
-    if isinstance(problem, HfHubHTTPError):
-        return problem.response.status_code in TRANSIENT
-    permanent = (OfflineModeIsEnabled, LocalTokenNotFoundError, httpx2.InvalidURL)
-    return not isinstance(problem, permanent)
-
-
-def requested_wait(problem: Exception) -> int | None:
-    """Seconds that the Hub asks us to wait, at most MAX_WAIT; None if it does not say."""
-    if not isinstance(problem, HfHubHTTPError):
-        return None
-    headers = problem.response.headers
-    limit, after = parse_ratelimit_headers(headers), headers.get("Retry-After", "")
-    if limit and limit.remaining == 0:
-        return min(limit.reset_in_seconds + 1, MAX_WAIT)
-    return min(int(after) + 1, MAX_WAIT) if after.isdigit() else None
-
-
-def short_reason(problem: Exception) -> str:
-    """In a few words, without the addresses and ids that the client's messages are full of."""
-    if isinstance(problem, HfHubHTTPError):
-        said = (problem.server_message or "").strip().splitlines()
-        phrase = said[0] if said else problem.response.reason_phrase
-        return f"{problem.response.status_code} {phrase}".strip()
-    return (str(problem) or type(problem).__name__).splitlines()[0]
-
-
-def as_user_error(problem: Exception, repo: str) -> UserError:
-    """The problem in one line that says what to do."""
-    if isinstance(problem, OfflineModeIsEnabled):
-        return UserError(f"{repo} has to be asked of the Hub, but HF_HUB_OFFLINE is set; unset it")
-    if isinstance(problem, LocalTokenNotFoundError):
-        return no_token(repo)
-    if isinstance(problem, GatedRepoError):
-        return UserError(f"{repo} is gated: ask for access on its page, and {LOG_IN}")
-    if isinstance(problem, RevisionNotFoundError):
-        return UserError(f"{repo} has no such branch, tag or commit")
-    if isinstance(problem, RepositoryNotFoundError):
-        hidden = "the token may not see it" if get_token() else f"it is private: {LOG_IN}"
-        return UserError(
-            f"{repo}: no such repository, or {hidden}; to create it: hf repos create {repo}"
-        )
-    if isinstance(problem, HfHubHTTPError) and problem.response.status_code in (401, 403):
-        return refused_token(repo, problem.response.status_code)
-    if is_transient(problem):
-        return TryAgain(
-            f"{endpoint()} could not be reached for {repo}, or gave up: "
-            f"{short_reason(problem)}; run the same command again"
-        )
-    return UserError(f"{repo}: the Hub refuses: {short_reason(problem)}")
-
-
-def no_token(repo: str) -> UserError:
-    return UserError(
-        f"{repo}: the Hub wants a token, none is set; {LOG_IN} (tokens: {TOKENS_PAGE})"
-    )
-
-
-def refused_token(repo: str, status: int) -> UserError:
-    if status == 403:
-        return UserError(
-            f"{repo}: the token may not do that; take one with write access to "
-            f"{repo.split('/')[0]} ({TOKENS_PAGE}), or publish to a repository of your own: "
-            "publish.repo=you/name"
-        )
-    if not get_token():
-        return no_token(repo)
-    return UserError(
-        f"{repo}: the Hub does not know the token (expired, revoked?); "
-        f"create another: {TOKENS_PAGE}"
-    )

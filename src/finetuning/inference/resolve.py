@@ -7,7 +7,8 @@ from pathlib import Path
 from finetuning.errors import UserError
 from finetuning.hub.address import PREFIX, Address, parse_address
 from finetuning.hub.allowed_files import ADAPTER_WEIGHTS
-from finetuning.hub.download import Snapshot, pull
+from finetuning.hub.download import pull
+from finetuning.hub.snapshot import Snapshot
 from finetuning.recipe.recipe import Recipe, load_recipe
 from finetuning.recipe.sections import Model, Publish
 from finetuning.runs.checkpoints import (

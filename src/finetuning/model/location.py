@@ -18,7 +18,7 @@ def adapter_folder(model: Model) -> Path | None:
 
 def located(name: str) -> str:
     if name.startswith(PREFIX):
-        from finetuning.hub.download import cached_folder
+        from finetuning.hub.offline import cached_folder
 
         return str(cached_folder(parse_address(name)))
     return str(Path(name).expanduser())

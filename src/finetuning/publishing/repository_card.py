@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 
 from finetuning.errors import UserError, one_line
 from finetuning.hub.manifest import Manifest
-from finetuning.publishing.card import base_link, is_repo
+from finetuning.publishing.card_facts import base_link, is_repo
 from finetuning.untrusted_text import cell, code_cell
 
 # Around the table, in every repository that was published to: they stay as they are.
