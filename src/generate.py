@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
         )
     with uncollected():
         from finetuning.inference.conversation import converse
-        from finetuning.inference.generation import load_asker
+        from finetuning.inference.trained_model import load_asker
 
     converse(load_asker(folder, recipe), remembers=not options.each)
 
@@ -98,7 +98,7 @@ def answer(options: Namespace, folder: Path, recipe: "Recipe") -> None:
     def load() -> "Asker":
         # Torch and transformers take seconds to import: only now.
         with uncollected():
-            from finetuning.inference.generation import load_asker
+            from finetuning.inference.trained_model import load_asker
 
         return load_asker(folder, recipe)
 

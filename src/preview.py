@@ -72,15 +72,10 @@ def prepare(options: Namespace) -> "PreparedRun":
 def show_rows(run: "PreparedRun", console: "Console") -> None:
     """On the terminal, and in full in the folder preview."""
     from finetuning.data.tokenization import sequences_of
+    from finetuning.runs.colored_masks import examples_in_order, print_example, trained_and_not
     from finetuning.runs.doctor import Shown, diagnose
+    from finetuning.runs.funnel import print_findings, print_funnel
     from finetuning.runs.output_folder import make_folder, output_folder
-    from finetuning.runs.terminal import (
-        examples_in_order,
-        print_example,
-        print_findings,
-        print_funnel,
-        trained_and_not,
-    )
 
     prepared = run.examples
     looked_at = [
@@ -110,9 +105,9 @@ def write_files(
     import numpy as np
 
     from finetuning.files import write_text
+    from finetuning.runs.colored_masks import examples_in_order
     from finetuning.runs.plots import plot_lengths
     from finetuning.runs.report_page import report_page
-    from finetuning.runs.terminal import examples_in_order
 
     prepared = run.examples
     parts = [part for part in (prepared.train, prepared.eval) if part is not None]
@@ -136,7 +131,7 @@ def show_budget(
     from finetuning.budget.savings import enough
     from finetuning.launch import devices
     from finetuning.model.quantization import hide_bitsandbytes
-    from finetuning.runs.terminal import print_budget
+    from finetuning.runs.budget_table import print_budget
 
     console.rule("budget")
     hide_bitsandbytes(run.recipe)

@@ -117,7 +117,7 @@ def describe(run: "PreparedRun", options: Namespace, console: "Console") -> None
     from finetuning.launch.software import versions
     from finetuning.publishing.provenance import unlike_published
     from finetuning.recipe.without_effect import settings_without_effect
-    from finetuning.runs.terminal import print_funnel
+    from finetuning.runs.funnel import print_funnel
 
     print_funnel(console, run.examples.report)
     for difference in unlike_published(Path(options.recipe), run.examples.fingerprint, versions()):

@@ -20,13 +20,8 @@ from finetuning.budget import budget as budget_module
 from finetuning.budget import step_memory
 from finetuning.budget.budget import make_budget
 from finetuning.budget.savings import enough
-from finetuning.budget.step_memory import (
-    StorageTracker,
-    TrackedHead,
-    as_trained,
-    meta_model,
-    run_step,
-)
+from finetuning.budget.step_memory import TrackedHead, as_trained, meta_model, run_step
+from finetuning.budget.storage_tracker import StorageTracker
 from finetuning.data.batching import Collator
 from finetuning.data.storage import Prepared
 from finetuning.data.tokenization import Examples
@@ -34,7 +29,7 @@ from finetuning.errors import UserError
 from finetuning.launch import devices
 from finetuning.launch.strategy import Strategy
 from finetuning.recipe.recipe import load_recipe
-from finetuning.runs.terminal import budget_table, print_budget
+from finetuning.runs.budget_table import budget_table, print_budget
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import memory

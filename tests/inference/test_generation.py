@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from finetuning.data.row import message
 from finetuning.data.templates import TEMPLATES, MarkerTemplate
 from finetuning.errors import UserError
-from finetuning.inference.generation import BATCH, Asker, batches_by_length, whole_words
+from finetuning.inference.generation import BATCH, Asker, batches_by_length
+from finetuning.inference.streaming import whole_words
 from finetuning.recipe.sections import Generation
 
 QUESTIONS = [f"What is {n} + {n}?" * (1 + n % 5) for n in range(BATCH + 3)]

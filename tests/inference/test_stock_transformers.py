@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import sft
-from finetuning.inference.generation import load_asker
+from finetuning.inference.trained_model import load_asker
 from finetuning.recipe.recipe import load_recipe
 
 FACTS = {

@@ -19,7 +19,7 @@ import generate
 from finetuning.data.cache import prepare
 from finetuning.errors import UserError
 from finetuning.export.merging import merge
-from finetuning.inference.generation import load_trained
+from finetuning.inference.trained_model import load_trained
 from finetuning.launch.strategy import requested_strategy
 from finetuning.model.precision import precision
 from finetuning.model.quantization import hide_bitsandbytes

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
 
-from finetuning.budget.step_memory import StorageTracker
+from finetuning.budget.storage_tracker import StorageTracker
 from finetuning.model import response_head
 from finetuning.model.last_block import LastBlock
 from finetuning.model.loading import fuse_gelu

@@ -84,7 +84,7 @@ def test_a_checkpoint_that_is_not_there_or_damaged_is_named(runs, ask, tmp_path)
     ],
 )
 def test_what_cannot_be_asked_is_told_before_a_model_is_loaded(runs, arguments, what, monkeypatch):
-    monkeypatch.setattr("finetuning.inference.generation.load_asker", pytest.fail)
+    monkeypatch.setattr("finetuning.inference.trained_model.load_asker", pytest.fail)
     with pytest.raises(UserError) as error:
         generate.main([str(runs["full"]), *arguments])
     assert what in str(error.value)

@@ -22,7 +22,7 @@ import publish
 import pull
 import sft
 from finetuning.data.cache import prepare
-from finetuning.inference.generation import load_trained
+from finetuning.inference.trained_model import load_trained
 from finetuning.recipe.recipe import load_recipe
 
 QUESTIONS = ["What is red?", "日本の首都は？"]

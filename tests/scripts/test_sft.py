@@ -20,7 +20,7 @@ import generate
 import preview
 import sft
 from finetuning.errors import Stopped, UserError
-from finetuning.inference.generation import load_asker
+from finetuning.inference.trained_model import load_asker
 from finetuning.recipe.recipe import load_recipe
 from finetuning.runs.samples import read_samples
 from finetuning.training.signals import SIGNALS

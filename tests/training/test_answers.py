@@ -10,7 +10,7 @@ import sft
 from finetuning.evaluation.asking import ask
 from finetuning.evaluation.results import known_answers
 from finetuning.evaluation.turns import draw, turns_of
-from finetuning.inference.generation import load_asker
+from finetuning.inference.trained_model import load_asker
 from finetuning.runs.folder import RunFolder
 
 MANY = "evaluation.questions=20"

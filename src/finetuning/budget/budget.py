@@ -9,12 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from finetuning.budget.step_memory import (
-    StepMemory,
-    measure_step,
-    meta_model,
-    optimizer_bytes,
-)
+from finetuning.budget.step_memory import measure_step, meta_model, optimizer_bytes
+from finetuning.budget.storage_tracker import StepMemory
 from finetuning.data.batching import BatchSampler, Collator
 from finetuning.data.storage import Prepared
 from finetuning.data.tokenization import IGNORE_INDEX

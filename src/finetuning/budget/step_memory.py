@@ -2,20 +2,15 @@
 
 Model, adapter, attention and loss are those of training, so that only what happens inside of a
 kernel is estimated. torch's FakeTensorMode gives a tensor shape, number format and device, but no
-bytes. Every storage that comes and goes is recorded, and the peak is looked up afterwards, for
-whatever share of it a process holds.
+bytes; storage_tracker.py records every storage that comes and goes.
 """
 
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from finetuning.budget.gpu_stand_ins import (
@@ -23,6 +18,7 @@ from finetuning.budget.gpu_stand_ins import (
     gpu_kernels,
     quantize_linear_layers,
 )
+from finetuning.budget.storage_tracker import StepMemory, StorageTracker
 from finetuning.data.batching import Batch
 from finetuning.model.loading import fuse_gelu
 from finetuning.model.lora import lora_config
@@ -35,7 +31,6 @@ from finetuning.recipe.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-KINDS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits")
 # Bytes that an optimizer keeps per byte of trained weights; of others, AdamW's two averages.
 OPTIMIZER_SHARES = {
     "sgd": 0.0,
@@ -44,33 +39,6 @@ OPTIMIZER_SHARES = {
     "adamw_bnb_8bit": 0.5,
     "paged_adamw_8bit": 0.5,
 }
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """What one step allocates, in order."""
-
-    kinds: np.ndarray
-    """(storages,) index into KINDS"""
-    sizes: np.ndarray
-    """(storages,) bytes"""
-    events: np.ndarray
-    """(events,) n where storage number n is allocated, ~n (negative) where it is freed"""
-    operations: int
-    """that compute something, about as many as a GPU launches kernels"""
-
-    def peak(self, shares: dict[str, float] | None = None) -> dict[str, int]:
-        """{kind: bytes} at the moment when their sum is largest.
-
-        `shares` says which part of a kind a process holds, 0..1; where a kind is not in it, all.
-        """
-        share = np.array([(shares or {}).get(kind, 1.0) for kind in KINDS])
-        storages = np.where(self.events < 0, ~self.events, self.events)
-        bytes_held = self.sizes[storages] * share[self.kinds[storages]]
-        change = np.where(self.events < 0, -bytes_held, bytes_held)
-        until = int(np.cumsum(change).argmax()) + 1
-        kinds, change = self.kinds[storages[:until]], change[:until]
-        return {kind: round(change[kinds == index].sum()) for index, kind in enumerate(KINDS)}
 
 
 def meta_model(recipe: Recipe, config: "PreTrainedConfig") -> "PreTrainedModel":
@@ -171,59 +139,6 @@ def run_step(
         if weight.grad is not None:
             tracker.tag(weight.grad, "gradients")
     del state
-
-
-class StorageTracker(TorchDispatchMode):
-    """Records every storage that an operation allocates, and when it is freed."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        # Numbers of the storages that are alive.
-        self.numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self.kinds: list[str] = []
-        self.sizes: list[int] = []
-        self.events: list[int] = []
-        self.kind = "activations"
-        """of what is allocated now"""
-        self.operations = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        self.operations += not func.is_view
-        for tensor in output if isinstance(output, (tuple, list)) else [output]:
-            if isinstance(tensor, torch.Tensor):
-                self.number_of(tensor)
-        return output
-
-    def number_of(self, tensor: torch.Tensor) -> int:
-        """The number of the tensor's storage, which is recorded when it is first seen."""
-        storage = tensor.untyped_storage()
-        if storage not in self.numbers:
-            number = self.numbers[storage] = len(self.sizes)
-            self.kinds.append(self.kind)
-            self.sizes.append(storage.nbytes())
-            self.events.append(number)
-            weakref.finalize(storage, self.events.append, ~number)
-        return self.numbers[storage]
-
-    def tag(self, tensor: torch.Tensor, kind: str) -> None:
-        """Sets the kind of a tensor's storage, which may have been allocated before."""
-        self.kinds[self.number_of(tensor)] = kind
-
-    @contextmanager
-    def tagging(self, kind: str) -> Iterator[None]:
-        before, self.kind = self.kind, kind
-        try:
-            yield
-        finally:
-            self.kind = before
-
-    def step_memory(self) -> StepMemory:
-        kinds = np.array([KINDS.index(kind) for kind in self.kinds])
-        sizes, events = np.array(self.sizes, np.int64), np.array(self.events, np.int64)
-        return StepMemory(kinds, sizes, events, self.operations)
 
 
 def make_weights_fake(model: "PreTrainedModel", tracker: StorageTracker) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetuning.inference.generation import load_asker
+from finetuning.inference.trained_model import load_asker
 from finetuning.recipe.recipe import Recipe
 from finetuning.recipe.sections import Generation
 

@@ -5,26 +5,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetuning.data.prepare import load_template
 from finetuning.data.row import BadRow, Message, Tool, message
 from finetuning.data.templates import Template
 from finetuning.data.tokenization import encode_prompts
 from finetuning.errors import UserError, one_line
-from finetuning.inference.resolve import pin_base_model
-from finetuning.model.loading import load_model
-from finetuning.model.lora import load_adapter
-from finetuning.model.tokenizer import read_tokenizer
-from finetuning.recipe.recipe import Recipe
-from finetuning.recipe.sections import Generation, Model
+from finetuning.inference.streaming import WordStreamer
+from finetuning.recipe.sections import Generation
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
-
 
 BATCH = 8  # questions asked at once
 # Fields of transformers.GenerationConfig that are refused, when it is saved, without do_sample.
@@ -32,7 +25,6 @@ SAMPLING = {
     *("temperature", "top_k", "top_p", "min_p", "top_h"),
     *("typical_p", "epsilon_cutoff", "eta_cutoff"),
 }
-
 
 Conversation = Sequence[Message]
 
@@ -200,70 +192,11 @@ def saved_generation_config(asker: Asker) -> "GenerationConfig":
     return GenerationConfig(**{k: v for k, v in settings.items() if k not in unused})
 
 
-class WordStreamer:
-    """What transformers calls with each new token: shows what is new, in whole words."""
-
-    def __init__(self, read: Callable[[list[int]], str], show: Callable[[str], None]) -> None:
-        self.read, self.show = read, show
-        self.ids: list[int] | None = None
-        self.shown = ""
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.ids is None:  # the prompt comes first
-            self.ids = []
-            return
-        self.ids += value.flatten().tolist()
-        self.go_to(whole_words(self.read(self.ids)))
-
-    def end(self) -> None:
-        self.go_to(self.read(self.ids or []))
-
-    def go_to(self, text: str) -> None:
-        if text.startswith(self.shown) and text != self.shown:
-            self.show(text[len(self.shown) :])
-            self.shown = text
-
-
-def whole_words(text: str) -> str:
-    """The text without a word that may still grow, or a character that is not yet whole."""
-    text = text.rstrip("\ufffd")
-    if text and ord(text[-1]) >= 0x2E80:  # Chinese and Japanese have no spaces between words
-        return text
-    return text[: max(map(text.rfind, " \n")) + 1]
-
-
 def batches_by_length(prompts: Sequence[list[int]]) -> list[list[int]]:
     """The numbers of the prompts in batches of similar length, each in the order of the prompts."""
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     starts = range(0, len(by_length), BATCH)
     return [sorted(by_length[start : start + BATCH]) for start in starts]
-
-
-def load_asker(folder: Path, recipe: Recipe, weights: Path | None = None) -> Asker:
-    """The model of a run folder, to be asked. Uses a GPU if there is one.
-
-    `weights` is where its weights are, if that is another folder.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = read_tokenizer(str(folder))
-    model: Any = load_trained(weights or folder, recipe, tokenizer, device)
-    return Asker(
-        model.to(device), tokenizer, load_template(recipe.data, tokenizer), recipe.generation
-    )
-
-
-def load_trained(
-    folder: Path, recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", device: str = "cpu"
-) -> "PreTrainedModel":
-    """The run folder's weights, or its adapter on the base model it was trained on.
-
-    The base is quantized if the recipe's is.
-    """
-    if not (folder / "adapter_config.json").exists():
-        return load_model(Model(name=str(folder), dtype=recipe.model.dtype), tokenizer, seed=0)
-    # A base from scratch is the same only with the seed of training.
-    base = load_model(pin_base_model(recipe).model, tokenizer, recipe.training.seed, device)
-    return cast("PreTrainedModel", load_adapter(base, folder))
 
 
 def cut_at_end(ids: list[int], ends: list[int]) -> list[int]:

@@ -24,12 +24,13 @@ from finetuning.data.rendering import Conversation, render_row
 from finetuning.data.row import BadRow, message
 from finetuning.data.tokenization import tokenize
 from finetuning.errors import UserError, one_line
-from finetuning.inference.generation import Asker, load_asker
+from finetuning.inference.generation import Asker
 from finetuning.inference.resolve import pin_base_model
+from finetuning.inference.trained_model import load_asker
 from finetuning.model.loading import load_model
 from finetuning.recipe.recipe import Recipe
 from finetuning.recipe.sections import Generation
-from finetuning.runs.terminal import trained_and_not
+from finetuning.runs.colored_masks import trained_and_not
 
 PAGE = Path(__file__).with_name("page.html")
 SETTINGS = (  # what the page lets a person change
