@@ -13,7 +13,7 @@ from finetuning.budget.step_memory import measure_step, meta_model, optimizer_by
 from finetuning.budget.storage_tracker import StepMemory
 from finetuning.data.batching import BatchSampler, Collator
 from finetuning.data.storage import Prepared
-from finetuning.data.tokenization import IGNORE_INDEX
+from finetuning.data.tokenization import IGNORE_INDEX, Example
 from finetuning.launch.devices import Device
 from finetuning.launch.step_size import StepSize, step_size
 from finetuning.launch.strategy import Strategy
@@ -84,30 +84,20 @@ def make_budget(
 ) -> Budget:
     """Raises UserError for a model without a config, and a format that the device cannot have."""
     step = step_size(recipe, strategy.processes)
-    training = recipe.training.model_copy(update={"gradient_accumulation_steps": step.accumulation})
-    recipe = recipe.model_copy(update={"training": training})
+    recipe = with_accumulation(recipe, step)
     sampler = sampler_of(recipe, prepared, step)
     steps_per_epoch = math.ceil(len(sampler) / step.accumulation)
     steps = steps_of(recipe, steps_per_epoch)
-    is_padded = recipe.data.layout == "padded"
-    numbers = np.array(sampler.longest(steps * step.accumulation, is_padded))
-    examples = list(prepared.train.select(numbers))
-    batch = Collator(recipe.data.layout, tokenizer.pad_token_id or 0)(examples)
-
-    kind = "cuda" if device.is_gpu else "cpu"
-    formats = precision(recipe, torch.device(kind), device.capability)
-    autocast = torch.bfloat16 if formats["bf16"] else torch.float16 if formats["fp16"] else None
-    base = with_weight_format(recipe, kind, formats)
-    recipe = recipe.model_copy(update={"model": base})
-    model = meta_model(recipe, load_config(base, tokenizer))
-    memory = measure_step(recipe, model, batch, autocast, device.capability)
     epochs = steps / steps_per_epoch
-    computed = sampler.computed_tokens(is_padded) * epochs
-    responses = np.count_nonzero(prepared.train.labels != IGNORE_INDEX) * epochs
-    is_checkpointed = bool(recipe.training.activation_checkpointing)
-    flops = matmul_params_of(model).flops(computed, responses, is_checkpointed)
-    if recipe.data.is_preference:  # the reference: a forward, a third of a step, of each pair once
-        flops *= 1 + min(1.0, 1 / epochs) / 3
+
+    examples = longest_examples(recipe, prepared, sampler, steps * step.accumulation)
+    batch = Collator(recipe.data.layout, tokenizer.pad_token_id or 0)(examples)
+    recipe, autocast = with_precision(recipe, device)
+    model = meta_model(recipe, load_config(recipe.model, tokenizer))
+    memory = measure_step(recipe, model, batch, autocast, device.capability)
+
+    flops = flops_of(recipe, prepared, sampler, model, epochs) / strategy.processes
+    operations = memory.operations * steps * step.accumulation
     return Budget(
         device=device,
         strategy=strategy,
@@ -116,12 +106,51 @@ def make_budget(
         longest=(len(examples), batch["input_ids"].numel(), len(batch["targets"])),
         steps=steps,
         tokens=round(prepared.train.lengths.sum() * epochs),
-        seconds=seconds_of(
-            flops / strategy.processes, memory.operations * steps * step.accumulation, device
-        ),
+        seconds=seconds_of(flops, operations, device),
         disk=disk_of(recipe, model, steps, steps_per_epoch),
         free=shutil.disk_usage(existing(Path(recipe.training.output_dir).expanduser())).free,
     )
+
+
+def with_accumulation(recipe: Recipe, step: StepSize) -> Recipe:
+    """The recipe with the micro-batches that a step of global_batch_size has here."""
+    training = recipe.training.model_copy(update={"gradient_accumulation_steps": step.accumulation})
+    return recipe.model_copy(update={"training": training})
+
+
+def longest_examples(
+    recipe: Recipe, prepared: Prepared, sampler: BatchSampler, micro_batches: int
+) -> list[Example]:
+    """Those of the micro-batch with the most tokens that the run will compute."""
+    is_padded = recipe.data.layout == "padded"
+    numbers = np.array(sampler.longest(micro_batches, is_padded))
+    return list(prepared.train.select(numbers))
+
+
+def with_precision(recipe: Recipe, device: Device) -> tuple[Recipe, torch.dtype | None]:
+    """(the recipe with its weights' format on the device, the format of autocast)."""
+    kind = "cuda" if device.is_gpu else "cpu"
+    formats = precision(recipe, torch.device(kind), device.capability)
+    autocast = torch.bfloat16 if formats["bf16"] else torch.float16 if formats["fp16"] else None
+    base = with_weight_format(recipe, kind, formats)
+    return recipe.model_copy(update={"model": base}), autocast
+
+
+def flops_of(
+    recipe: Recipe,
+    prepared: Prepared,
+    sampler: BatchSampler,
+    model: "PreTrainedModel",
+    epochs: float,
+) -> float:
+    """Of the whole run, in all processes."""
+    computed = sampler.computed_tokens(recipe.data.layout == "padded") * epochs
+    responses = np.count_nonzero(prepared.train.labels != IGNORE_INDEX) * epochs
+    is_checkpointed = bool(recipe.training.activation_checkpointing)
+    flops = matmul_params_of(model).flops(computed, responses, is_checkpointed)
+    if recipe.data.is_preference:  # the reference: a forward, a third of a step, of each pair once
+        flops *= 1 + min(1.0, 1 / epochs) / 3
+    return flops
 
 
 def seconds_of(flops: float, operations: int, device: Device) -> tuple[float, float] | None:
