@@ -96,6 +96,12 @@ CASES = [
         ["training.load_best_model_at_end=true", "training.save_steps=340"],
         {},
     ),
+    ("training.bf16 with training.fp16", ["training.bf16=true", "training.fp16=true"], {}),
+    (
+        "training.activation_checkpointing_kwargs without training.activation_checkpointing",
+        ["training.activation_checkpointing_kwargs={use_reentrant: true}"],
+        {},
+    ),
     ("training.torch_compile", ["training.torch_compile=true"], {}),
 ]
 # (what a rule says, whether there is a GPU, environment): only torch can tell, so it is imported
@@ -120,6 +126,13 @@ WORKS = [
     ([], {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "left over from another run"}),
     (["model.dtype=bfloat16"], {}),
     (["training.fp16=true"], {}),
+    (
+        [
+            "training.activation_checkpointing=true",
+            "training.activation_checkpointing_kwargs={use_reentrant: true}",
+        ],
+        {},
+    ),
     (["model.dtype=float16", "lora={r: 4}"], {}),
     (["training.auto_find_batch_size=true"], {"WORLD_SIZE": "2"}),
     (["training.load_best_model_at_end=true"], {}),

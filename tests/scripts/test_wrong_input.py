@@ -747,7 +747,7 @@ LATE = [
     ),
     case(
         "two number formats",
-        "training.bf16 and training.fp16",
+        "training.bf16 with training.fp16 does not work",
         command=f"{TRAIN} training.bf16=true training.fp16=true",
     ),
     case(

@@ -80,10 +80,6 @@ def test_what_the_libraries_can_do_passes(ask, overrides):
             r"^training\.activation_checkpointing_kwargs: .*nonsense",
         ),
         (
-            ["training.activation_checkpointing_kwargs={use_reentrant: true}"],
-            r"^training\.activation_checkpointing_kwargs have no effect",
-        ),
-        (
             ["training.lr_scheduler_type=cosine_with_min_lr"],
             r"^training\.lr_scheduler_type: .*min_lr",
         ),

@@ -22,9 +22,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import logging as client_logging
-from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exports its functions lazily
-    sha,
-)
+from huggingface_hub.utils import sha
 
 from finetuning.errors import DISK_FULL, UserError, one_line
 from finetuning.files import sha256_of

@@ -1,7 +1,8 @@
 """Combinations that fail, or silently train something else: refused before a model is loaded.
 
 `python -m finetuning.launch.compatibility` prints them as a table; docs/limits.md has it in both
-languages.
+languages. What contradicts itself in the file alone is refused by recipe.py when it is read, with
+the line where it stands; what only a library, the model or the rows can tell, behind these.
 """
 
 import json
@@ -162,6 +163,21 @@ RULES = (
         "training.save_steps equal to training.eval_steps, or training.save_strategy: best",
         lambda recipe, strategy: (
             bool(recipe.training.load_best_model_at_end) and skips_saves(recipe.training)
+        ),
+    ),
+    Rule(
+        "training.bf16 with training.fp16",
+        "a run computes in one of them",
+        "training.bf16 on a GPU of compute capability 8.0 or higher, training.fp16 on an older one",
+        lambda recipe, strategy: bool(recipe.training.bf16 and recipe.training.fp16),
+    ),
+    Rule(
+        "training.activation_checkpointing_kwargs without training.activation_checkpointing",
+        "they have no effect",
+        "training.activation_checkpointing: true, or leave them out",
+        lambda recipe, strategy: (
+            bool(recipe.training.activation_checkpointing_kwargs)
+            and not recipe.training.activation_checkpointing
         ),
     ),
     Rule(

@@ -27,8 +27,7 @@ def precision(
     lacks_bf16 = capability is not None and is_gpu and capability < NATIVE_BF16
     version = ".".join(map(str, capability or ()))
     name = f"this GPU (compute capability {version})" if is_gpu else "the CPU"
-    if bf16 and fp16:
-        raise UserError("training.bf16 and training.fp16 are both true; at most one can be")
+    assert not (bf16 and fp16), "refused by launch/compatibility.py"
     if fp16 and not is_gpu:
         raise UserError(
             "training.fp16: the CPU has no fp16 training (it would silently be float32); "

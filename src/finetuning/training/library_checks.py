@@ -203,11 +203,6 @@ def require_activation_checkpointing(args: SFTConfig) -> None:
     settings: Any = args.activation_checkpointing_kwargs
     if not settings:
         return
-    if not args.activation_checkpointing:
-        raise UserError(
-            "training.activation_checkpointing_kwargs have no effect without "
-            "training.activation_checkpointing: true"
-        )
     weight = torch.ones(1, requires_grad=True)
     with asking("training.activation_checkpointing_kwargs"):
         torch.utils.checkpoint.checkpoint(
