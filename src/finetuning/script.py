@@ -75,33 +75,53 @@ def run_main(main: Callable[[list[str]], None], manual: str, when_interrupted: s
         ignore_signals()
         write_exit_note(0)
         return 0
-    except UserError as error:
-        return report(f"error: {one_line(error)}", error.exit_code)
-    except KeyboardInterrupt:
-        return report(f"interrupted{when_interrupted}", 130)
-    except Stopped as stopped:
-        return report(str(stopped) if is_first() else "", stopped.code)
-    except PermissionError as error:
-        what = f"{error.filename}: {error.strerror}"
-        return report(f"error: {what}; it has to be readable, and a folder writable", 2)
-    except IsADirectoryError as error:
-        name = error.filename2 or error.filename
-        return report(f"error: {name} is a folder where a file belongs; move it away", 2)
-    except Exception as error:
-        if is_of_interrupt(error):
-            return report(f"interrupted{when_interrupted}", 130)
-        if isinstance(error, BrokenPipeError) and stdout_closed():
-            return report("", 1)  # as Python's manual and rich have it
-        if is_out_of_memory(error):
-            first = str(error).strip().partition("\n")[0]
-            return report(
-                f"error: out of memory: {first}; src/preview.py says what a recipe needs", 1
-            )
-        if not any(words in str(error) for words in DISK_FULL):
+    except (KeyboardInterrupt, Stopped, Exception) as error:
+        known = told(error, when_interrupted)
+        if known is None:
             write_exit_note(1, safe(f"{type(error).__name__}: {one_line(error)}"))
             raise
+    return report(*known)
+
+
+def told(error: BaseException, when_interrupted: str) -> tuple[str, int] | None:
+    """(line for the person, exit code); None for an exception that nobody foresaw."""
+    if isinstance(error, UserError):
+        return f"error: {one_line(error)}", error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted{when_interrupted}", 130
+    if isinstance(error, Stopped):
+        return str(error) if is_first() else "", error.code
+    if line := refused_file(error):
+        return line, 2
+    if is_of_interrupt(error):
+        return f"interrupted{when_interrupted}", 130
+    if isinstance(error, BrokenPipeError) and stdout_closed():
+        return "", 1  # as Python's manual and rich have it
+    if line := out_of_room(error):
+        return line, 1
+    return None
+
+
+def refused_file(error: BaseException) -> str | None:
+    """Of a file that may not be used, or is none."""
+    if isinstance(error, PermissionError):
+        what = f"{error.filename}: {error.strerror}"
+        return f"error: {what}; it has to be readable, and a folder writable"
+    if isinstance(error, IsADirectoryError):
+        name = error.filename2 or error.filename
+        return f"error: {name} is a folder where a file belongs; move it away"
+    return None
+
+
+def out_of_room(error: BaseException) -> str | None:
+    """Of memory or a disk that is full."""
+    if is_out_of_memory(error):
+        first = str(error).strip().partition("\n")[0]
+        return f"error: out of memory: {first}; src/preview.py says what a recipe needs"
+    if any(text in str(error) for text in DISK_FULL):
         remedy = "make room, and give the same command again"
-        return report(f"error: the disk is full: {one_line(error)}; {remedy}", 1)
+        return f"error: the disk is full: {one_line(error)}; {remedy}"
+    return None
 
 
 def use_utf8() -> None:

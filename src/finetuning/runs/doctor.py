@@ -17,6 +17,7 @@ JAPANESE = re.compile("[\u3040-\u30ff]")
 LETTERS = re.compile(r"[^\W\d_]")
 # A text of 200 bytes or more that packs to a sixth says little: prose packs to a half or a third.
 REPEATED, LONG_ENOUGH = 6, 200
+LONG_RESPONSE = 40  # characters from which a response is hardly the same by chance
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Shown:
         return "".join(text for text, is_trained in self.parts if is_trained)
 
 
+ByText = dict[str, list[Shown]]  # examples by a text that they have
+
+
 @dataclass(frozen=True)
 class Finding:
     kind: str
@@ -50,41 +54,43 @@ def diagnose(examples: Iterable[Shown], end_marks: Sequence[str]) -> list[Findin
     stripped = [
         (each, plain(each.prompt, end_marks), plain(each.response, end_marks)) for each in examples
     ]
-    prompts, responses = defaultdict(list), defaultdict(list)
+    of_prompt, of_response = defaultdict(list), defaultdict(list)
+    answers: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for each, prompt, response in stripped:
-        prompts[prompt.casefold()].append((each, response.casefold()))
-        responses[response.casefold()].append(each)
-    same_prompt = [group for group in prompts.values() if len(group) > 1]
-    copies, contradictions = [], []
-    for group in same_prompt:
-        of_answer = defaultdict(list)
-        for each, answer in group:
-            of_answer[answer].append(each.number)
-        copies += [numbers for numbers in of_answer.values() if len(numbers) > 1]
-        if len(of_answer) > 1:
-            contradictions.append([numbers[0] for numbers in of_answer.values()])
-    same = [*([each for each, _ in group] for group in same_prompt)]
-    same += [group for text, group in responses.items() if len(text) >= 40 and len(group) > 1]
-    leaked = [numbers_of(group) for group in same if len({each.split for each in group}) > 1]
-    repeated = [numbers_of(group) for text, group in responses.items() if len(group) > 1 and text]
+        prompt, response = prompt.casefold(), response.casefold()
+        of_prompt[prompt].append(each)
+        of_response[response].append(each)
+        answers[prompt][response].append(each.number)
     groups = {
-        "leaked": leaked,
-        "copies": copies,
-        "contradictions": contradictions,
-        "same_response": repeated,
-        "near_prompts": nearly_same(
-            {text: [each for each, _ in group] for text, group in prompts.items()}
-        ),
-        "near_responses": nearly_same(responses),
-        **{
-            kind: [[each.number] for each, prompt, response in stripped if holds(prompt, response)]
-            for kind, holds in OF_ONE.items()
-        },
+        "leaked": leaked(of_prompt, of_response),
+        "copies": [same for each in answers.values() for same in each.values() if len(same) > 1],
+        "contradictions": [
+            [same[0] for same in each.values()] for each in answers.values() if len(each) > 1
+        ],
+        "same_response": [numbers_of(each) for text, each in several(of_response) if text],
+        "near_prompts": nearly_same(of_prompt),
+        "near_responses": nearly_same(of_response),
     }
+    for kind, holds in OF_ONE.items():
+        groups[kind] = [
+            [each.number] for each, prompt, response in stripped if holds(prompt, response)
+        ]
     return [Finding(kind, groups[kind]) for kind in KINDS]
 
 
-def nearly_same(examples: dict[str, list[Shown]]) -> list[list[int]]:
+def several(examples: ByText) -> list[tuple[str, list[Shown]]]:
+    """Texts that more than one example has."""
+    return [(text, group) for text, group in examples.items() if len(group) > 1]
+
+
+def leaked(of_prompt: ByText, of_response: ByText) -> list[list[int]]:
+    """Examples of both splits with the same prompt, or the same long response."""
+    same = [group for _, group in several(of_prompt)]
+    same += [group for text, group in several(of_response) if len(text) >= LONG_RESPONSE]
+    return [numbers_of(group) for group in same if len({each.split for each in group}) > 1]
+
+
+def nearly_same(examples: ByText) -> list[list[int]]:
     """Of {text: examples that have it}, numbers of an example of each text of a group.
 
     What all texts begin and end with is of the template, and makes none like another.

@@ -29,39 +29,41 @@ def report_page(
     Rows are others': they stand in it as JSON without a character that is markup, and the page's
     program shows them as text. Its policy lets nothing be loaded.
     """
-    counts, borders = np.histogram(lengths, bins=min(BINS, int(np.ptp(lengths)) + 1))
-    shown_groups = {
-        finding.kind: [group[:MAX_TOGETHER] for group in finding.groups[:MAX_GROUPS]]
-        for finding in findings
-    }
-    numbers = {number for groups in shown_groups.values() for group in groups for number in group}
-    numbers |= {example.number for example in examples[:MAX_EXAMPLES]}
+    found = [entry_of(finding) for finding in findings if finding.groups]
+    needed = {number for entry in found for group in entry["groups"] for number in group}
+    needed |= {example.number for example in examples[:MAX_EXAMPLES]}
     data = {
         "report": report,
-        "histogram": {"counts": counts.tolist(), "borders": borders.tolist()},
+        "histogram": histogram(lengths),
         "looked_at": len(examples),
-        "findings": [
-            {
-                "kind": finding.kind,
-                "text": KINDS[finding.kind],
-                "count": len(finding.groups),
-                "groups": shown_groups[finding.kind],
-            }
-            for finding in findings
-            if finding.groups
-        ],
-        "examples": [
-            {
-                "number": example.number,
-                "row": example.row,
-                "split": example.split,
-                "parts": list(example.parts),
-            }
-            for example in examples
-            if example.number in numbers
-        ],
+        "findings": found,
+        "examples": [as_plain(example) for example in examples if example.number in needed],
     }
     return PAGE.read_text(encoding="utf-8").replace(PLACE, without_markup(data))
+
+
+def histogram(lengths: NDArray[np.int64]) -> dict[str, list[float]]:
+    counts, borders = np.histogram(lengths, bins=min(BINS, int(np.ptp(lengths)) + 1))
+    return {"counts": counts.tolist(), "borders": borders.tolist()}
+
+
+def entry_of(finding: Finding) -> dict[str, Any]:
+    """A finding with as many groups, and of each as many examples, as the page has."""
+    return {
+        "kind": finding.kind,
+        "text": KINDS[finding.kind],
+        "count": len(finding.groups),
+        "groups": [group[:MAX_TOGETHER] for group in finding.groups[:MAX_GROUPS]],
+    }
+
+
+def as_plain(example: Shown) -> dict[str, Any]:
+    return {
+        "number": example.number,
+        "row": example.row,
+        "split": example.split,
+        "parts": list(example.parts),
+    }
 
 
 def without_markup(data: Any) -> str:

@@ -24,32 +24,19 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
         # It compiles with ninja, which pip puts beside this Python: not on the PATH unless the
         # environment is active.
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    on_gpu = uses_gpu(recipe)
-    if on_gpu:
-        require_kernels()
-    capability = torch.cuda.get_device_capability() if on_gpu else None
     settings = recipe.training.model_dump(exclude_unset=True, exclude=NOT_OF_SFT_CONFIG)
-    step = step_size(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    settings["per_device_train_batch_size"] = step.micro_batch
-    settings["gradient_accumulation_steps"] = step.accumulation
-    settings |= precision(recipe, torch.device("cuda" if on_gpu else "cpu"), capability)
-    # Two gloo processes find each other only with this flag, and with ACCELERATE_USE_CPU alone
-    # Trainer would put the model of one process on the GPU.
-    settings["use_cpu"] = not on_gpu
-    settings.setdefault("dataloader_pin_memory", on_gpu)
-    # Every parameter is used; looking costs a walk over the graph in every step.
-    settings.setdefault("ddp_find_unused_parameters", False)
     # trl's default of recomputing every activation costs a third of the speed; a recipe asks for it
     # where it must.
     settings["activation_checkpointing"] = bool(settings.get("activation_checkpointing"))
+    # Every parameter is used; looking costs a walk over the graph in every step.
+    settings.setdefault("ddp_find_unused_parameters", False)
     settings["learning_rate"] = recipe.training.learning_rate
     settings["logging_nan_inf_filter"] = recipe.training.logging_nan_inf_filter
-    settings |= best_metric(recipe)
     # The loss before training: the summary and the card compare with it.
     settings["eval_on_start"] = has_eval
-    settings["per_device_eval_batch_size"] = (
-        recipe.training.per_device_eval_batch_size or step.micro_batch
-    )
+    settings |= best_metric(recipe)
+    settings |= of_step(recipe)
+    settings |= of_device(recipe, settings)
     try:
         args = SFTConfig(**settings)
     except (TypeError, ValueError, ImportError, KeyError) as error:
@@ -57,6 +44,33 @@ def make_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     # A process has one GPU; of more that it sees Trainer would make a DataParallel.
     args._n_gpu = min(args.n_gpu, 1)
     return args
+
+
+def of_step(recipe: Recipe) -> dict[str, Any]:
+    """How many examples this process computes at once, and how often before a step."""
+    step = step_size(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    evaluated = recipe.training.per_device_eval_batch_size
+    return {
+        "per_device_train_batch_size": step.micro_batch,
+        "gradient_accumulation_steps": step.accumulation,
+        "per_device_eval_batch_size": evaluated or step.micro_batch,
+    }
+
+
+def of_device(recipe: Recipe, settings: dict[str, Any]) -> dict[str, Any]:
+    """The device, and the format it computes in."""
+    on_gpu = uses_gpu(recipe)
+    if on_gpu:
+        require_kernels()
+    capability = torch.cuda.get_device_capability() if on_gpu else None
+    device = torch.device("cuda" if on_gpu else "cpu")
+    return {
+        **precision(recipe, device, capability),
+        # Two gloo processes find each other only with this flag, and with ACCELERATE_USE_CPU alone
+        # Trainer would put the model of one process on the GPU.
+        "use_cpu": not on_gpu,
+        "dataloader_pin_memory": settings.get("dataloader_pin_memory", on_gpu),
+    }
 
 
 def best_metric(recipe: Recipe) -> dict[str, Any]:
