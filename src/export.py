@@ -17,10 +17,16 @@ run folder does.
 
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetuning.command_line import ArgumentParser, require_section
 from finetuning.errors import UserError
 from finetuning.script import run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from finetuning.inference.agreement import Answer
 
 
 def main(arguments: list[str]) -> None:
@@ -47,19 +53,22 @@ def main(arguments: list[str]) -> None:
     console.print(f"written: {file} and {file.with_name('Modelfile')}")
     answers = [] if options.unasked else compare(folder, recipe, file)
     write_record(file, options.type, answers)
-    for answer in answers:
-        if not answer.is_same:
-            console.print(
-                f"{answer.question}\n  run folder: {answer.run_folder}\n"
-                f"  llama.cpp:  {answer.other}"
-            )
-    same = sum(answer.is_same for answer in answers)
-    if answers:
-        console.print(f"{same} of {len(answers)} greedy answers in llama.cpp are the run folder's")
-    elif not options.unasked:
-        console.print("not asked: llama.cpp is not installed (pip install xllamacpp)")
-    if options.type == "f32" and same < len(answers):
+    if options.unasked:
+        return
+    print_comparison(console, answers)
+    if options.type == "f32" and not all(answer.is_same for answer in answers):
         raise UserError(f"exported, but llama.cpp answers otherwise; see {target}/exported.json")
+
+
+def print_comparison(console: "Console", answers: list["Answer"]) -> None:
+    """Which answers of the file are not the run folder's, and how many are."""
+    if not answers:
+        console.print("not asked: llama.cpp is not installed (pip install xllamacpp)")
+        return
+    for question, ours, theirs in [answer for answer in answers if not answer.is_same]:
+        console.print(f"{question}\n  run folder: {ours}\n  llama.cpp:  {theirs}")
+    same = sum(answer.is_same for answer in answers)
+    console.print(f"{same} of {len(answers)} greedy answers in llama.cpp are the run folder's")
 
 
 def read_arguments(arguments: list[str]) -> Namespace:

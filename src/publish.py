@@ -22,25 +22,23 @@ what is different.
 """
 
 from argparse import Namespace
-from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetuning.command_line import ArgumentParser, require_section
 from finetuning.script import run
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from finetuning.publishing.bundle import Bundle
+
 
 def main(arguments: list[str]) -> None:
-    from finetuning.hub.allowed_files import unpublished_files
-    from finetuning.hub.client import is_private, require_access, with_retries
-    from finetuning.publishing.bundle import address_of, announcement, gather
-    from finetuning.publishing.commit import plan_changes, publish
-    from finetuning.publishing.publishable import (
-        find_publishable,
-        gguf_if_wanted,
-        merged_if_wanted,
-        require_publishable,
-        with_model,
-    )
+    from finetuning.publishing.bundle import gathered
+    from finetuning.publishing.commit import publish
+    from finetuning.publishing.publishable import find_publishable
     from finetuning.publishing.verification import (
         ask_forms,
         check_published,
@@ -50,30 +48,19 @@ def main(arguments: list[str]) -> None:
         write_record,
     )
     from finetuning.recipe.recipe import load_recipe
-    from finetuning.runs.output_folder import lock
-    from finetuning.runs.terminal import make_console, print_changes
+    from finetuning.runs.terminal import make_console
 
     options = read_arguments(arguments)
     folder = find_publishable(options.run, options.unfinished)
     recipe = load_recipe(folder / "recipe.yaml", options.overrides)
-    address = address_of(recipe)
     console = make_console()
-    with ExitStack() as stack:
-        run_folder = stack.enter_context(with_model(folder))
-        require_publishable(run_folder, recipe, unfinished=options.unfinished)
-        require_access(address.repo, write=not options.dry_run)
-        stack.enter_context(lock(folder))
-        weights = stack.enter_context(merged_if_wanted(run_folder, recipe))
-        gguf = stack.enter_context(gguf_if_wanted(run_folder, recipe))
-        bundle = gather(run_folder, recipe, weights, gguf)
+    with gathered(folder, recipe, options.unfinished, writes=not options.dry_run) as bundle:
         bundle = replace(bundle, agreements=read_agreements(folder, bundle))
-        hidden = with_retries(lambda: is_private(address.repo), address.repo)
-        console.print(announcement(bundle, hidden))
-        todo = with_retries(lambda: plan_changes(bundle, options.replace), address.repo)
+        show_changes(console, folder, bundle, options)
         if options.dry_run:
-            return print_changes(console, todo.changes, unpublished_files(folder))
+            return
         forms = [] if options.unasked else ask_forms(bundle, recipe)
-        require_agreement(console, forms, is_exact=not weights)
+        require_agreement(console, forms, is_exact=bundle.manifest.kind != "merged")
         if forms:
             bundle = replace(bundle, agreements=[form.agreement for form in forms])
         published = publish(bundle, options.replace)
@@ -83,6 +70,21 @@ def main(arguments: list[str]) -> None:
         check_published(bundle, published)
     write_record(folder, bundle, published, forms)
     print_agreement(console, forms)
+
+
+def show_changes(console: "Console", folder: Path, bundle: "Bundle", options: Namespace) -> None:
+    """What is about to be published, to whom; of a dry run each file that would change."""
+    from finetuning.hub.allowed_files import unpublished_files
+    from finetuning.hub.client import is_private, with_retries
+    from finetuning.publishing.bundle import announcement
+    from finetuning.publishing.commit import plan_changes
+    from finetuning.runs.terminal import print_changes
+
+    repo = bundle.address.repo
+    console.print(announcement(bundle, with_retries(lambda: is_private(repo), repo)))
+    todo = with_retries(lambda: plan_changes(bundle, options.replace), repo)
+    if options.dry_run:
+        print_changes(console, todo.changes, unpublished_files(folder))
 
 
 def read_arguments(arguments: list[str]) -> Namespace:

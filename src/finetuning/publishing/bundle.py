@@ -9,7 +9,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,14 +19,21 @@ from tqdm import tqdm
 from finetuning.files import link_or_copy
 from finetuning.hub import allowed_files
 from finetuning.hub.address import PREFIX, Address
-from finetuning.hub.client import TIMEOUT, with_retries
+from finetuning.hub.client import TIMEOUT, require_access, with_retries
 from finetuning.hub.manifest import NAME, BaseModelSource, Kind, Manifest, PublishedFile
 from finetuning.inference.agreement import Agreement
 from finetuning.publishing.card import model_card
 from finetuning.publishing.portable import portable_recipe, publish_section
 from finetuning.publishing.provenance import describe_run
+from finetuning.publishing.publishable import (
+    gguf_if_wanted,
+    merged_if_wanted,
+    require_publishable,
+    with_model,
+)
 from finetuning.recipe.recipe import Recipe
 from finetuning.runs.folder import RunFolder
+from finetuning.runs.output_folder import lock
 from finetuning.runs.plots import plot_losses
 
 Files = dict[str, Path | bytes]  # {name in the subfolder, or path in the repository: content}
@@ -106,6 +113,24 @@ def address_of(recipe: Recipe) -> Address:
     """Where the recipe is published. Raises UserError if it does not say."""
     publish = publish_section(recipe)
     return Address(publish.repo, publish.subfolder)
+
+
+@contextmanager
+def gathered(folder: Path, recipe: Recipe, unfinished: bool, writes: bool) -> Iterator[Bundle]:
+    """What the run publishes.
+
+    Meanwhile nobody else writes to the run folder; merged weights and the like are deleted
+    afterwards. Raises UserError where others could not use it, and where the Hub does not let us
+    read its repository, or write to it.
+    """
+    with ExitStack() as stack:
+        run = stack.enter_context(with_model(folder))
+        require_publishable(run, recipe, unfinished)
+        require_access(address_of(recipe).repo, write=writes)
+        stack.enter_context(lock(folder))
+        merged = stack.enter_context(merged_if_wanted(run, recipe))
+        gguf = stack.enter_context(gguf_if_wanted(run, recipe))
+        yield gather(run, recipe, merged, gguf)
 
 
 def gather(run: RunFolder, recipe: Recipe, merged: Path | None, gguf: Path | None = None) -> Bundle:
