@@ -60,9 +60,9 @@ def read_arguments(arguments: list[str]) -> Namespace:
     parser.add_argument("--host", default="127.0.0.1")
     options = parser.read(arguments)
     options.overrides = [
-        word for word in options.runs if word.startswith(("generation.", "model."))
+        each for each in options.runs if each.startswith(("generation.", "model."))
     ]
-    options.runs = [word for word in options.runs if word not in options.overrides]
+    options.runs = [each for each in options.runs if each not in options.overrides]
     require_section(options.overrides, "generation.*", "model.quantization")
     return options
 

@@ -122,7 +122,7 @@ def processes() -> Iterator[tuple["Share", "Console"]]:
 
 def read_arguments(arguments: list[str]) -> Namespace:
     parser = ArgumentParser()
-    parser.add_argument("words", nargs="+")
+    parser.add_argument("arguments", nargs="+")
     parser.add_argument("--data")
     parser.add_argument("--reader")
     parser.add_argument("--questions")
@@ -135,8 +135,8 @@ def read_arguments(arguments: list[str]) -> Namespace:
     parser.add_argument("--fewshot-in-prompt", action="store_true")
     parser.add_argument("--system")
     options = parser.read(arguments)
-    options.overrides = [word for word in options.words if is_override(word)]
-    options.runs = [word for word in options.words if word not in options.overrides]
+    options.overrides = [each for each in options.arguments if is_override(each)]
+    options.runs = [each for each in options.arguments if each not in options.overrides]
     require_section(options.overrides, "generation.*", "model.quantization")
     if not options.runs:
         raise UserError("which model? give a run folder, a recipe or an address on the Hub")
@@ -168,9 +168,10 @@ def require_together(options: Namespace) -> None:
         raise UserError(f"--num-fewshot {options.num_fewshot}: expected 0 or more")
 
 
-def is_override(word: str) -> bool:
-    name, equals, _ = word.partition("=")
-    return bool(equals) and name.startswith(("generation.", "model.")) and not Path(word).exists()
+def is_override(argument: str) -> bool:
+    name, equals, _ = argument.partition("=")
+    is_setting = bool(equals) and name.startswith(("generation.", "model."))
+    return is_setting and not Path(argument).exists()
 
 
 def read_number(text: str) -> Any:
@@ -234,9 +235,9 @@ def questions_of(options: Namespace, model: "Model") -> list["Turn"]:
             "--reader NAME"
         )
     else:
-        held_out = prepare(data, read_tokenizer(str(model.folder)), cache_folder()).eval
-        assert held_out is not None
-        turns = turns_of(data, held_out.rows.tolist())
+        evaluation_set = prepare(data, read_tokenizer(str(model.folder)), cache_folder()).eval
+        assert evaluation_set is not None
+        turns = turns_of(data, evaluation_set.rows.tolist())
     if not turns:
         raise UserError(f"{options.data or model.name}: there is no response in these rows")
     return turns

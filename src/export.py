@@ -74,13 +74,13 @@ def print_comparison(console: "Console", answers: list["Answer"]) -> None:
 def read_arguments(arguments: list[str]) -> Namespace:
     parser = ArgumentParser()
     parser.add_argument("run")
-    parser.add_argument("words", nargs="*", default=[])
+    parser.add_argument("arguments", nargs="*", default=[])
     parser.add_argument("--format", choices=["gguf"], default="gguf")
     parser.add_argument("--type", choices=["f32", "f16", "q8_0"], default="f16")
     parser.add_argument("--unasked", action="store_true")
     options = parser.read(arguments)
-    options.overrides = [word for word in options.words if "=" in word]
-    folders = [Path(word).expanduser() for word in options.words if "=" not in word]
+    options.overrides = [each for each in options.arguments if "=" in each]
+    folders = [Path(each).expanduser() for each in options.arguments if "=" not in each]
     if len(folders) > 1:
         raise UserError(f"expected one folder to write to; found {folders[0]} and {folders[1]}")
     options.target = folders[0] if folders else None

@@ -21,7 +21,7 @@ REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: unfinished; the same command resumes
 
 
 class UserError(ValueError):
-    """The recipe, the data or the machine does not allow what was asked for.
+    """The recipe, the data or the machine does not allow what was requested.
 
     The message is the whole explanation, in one line; scripts print it without a traceback.
     """

@@ -30,8 +30,8 @@ def run(main: Callable[[list[str]], None], manual: str, when_interrupted: str = 
     stderr, no traceback.
 
     Exits with 0, 2 after a UserError or without arguments, 1 where disk or memory is full or the
-    Hub does not answer, 130 after Ctrl-C, 75 where a signal asked for a stop and the same command
-    will go on. A batch job reads it in the folder EXIT_CODES; see write_exit_note.
+    Hub does not answer, 130 after Ctrl-C, 75 where a signal stopped it and the same command will
+    resume. A batch job reads it in the folder EXIT_CODES; see write_exit_note.
     """
     use_utf8()
     sys.stdout, sys.stderr = map(outliving_terminal, (sys.stdout, sys.stderr))
@@ -133,7 +133,7 @@ def use_utf8() -> None:
 
 
 class Terminal(io.FileIO):
-    """A terminal that may be closed while a run goes on; what is then printed is dropped."""
+    """A terminal that may be closed while the script runs; what is then printed is dropped."""
 
     def write(self, data: Any) -> int:
         try:

@@ -99,7 +99,7 @@ def test_fewer_questions_are_some_of_more():
     assert draw(TURNS, 0) == []
 
 
-def test_every_response_of_a_conversation_is_asked_for_with_its_true_history(tmp_path):
+def test_every_response_of_a_conversation_is_generated_from_its_true_history(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(
         '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, '

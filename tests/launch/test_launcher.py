@@ -124,7 +124,7 @@ def test_flags_and_config_of_accelerate_say_how_many_were_asked_for(started_by, 
     assert requested_processes() == processes
 
 
-def test_accelerate_s_default_config_counts_unless_the_cpu_was_asked_for(started_by, tmp_path):
+def test_accelerate_s_default_config_counts_unless_the_cpu_was_requested(started_by, tmp_path):
     """So accelerate does it: --cpu leaves its default config alone."""
     config = tmp_path / "default_config.yaml"
     config.write_text("distributed_type: MULTI_GPU\nnum_processes: 8\n")
@@ -146,7 +146,7 @@ def test_accelerate_starts_one_process_where_two_were_asked_for_and_we_know(scri
 
 
 @pytest.mark.parametrize("name", ["accelerate", "accelerate-launch", "torchrun"])
-def test_a_script_hears_of_the_end_of_its_launcher(script, name):
+def test_a_script_gets_a_signal_when_its_launcher_ends(script, name):
     command = [sys.executable, script(LAUNCHER, name), script(WAITS_FOR_SIGTERM)]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -174,6 +174,6 @@ def test_mixed_precision_of_accelerate_s_own_config_is_not_used_and_its_file_is_
     assert "ACCELERATE_MIXED_PRECISION" not in os.environ
 
 
-def test_a_precision_that_nobody_asked_for_is_not_mentioned(monkeypatch):
+def test_a_precision_that_was_not_requested_is_not_mentioned(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert leave_precision_to_recipe() is None

@@ -50,7 +50,7 @@ def test_a_step_is_processes_times_accumulation_times_micro_batch(processes, tra
     micro_batch=st.none() | st.integers(1, 128),
     accumulation=st.integers(1, 64),
 )
-def test_what_is_shared_out_is_always_what_was_asked_for(
+def test_the_examples_of_a_step_are_always_the_requested_ones(
     processes, total, micro_batch, accumulation
 ):
     training = {} if micro_batch is None else {"per_device_train_batch_size": micro_batch}

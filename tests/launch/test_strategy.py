@@ -50,7 +50,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}
         ),
     ],
 )
-def test_the_environment_says_what_was_asked_for(launched, environment, expected):
+def test_the_environment_names_the_requested_strategy(launched, environment, expected):
     launched(environment)
     assert requested_strategy() == expected
 
@@ -197,7 +197,7 @@ def prepared(kind: str, processes: int, mixed: str = "no", offload: bool = False
         (prepared("zero3", 4, offload=True), Strategy("zero3", 4, offload=True)),
     ],
 )
-def test_what_was_asked_for_runs(trainer, expected):
+def test_the_requested_strategy_is_the_actual_one(trainer, expected):
     assert actual_strategy(trainer) == expected
     require_strategy(trainer, expected)
 

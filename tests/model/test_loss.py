@@ -101,7 +101,7 @@ def test_a_frequent_token_overflows_no_float16_sum_that_a_loss_scale_could_save(
 
 
 @pytest.mark.parametrize("columns", [101, 50257, 1024, 250880, 64])
-def test_rows_of_a_tile_lie_at_aligned_addresses(columns):
+def test_rows_of_a_tile_begin_at_aligned_addresses(columns):
     assert columns <= loss.aligned(columns) <= columns + 31
     assert loss.aligned(columns) % 16 == 0 != loss.aligned(columns) % 1024
 

@@ -59,7 +59,7 @@ def test_an_adapter_on_the_head_is_refused(field):
         ("llama", {"trainable_token_indices": {"lm_head": [5]}}, "lm_head cannot be adapted"),
     ],
 )
-def test_an_adapter_that_would_not_be_what_was_asked_for_is_refused(kind, fields, complaint):
+def test_an_adapter_that_would_not_be_the_requested_one_is_refused(kind, fields, complaint):
     with pytest.raises(UserError, match=f"^lora.*{complaint}"):
         require_plain_head(tiny.model_of(kind), Lora(**fields))
 
@@ -106,7 +106,7 @@ def test_a_config_that_asks_for_balanced_experts_is_refused(kind):
 
 
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_the_head_has_the_last_word(kind):
+def test_models_that_return_the_logits_of_their_head_unmodified_pass(kind):
     model = tiny.model_of(kind)
     ResponseHead(model).require_unmodified_logits(model)  # it raises otherwise
 

@@ -88,7 +88,7 @@ def test_a_number_with_an_exponent_is_a_number_in_file_and_override(load):
 
 
 @pytest.mark.parametrize("word", ["no", "yes", "on", "off", "n", "12:30"])
-def test_words_that_old_yaml_took_for_something_else_stay_text(load, word):
+def test_text_that_old_yaml_took_for_something_else_stays_text(load, word):
     assert load(TEXT.replace("rows.jsonl", word)).data.path == word
     assert load(TEXT, f"data.path={word}").data.path == word
 

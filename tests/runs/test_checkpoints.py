@@ -452,7 +452,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.usefixtures("warm_python")
-def test_a_full_disk_leaves_the_checkpoint_before_and_the_same_command_goes_on(
+def test_a_full_disk_leaves_the_checkpoint_before_and_the_same_command_resumes(
     small_disk, run_script
 ):
     """The quickstart's checkpoints have 8 MB: one fits, and what a second one needs beside it does

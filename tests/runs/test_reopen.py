@@ -84,7 +84,7 @@ def begun(recipe: Recipe, strategy: Strategy, fingerprint: str = "rows") -> Path
         ),
     ],
 )
-def test_a_run_goes_on_with_other_processes_where_a_step_stays_the_same(
+def test_a_run_is_resumed_by_other_processes_where_a_step_stays_the_same(
     recipe_of, before, processes, overrides, now
 ):
     folder = begun(recipe_of(*before), processes)
@@ -326,7 +326,7 @@ def test_nobody_is_told_to_delete_a_run():
 # What is written
 
 
-def test_a_run_that_goes_on_keeps_what_was_written_first(recipe_of):
+def test_a_resumed_run_keeps_what_was_written_first(recipe_of):
     recipe = recipe_of("training.learning_rate=0.5")
     first = read_environment(begun(recipe, Strategy("single", 1)))
     folder = begun(recipe, Strategy("single", 1))

@@ -110,7 +110,7 @@ def test_only_this_machine_is_listened_to_unless_told(page):
     assert page.startswith("http://127.0.0.1:")
 
 
-def test_an_adapter_is_shown_beside_the_base_it_lies_on(runs, answer):
+def test_an_adapter_is_shown_beside_its_base_model(runs, answer):
     with chat(runs["lora"]) as address:
         with urllib.request.urlopen(f"{address}models") as response:
             names = [model["name"] for model in json.load(response)]

@@ -183,7 +183,7 @@ def test_offline_it_takes_the_cache_only_when_told_so_and_verifies_it(served, ca
     flip(f"{folder}/model.safetensors")
     assert "model.safetensors is not what was published" in error_of(call(pull, REPO, S))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert "arrived damaged, fetched again: model.safetensors" in pulled(call).out
+    assert "damaged in transfer, fetched again: model.safetensors" in pulled(call).out
 
 
 def test_offline_a_model_is_found_that_was_pulled_before_another(served, call, monkeypatch):
@@ -223,7 +223,7 @@ def flip(path: str) -> None:
 def test_a_flipped_byte_is_found_and_mended(match, served, call, tmp_path):
     served.fault(match, corrupt=True)
     done = pulled(call, folder=tmp_path / "mine")
-    assert "arrived damaged, fetched again: " in done.out
+    assert "damaged in transfer, fetched again: " in done.out
     assert files_below(tmp_path / "mine").keys() >= {"model.safetensors"}
     pulled(call, folder=tmp_path / "again")
     assert files_below(tmp_path / "mine") == files_below(tmp_path / "again")
@@ -307,7 +307,7 @@ def test_pickled_weights_and_remote_code_are_refused(served, call):
 
 
 @pytest.mark.parametrize(("cut", "goes_on"), [("eof_after", True), ("reset_after", False)])
-def test_what_arrived_before_a_download_broke_off_is_not_fetched_again(
+def test_files_complete_before_a_download_broke_off_are_not_fetched_again(
     cut, goes_on, hub, call, tmp_path
 ):
     """The client itself continues a file that was closed early; after a reset it begins again."""
@@ -501,7 +501,7 @@ def test_an_adapter_on_a_published_model_loads_the_way_its_card_says(served, cal
     )
 
 
-def test_an_adapter_that_is_trained_on_is_asked_for_its_own_base(hub, call, runs, tmp_path):
+def test_an_adapter_that_training_continues_names_its_own_base(hub, call, runs, tmp_path):
     """Which is not there, so far from the Hub."""
     run = copied(runs["lora"], tmp_path / "run")
     assert call(publish, run, "--unasked", "publish.base_model=elith/tiny-base").code == 0

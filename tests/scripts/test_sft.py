@@ -218,7 +218,7 @@ def test_a_folder_with_brackets_in_its_name_is_named_whole(tmp_path, capsys, com
     assert "gpt2[lora]" in capsys.readouterr().out.replace("\n", "")
 
 
-def test_the_same_command_goes_on_from_the_last_checkpoint(tmp_path):
+def test_the_same_command_resumes_from_the_last_checkpoint(tmp_path):
     """Stopped in an epoch and resumed, a run ends with the same weights, bit for bit."""
     steps = [
         "training.save_total_limit=null",

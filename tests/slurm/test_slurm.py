@@ -488,7 +488,7 @@ def stopped_in_a_sweep(site):
 
 
 @about(stopped_in_a_sweep)
-def test_a_task_of_a_sweep_that_is_stopped_goes_on_and_the_others_do_not_notice(job):
+def test_a_task_of_a_sweep_that_is_stopped_is_resumed_and_the_others_do_not_notice(job):
     restarts = [(task.facts["JobState"], task.facts["Restarts"]) for task in job]
     assert restarts == [("COMPLETED", "1"), ("COMPLETED", "0")]
     stopped = job[0]

@@ -48,7 +48,7 @@ def test_every_log_is_a_line(tmp_path):
     assert written(tmp_path) == [3.0, 2.0]
 
 
-def test_what_was_logged_after_the_checkpoint_is_taken_back_when_a_run_goes_on(tmp_path):
+def test_what_was_logged_after_the_checkpoint_is_removed_when_a_run_is_resumed(tmp_path):
     lines = [json.dumps({"loss": loss}) for loss in (3.0, 2.0, 1.5, 1.4)]
     (tmp_path / "metrics.jsonl").write_text(
         "\n".join(lines) + '\n{"loss": 1.'
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_the_last_step_of_all_waits_for_the_end_too():
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGUSR1, SIGINT])
 @pytest.mark.parametrize("step", [2, 5, 10])
-def test_one_process_stops_after_the_step_in_which_it_was_asked(number, step):
+def test_one_process_stops_after_the_step_in_which_the_signal_came(number, step):
     callback = SynchronizedStop(Stop())
     with pytest.raises(Stopped) as stopped:
         train(callback, signals={step: number})
@@ -200,7 +200,9 @@ def stopped_at(signals: list[dict], hurry: int = 0):
         "too late",
     ],
 )
-def test_two_processes_stop_after_the_same_step_whoever_was_asked(tmp_path, signals, said, hurry):
+def test_two_processes_stop_after_the_same_step_whichever_got_the_signal(
+    tmp_path, signals, said, hurry
+):
     found = two_processes(stopped_at(signals, hurry), tmp_path)
     assert found[0] == found[1] and found[0].startswith(said)
 

@@ -227,7 +227,7 @@ def test_killed_at_five_instants_it_ends_as_if_it_had_not_been(whole, recipe, tm
         ]
     ],
 )
-def test_asked_to_stop_it_saves_once_and_the_next_command_goes_on(
+def test_on_a_signal_it_saves_once_and_the_next_command_resumes(
     whole, recipe, tmp_path, how, number
 ):
     run = Run(recipe, tmp_path / "run", *how)
@@ -251,7 +251,7 @@ def test_asked_to_stop_it_saves_once_and_the_next_command_goes_on(
 
 
 @pytest.mark.parametrize("how", [SINGLE, DDP], ids=lambda how: how[0])
-def test_asked_to_stop_while_it_evaluates_it_saves_and_evaluates_when_it_goes_on(
+def test_on_a_signal_while_it_evaluates_it_saves_and_evaluates_when_it_is_resumed(
     whole, recipe, tmp_path, how
 ):
     data = [f"data.path={recipe.parent / 'many.jsonl'}", "data.eval.every=2"]
@@ -275,7 +275,7 @@ def test_asked_to_stop_while_it_evaluates_it_saves_and_evaluates_when_it_goes_on
 
 
 @pytest.mark.parametrize(("first", "then"), [("cpu", "cpu_ddp"), ("cpu_ddp", "cpu")])
-def test_begun_by_one_process_it_may_be_ended_by_two_and_the_other_way(
+def test_begun_by_one_process_it_may_be_resumed_by_two_and_the_other_way(
     whole, recipe, tmp_path, first, then
 ):
     """The same steps, so the same training but for rounding; without dropout, whose numbers are of

@@ -70,7 +70,7 @@ def test_a_second_ctrl_c_is_obeyed_in_training_too(stop, between):
             signal.raise_signal(SIGINT)
 
 
-def test_ctrl_c_stays_what_was_asked_when_the_launcher_dies_of_it_too(stop):
+def test_ctrl_c_stays_the_signal_when_the_launcher_dies_of_it_too(stop):
     """One-process accelerate launch ends a moment after its script was interrupted; the kernel then
     sends SIGTERM.
     """
@@ -179,7 +179,7 @@ def test_a_script_ends_with_one_line_which_it_leaves_to_its_batch_job_too(ending
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
-def test_one_that_is_to_go_on_tells_75_to_its_batch_job_and_then_0_to_its_launcher(
+def test_one_that_is_to_be_resumed_tells_75_to_its_batch_job_and_then_0_to_its_launcher(
     ending, number, tmp_path
 ):
     stop = f"raise Stopped(signal.{number}, 'stopped')"
@@ -201,7 +201,7 @@ def test_one_that_was_killed_has_said_so_before(ending):
     assert ending("import os; os.kill(os.getpid(), 9)") == (-9, "", ["1", "a process was killed"])
 
 
-def test_a_reader_that_left_ends_it_without_a_word(ending):
+def test_a_closed_stdout_ends_it_silently(ending):
     leaves = (
         "import os; read, write = os.pipe(); os.close(read); os.dup2(write, 1); print('a' * 9999)"
     )

@@ -11,7 +11,7 @@ class Saving(NamedTuple):
     """A setting that needs less memory."""
 
     setting: str
-    """as it is written on the command line, or in words"""
+    """as it is written on the command line, or as a sentence"""
     recipe: Recipe | None
     """the recipe with it; None where it takes a number that only its author can choose"""
 

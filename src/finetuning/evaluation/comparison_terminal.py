@@ -85,7 +85,7 @@ def fits(console: Console, table: Table) -> bool:
 def narrow_table(columns: list[str], rows: list[list[Any]], start: int, end: int) -> Table:
     """The name of each run and some of the columns.
 
-    A word or a part of it on a line: rich would cut words where two lines could be had.
+    A name or a part of it on a line: rich would cut names where two lines could be had.
     """
     heads = [short(name).replace("_", "_\n").replace(" ", "\n") for name in columns[start:end]]
     return text_table(

@@ -76,7 +76,7 @@ class Shown:
     def overrides(self) -> list[str]:
         """Settings that differ from the recipe file: as they were given at the last start."""
         arguments = self.launches[-1].get("arguments", []) if self.launches else []
-        return [word for word in arguments if re.match(r"[a-z_]+(\.\w+)*=", str(word))]
+        return [each for each in arguments if re.match(r"[a-z_]+(\.\w+)*=", str(each))]
 
     def lines(self, figures: Sequence[str], is_alone: bool) -> list[Line]:
         kept = self.run.environment.get("kept_step")

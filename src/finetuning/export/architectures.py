@@ -100,7 +100,7 @@ def bloom_settings(writer: "GGUFWriter", config: Any) -> None:
 
 
 def bloom_change(name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
-    """Query, key and value lie head by head; llama.cpp wants all queries, all keys, all values."""
+    """Query, key and value are stored head by head; llama.cpp wants each of the three whole."""
     if ".query_key_value." not in name:
         return weight
     heads = config.num_attention_heads

@@ -1,6 +1,6 @@
 """Speaking to the Hub: transient failures are retried, others are told in one line with what to do.
 
-huggingface_hub retries only in part: not when a commit, a tag or the head of a branch is asked for,
+huggingface_hub retries only in part: not when a commit, a tag or the head of a branch is requested,
 and not when a download breaks off (2.4.0).
 """
 

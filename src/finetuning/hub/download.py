@@ -77,7 +77,7 @@ def names_in(address: Address, paths: list[str]) -> list[str]:
 def download_intact(
     address: Address, paths: list[str], listed: dict[str, RepoFile], cache: Path | None
 ) -> tuple[Path, list[str]]:
-    """(folder of the commit, paths that arrived damaged and were fetched again).
+    """(folder of the commit, paths that were damaged and fetched again).
 
     Raises TryAgain where one is damaged a second time.
     """

@@ -69,7 +69,7 @@ def requested_wait(problem: Exception) -> int | None:
 
 
 def short_reason(problem: Exception) -> str:
-    """In a few words, without the addresses and ids that the client's messages are full of."""
+    """Short, without the addresses and ids that the client's messages are full of."""
     if isinstance(problem, HfHubHTTPError):
         said = (problem.server_message or "").strip().splitlines()
         phrase = said[0] if said else problem.response.reason_phrase

@@ -1,4 +1,4 @@
-"""What a Hub, or whoever speaks for it, may answer: names of files by digest, bounded, from one
+"""What a Hub, or a server in its place, may answer: names of files by digest, bounded, from one
 host.
 
 huggingface_hub 2.4.0 joins the ETag header to the path of its cache unchecked: `../../../x` wrote

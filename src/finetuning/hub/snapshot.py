@@ -22,7 +22,7 @@ class Snapshot(NamedTuple):
     manifest: Manifest | None
     """None where it was not published from here: then only the Hub's own checksums were compared"""
     repaired: list[str]
-    """files that arrived damaged and were fetched again"""
+    """files that were damaged and fetched again"""
     refused: list[str]
     """files left on the Hub: pickles, code, and whatever else is not part of a model"""
 
@@ -42,7 +42,7 @@ def describe_snapshot(snapshot: Snapshot) -> list[str]:
         trained = f"trained on {', '.join(manifest.data.path)} from {base or 'random weights'}"
         lines.append(f"{manifest.kind}, {trained}")
     if snapshot.repaired:
-        lines.append(f"arrived damaged, fetched again: {', '.join(snapshot.repaired)}")
+        lines.append(f"damaged in transfer, fetched again: {', '.join(snapshot.repaired)}")
     if snapshot.refused:
         lines.append(f"left on the Hub, not part of a model: {', '.join(snapshot.refused)}")
     return [printable(line) for line in lines]

@@ -21,9 +21,9 @@ class Chat:
     def begin(self, system: str = "") -> None:
         self.messages = [message("system", system)] if system else []
 
-    def say(self, words: str) -> None:
+    def say(self, text: str) -> None:
         """Prints the answer. Without one (the turn is too long, Ctrl-C) nothing was said."""
-        asked = [*self.messages, message("user", words)]
+        asked = [*self.messages, message("user", text)]
         try:
             answer = self.asker.stream(asked, show)
         except UserError as error:

@@ -26,8 +26,8 @@ class Question(NamedTuple):
     messages: list[Message]
 
 
-def plain_question(words: str) -> Question:
-    return Question({"prompt": words}, [message("user", words)])
+def plain_question(text: str) -> Question:
+    return Question({"prompt": text}, [message("user", text)])
 
 
 def read_questions(content: bytes, name: str, is_json: bool) -> list[Question]:
@@ -42,9 +42,9 @@ def read_questions(content: bytes, name: str, is_json: bool) -> list[Question]:
         raise UserError(f"{name}: is not UTF-8 text") from None
     questions = []
     for number, line in enumerate(lines, start=1):
-        if words := line.strip("\r").strip():
+        if text := line.strip("\r").strip():
             place = f"{name}:{number}"
-            questions.append(json_question(words, place) if is_json else plain_question(words))
+            questions.append(json_question(text, place) if is_json else plain_question(text))
     if not questions:
         raise UserError(f"{name}: there is no question in it")
     return questions

@@ -54,14 +54,14 @@ def silence_launcher() -> None:
 def launch_arguments() -> argparse.Namespace | None:
     """Those of the `accelerate launch` that started this process; None where something else did."""
     launcher = find_launcher()
-    words = launcher.cmdline() if launcher else []
-    start = next((n for n, word in enumerate(words, start=1) if word.endswith("launch")), None)
+    command = launcher.cmdline() if launcher else []
+    start = next((n for n, part in enumerate(command, start=1) if part.endswith("launch")), None)
     if start is None:
         return None
     from accelerate.commands.launch import launch_command_parser
 
     arguments: argparse.Namespace
-    arguments, _ = launch_command_parser().parse_known_args(words[start:])
+    arguments, _ = launch_command_parser().parse_known_args(command[start:])
     return arguments
 
 

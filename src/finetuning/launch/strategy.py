@@ -1,8 +1,8 @@
-"""How the processes of a run share the work: what the launcher was asked for, and what runs.
+"""How the processes of a run share the work: the requested strategy, and the actual one.
 
 The two silently differ in several set-ups of accelerate: FSDP on a CPU runs as DDP, and so
 does ZeRO where ACCELERATE_USE_CPU is set; MULTI_CPU, or --cpu with --num_processes 2, starts one
-process. A run says what it got, and refuses to be something else than what was asked for.
+process. A run names its actual strategy, and is refused where that is not the requested one.
 """
 
 import json
@@ -42,7 +42,7 @@ class Strategy:
 
 
 def requested_strategy() -> Strategy:
-    """What accelerate launch or torchrun was asked for, from the environment that they give to a
+    """What accelerate launch or torchrun was told, from the environment that they give to a
     process."""
     processes = requested_processes()
     if processes > 1 and "WORLD_SIZE" not in os.environ:
@@ -174,7 +174,7 @@ def actual_strategy(trainer: "Trainer") -> Strategy:
 
 
 def require_strategy(trainer: "Trainer", wanted: Strategy) -> None:
-    """Raises UserError where a prepared trainer runs as something else than what was asked for."""
+    """Raises UserError where a prepared trainer does not have the requested strategy."""
     found = actual_strategy(trainer)
     if found != wanted:
         raise UserError(

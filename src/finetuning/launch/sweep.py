@@ -9,7 +9,7 @@ from finetuning.errors import UserError
 def read_sweep(file: Path, shared: list[str]) -> dict[str, list[str]]:
     """{number from 1: overrides}, of each run its folder, the shared ones and those of its line.
 
-    Empty lines and comments (#) do not count; words are quoted as in a shell. Raises UserError.
+    Empty lines and comments (#) do not count; arguments are quoted as in a shell. Raises UserError.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()

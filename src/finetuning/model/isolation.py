@@ -30,7 +30,7 @@ def require_isolation(
     Computes two examples with this very model, packed and alone. The first is longer than the
     model's window if the data's `longest` example is. `is_half`: the model computes in half
     precision, by autocast or its own number format. `device`: what it computes on, where its
-    weights lie elsewhere in between (FSDP2 with offload).
+    weights are kept elsewhere in between (FSDP2 with offload).
     """
     config = model.config.get_text_config()
     window = min(getattr(config, name, None) or longest for name in WINDOW_FIELDS)

@@ -85,7 +85,7 @@ def read_model(model: Model, device: "torch.device | str") -> "PreTrainedModel":
 
     require_weight_files(model)
     # Where a repository has only pickles, transformers 5.23 would take the weights of an open pull
-    # request, whoever opened it.
+    # request, by anybody.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(

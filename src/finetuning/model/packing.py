@@ -1,4 +1,4 @@
-"""How the examples of a packed batch lie in its one row, and which batch is being computed."""
+"""How the examples of a packed batch stand in its one row, and which batch is being computed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Packing:
-    """How examples lie in one row of tokens.
+    """How examples stand in one row of tokens.
 
     What depends on it is computed where the positions are: a copy of it would wait for the device.
     """

@@ -48,9 +48,9 @@ class Form(NamedTuple):
 def ask_forms(bundle: Bundle, recipe: Recipe) -> list[Form]:
     """Every form that is published, asked the recipe's questions greedily.
 
-    First with the recipe that is published (PUBLISHED: an adapter goes on the base model that its
-    readers will take), from a folder that holds what they will have. Raises UserError where that
-    one cannot be asked.
+    First with the recipe that is published (PUBLISHED: an adapter is loaded on the base model that
+    its readers will take), from a folder that holds what they will have. Raises UserError where
+    that one cannot be asked.
     """
     questions = questions_of(recipe)
     ours = ask_greedily(bundle.run.path, recipe, questions)

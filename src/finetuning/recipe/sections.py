@@ -38,7 +38,7 @@ class Model(Section):
     revision: str | None = None
     """branch, tag or commit on the Hub"""
     adapter: str | None = Field(default=None, min_length=1)
-    """LoRA adapter on `name` that training begins with and goes on with: a run folder, a checkpoint
+    """LoRA adapter on `name` that training starts from and continues: a run folder, a checkpoint
     or hub:...; a `name` that is one is found to be"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """number format of the weights in memory; autocast (training.bf16, training.fp16) is on top of

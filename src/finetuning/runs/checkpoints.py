@@ -102,7 +102,7 @@ def seal(checkpoint: Path) -> None:
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words, or None. Reads every file."""
+    """What is wrong with a checkpoint, as half a sentence, or None. Reads every file."""
     if not (checkpoint / SEAL).is_file():
         return "it was not written to its end"
     sealed = sealed_files(checkpoint)
@@ -182,7 +182,7 @@ def non_finite(checkpoint: Path) -> str | None:
 
     try:
         found = non_finite_weight(checkpoint)
-    except SafetensorError:  # it is what was written; whoever loads it says more
+    except SafetensorError:  # it is what was written; loading it says more
         return None
     return f"{found[1]} in {found[0]} is not finite" if found else None
 
@@ -191,7 +191,7 @@ def owner_of_code(checkpoint: Path) -> str | None:
     """What keeps a checkpoint of DeepSpeed or FSDP from being read: it has pickles, which are code.
 
     DeepSpeed loads its files with weights_only=False, torch the .metadata of a sharded checkpoint
-    with pickle, both from subfolders; sealed.json is written by whoever gives them.
+    with pickle, both from subfolders; sealed.json is written by the one who gives them.
     """
     for file in checkpoint.glob("*/**/*"):
         if file.is_symlink() or file.stat().st_uid != os.getuid():

@@ -29,12 +29,12 @@ def coloured(example: Example, tokenizer: "PreTrainedTokenizerFast") -> Text:
     """Of a pair the prompt, the chosen response and, on a line of its own, the rejected one."""
     text = Text()
     for part, colour in zip(sequences_of(example), (RESPONSE, REJECTED), strict=False):
-        words_of_part = trained_and_not(part, tokenizer)
+        parts = trained_and_not(part, tokenizer)
         if text:
             text.append("\n")
-            del words_of_part[0]  # the same prompt
-        for words, is_trained in words_of_part:
-            text.append(words, style=colour if is_trained else PROMPT)
+            del parts[0]  # the same prompt
+        for content, is_trained in parts:
+            text.append(content, style=colour if is_trained else PROMPT)
     return text
 
 

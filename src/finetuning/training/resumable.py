@@ -81,7 +81,7 @@ class ResumableTrainer(Trainer):
         """Not beyond the last step: transformers would train on where a run is resumed at its very
         end, or at the evaluation that stops it early.
 
-        Signals are blocked until the first batch is asked for. By then the processes that load
+        Signals are blocked until the first batch is requested. By then the processes that load
         batches have started; in the first epoch of a resumed run they are of a loader that
         accelerate makes.
         """
@@ -119,7 +119,7 @@ class ResumableTrainer(Trainer):
         return metrics
 
     def name_best(self) -> None:
-        """The best step's checkpoint where it will lie: transformers names, when it saves, the
+        """The best step's checkpoint by its final path: transformers names, when it saves, the
         place aside.
         """
         if self.state.best_global_step:

@@ -35,7 +35,7 @@ class Stop:
 
     @contextmanager
     def after_a_step(self) -> Iterator[None]:
-        """Within, a signal is only noted: whoever trains looks at the end of each step. A second
+        """Within, a signal is only noted: the trainer looks at the end of each step. A second
         Ctrl-C is obeyed.
         """
         self.phase = "training"

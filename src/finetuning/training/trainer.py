@@ -122,7 +122,7 @@ class ResponseTrainer(ResumableTrainer):
         }
 
     def packing(self, inputs: Batch) -> Packing | None:
-        """How the examples lie in the batch's one row; None for padded rows."""
+        """How the examples stand in the batch's one row; None for padded rows."""
         is_packed = "position_ids" in inputs
         return Packing(tuple(inputs["lengths"]), inputs["position_ids"]) if is_packed else None
 
