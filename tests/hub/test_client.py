@@ -5,7 +5,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from huggingface_hub.utils import httpx
 
 from finetuning.errors import TryAgain, UserError
-from finetuning.hub import client
+from finetuning.hub import client, failures
 
 REQUEST = httpx.Request(
     "GET", "http://hub/api?sig=secret", headers={"Authorization": "Bearer hf_secret"}
@@ -93,7 +93,7 @@ def test_what_is_not_the_hubs_is_left_alone(waits):
         ({"Retry_After": "7"}, 8),
         ({"RateLimit": '"api";r=0;t=55'}, 56),
         ({"RateLimit": '"api";r=3;t=55'}, 1),
-        ({"Retry_After": "99999"}, client.MAX_WAIT),
+        ({"Retry_After": "99999"}, failures.MAX_WAIT),
         ({"Retry_After": "Wed, 21 Oct 2026 07:28:00 GMT"}, 1),
     ],
 )
