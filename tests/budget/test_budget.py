@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import preview
 from finetuning.budget import budget as budget_module
-from finetuning.budget import step_memory
+from finetuning.budget import step_memory, storage_tracker
 from finetuning.budget.budget import make_budget
 from finetuning.budget.savings import enough
 from finetuning.budget.step_memory import TrackedHead, as_trained, meta_model, run_step
@@ -104,7 +104,7 @@ def test_fake_tensors_allocate_what_real_ones_do(small, lora):
         run_step(recipe, model, head, batch, None, None)
     real = tracker.step_memory().peak()
     assert sum(fake.values()) > 20 * 2**20
-    for kind in step_memory.KINDS:
+    for kind in storage_tracker.KINDS:
         assert fake[kind] == pytest.approx(real[kind], rel=0.02, abs=2**16), kind
 
 
