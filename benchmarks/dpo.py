@@ -159,8 +159,8 @@ def our_trainer(options: argparse.Namespace, model, pairs, tokenizer):
     from trl import SFTConfig
 
     from finetuning.data.batching import Collator, PairSet
-    from finetuning.model.attention import use_packed_attention
     from finetuning.model.loading import fuse_gelu
+    from finetuning.model.packed_models import use_packed_attention
     from finetuning.recipe.sections import PreferenceTraining
     from finetuning.training.preference_trainer import PreferenceTrainer
     from finetuning.training.reference import find_reference

@@ -225,7 +225,7 @@ def settings_of(options: argparse.Namespace, batch: int) -> dict:
 
 
 def half_format(device: str) -> dict[str, bool]:
-    """That of the GPU, as a run without a word about it has it; none on a CPU."""
+    """That of the GPU, as a run has it that does not set it; none on a CPU."""
     import torch
 
     if device == "cpu":

@@ -114,7 +114,7 @@ def test_a_folder_that_may_not_be_written_is_told_in_one_line(served, call, tmp_
         raise PermissionError(errno.EACCES, "Permission denied", str(target))
 
     monkeypatch.setattr(
-        "finetuning.hub.download.shutil.copyfile", refuse
+        "finetuning.hub.snapshot.shutil.copyfile", refuse
     )  # root may write everywhere
     line = error_of(done := call(pull, REPO, S, tmp_path / "mine"))
     assert done.code == 2 and "Permission denied" in line and str(tmp_path) in line

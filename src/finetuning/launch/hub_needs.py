@@ -6,7 +6,8 @@ from finetuning.data.sources import is_local, looks_local
 from finetuning.errors import UserError
 from finetuning.hub.access import Need
 from finetuning.hub.address import PREFIX
-from finetuning.recipe.recipe import SCHEMA, Recipe, load_recipe
+from finetuning.recipe.recipe import Recipe, load_recipe
+from finetuning.recipe.schema import SCHEMA
 
 RECIPES = SCHEMA.parent
 OUTPUTS = "outputs"  # where the recipes of this repository have their run folders
