@@ -6,10 +6,10 @@ python benchmarks/dpo.py --reader hh_rlhf --data Anthropic/hh-rlhf ...   # any p
 python benchmarks/dpo.py --device cuda --pairs 400 --repeats 3 ...
 
 How is measured: see side_by_side.py. Measured is all that a run does once its model is there: the
-reference, however a mode has it, and training. A training of a very small model comes before, so
-that nothing is left to import. Of dolly's rows pairs are made: rejected is the response of another
-row, the next longer one. No row knows better which is preferred, but speed and memory only depend
-on the lengths, and no mode gains from pairs of two unlike lengths.
+reference, however a mode has it (computed, not read from a cache), and training. A training of a
+very small model comes before, so that nothing is left to import. Of dolly's rows pairs are made:
+rejected is the response of another row, the next longer one. Speed and memory depend on the lengths
+alone, and no mode gains from pairs of two unlike lengths.
 """
 
 import argparse
@@ -163,7 +163,7 @@ def our_trainer(options: argparse.Namespace, model, pairs, tokenizer):
     from finetuning.model.packed_models import use_packed_attention
     from finetuning.recipe.sections import PreferenceTraining
     from finetuning.training.preference_trainer import PreferenceTrainer
-    from finetuning.training.reference import find_reference
+    from finetuning.training.reference import compute, require_own_reference, used_pairs
 
     settings = settings_of(options, BATCH)
     layout = options.worker.removeprefix("ours_")
@@ -184,7 +184,8 @@ def our_trainer(options: argparse.Namespace, model, pairs, tokenizer):
 
     class Start(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
-            find_reference(trainer)
+            compute(trainer, trainer.train_dataset, used_pairs(trainer))
+            require_own_reference(trainer)
 
     trainer.add_callback(Start())
     return trainer
