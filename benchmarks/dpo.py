@@ -142,7 +142,7 @@ def trl_trainer(options: argparse.Namespace, model, pairs, tokenizer):
 
 def columns(pair) -> dict[str, list[int]]:
     """The pair as trl's own tokenization has it."""
-    from finetuning.data.tokenization import sequences_of
+    from finetuning.data.examples import sequences_of
 
     chosen, rejected = sequences_of(pair)
     prompt = (chosen["labels"] != -100).argmax()

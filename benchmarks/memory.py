@@ -200,8 +200,8 @@ def train(recipe, torch):
     """(bytes at the peak of training above those before the model was there, the trainer)"""
     import numpy as np
 
+    from finetuning.data.examples import Examples
     from finetuning.data.storage import Prepared
-    from finetuning.data.tokenization import Examples
     from finetuning.launch.strategy import requested_strategy
     from finetuning.training.prepared_run import PreparedRun
     from finetuning.training.train import make_trainer

@@ -23,9 +23,9 @@ from transformers import get_scheduler, set_seed
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # finetuning need not be installed
 
 from finetuning.data.cache import prepare
+from finetuning.data.examples import Example
 from finetuning.data.named_templates import set_chat_template
 from finetuning.data.prepare import training_texts
-from finetuning.data.tokenization import Example
 from finetuning.launch.step_size import step_size
 from finetuning.model.loading import load_model
 from finetuning.model.tokenizer import load_tokenizer

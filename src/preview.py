@@ -71,7 +71,7 @@ def prepare(options: Namespace) -> "PreparedRun":
 
 def show_rows(run: "PreparedRun", console: "Console") -> None:
     """On the terminal, and in full in the folder preview."""
-    from finetuning.data.tokenization import sequences_of
+    from finetuning.data.examples import sequences_of
     from finetuning.runs.colored_masks import examples_in_order, print_example, trained_and_not
     from finetuning.runs.doctor import Shown, diagnose
     from finetuning.runs.funnel import print_findings, print_funnel

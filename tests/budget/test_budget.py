@@ -23,8 +23,8 @@ from finetuning.budget.savings import enough
 from finetuning.budget.step_memory import TrackedHead, as_trained, meta_model, run_step
 from finetuning.budget.storage_tracker import StorageTracker
 from finetuning.data.batching import Collator
+from finetuning.data.examples import Examples
 from finetuning.data.storage import Prepared
-from finetuning.data.tokenization import Examples
 from finetuning.errors import UserError
 from finetuning.launch import devices
 from finetuning.launch.strategy import Strategy

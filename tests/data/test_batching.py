@@ -8,7 +8,7 @@ import pytest
 
 from finetuning.data.batching import BatchSampler, Collator, ExampleSet
 from finetuning.data.bin_packing import pack_lengths
-from finetuning.data.tokenization import Examples
+from finetuning.data.examples import Examples
 
 RANDOM = np.random.default_rng(0)
 LENGTHS = np.clip(RANDOM.lognormal(4.3, 0.9, 1003).astype(int), 2, 512)

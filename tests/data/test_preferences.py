@@ -9,10 +9,10 @@ from tiny import CHAT_TEMPLATES, TOKENIZERS, byte_level, chat_tokenizer
 
 from finetuning.data.batching import Collator, ExampleSet, PairSet
 from finetuning.data.cache import prepare
+from finetuning.data.examples import IGNORE_INDEX, sequences_of
 from finetuning.data.rendering import read_row
 from finetuning.data.row import BadRow
 from finetuning.data.section import Data, Source
-from finetuning.data.tokenization import IGNORE_INDEX, sequences_of
 from finetuning.errors import UserError
 
 TOKENIZER = byte_level()

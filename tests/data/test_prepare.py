@@ -14,11 +14,11 @@ import pytest
 from tiny import TOKENIZERS, byte_level
 
 from finetuning.data.cache import PIPELINE, cache_key, prepare
+from finetuning.data.examples import IGNORE_INDEX
 from finetuning.data.prepare import training_texts
 from finetuning.data.section import Data
 from finetuning.data.storage import INDEX, read_prepared, seal
 from finetuning.data.templates import TEMPLATES
-from finetuning.data.tokenization import IGNORE_INDEX
 from finetuning.errors import UserError
 from finetuning.model.tokenizer import load_tokenizer
 from finetuning.recipe.sections import Model

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 from tiny import byte_level, chat_tokenizer
 
 from finetuning.data.cache import prepare
+from finetuning.data.examples import IGNORE_INDEX
 from finetuning.data.section import Data
-from finetuning.data.tokenization import IGNORE_INDEX
 
 
 def prepared(folder, rows, tokenizer=None, **settings):

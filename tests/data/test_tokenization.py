@@ -17,15 +17,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from finetuning.data import tokenization
 from finetuning.data.batching import Collator
 from finetuning.data.chat_template import ChatTemplate
+from finetuning.data.examples import IGNORE_INDEX, train_on_all
 from finetuning.data.templates import TEMPLATES, MarkerTemplate, Segment, fold_context
 from finetuning.data.tokenization import (
-    IGNORE_INDEX,
     Encoder,
     encode_prompts,
     exceptions,
     require_special_tokens_found,
     tokenize,
-    train_on_all,
 )
 from finetuning.errors import UserError
 

@@ -20,7 +20,7 @@ import generate
 import publish
 import pull
 import sft
-from finetuning.data.tokenization import sequences_of
+from finetuning.data.examples import sequences_of
 from finetuning.recipe.recipe import load_recipe
 
 PAIRS = [

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
-from finetuning.data.tokenization import IGNORE_INDEX, sequences_of
+from finetuning.data.examples import IGNORE_INDEX, sequences_of
 from finetuning.errors import UserError
 from finetuning.model.preference_loss import ScoredPairs, summed_losses
 from finetuning.recipe.sections import LossType, PreferenceTraining

@@ -12,8 +12,8 @@ import torch
 from finetuning.budget.step_memory import measure_step, meta_model, optimizer_bytes
 from finetuning.budget.storage_tracker import StepMemory
 from finetuning.data.batching import BatchSampler, Collator
+from finetuning.data.examples import IGNORE_INDEX, Example
 from finetuning.data.storage import Prepared
-from finetuning.data.tokenization import IGNORE_INDEX, Example
 from finetuning.launch.devices import Device
 from finetuning.launch.step_size import StepSize, step_size
 from finetuning.launch.strategy import Strategy

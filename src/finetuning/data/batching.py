@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from finetuning.data.bin_packing import ceil_div, pack_lengths
-from finetuning.data.tokenization import IGNORE_INDEX, Example, Examples, sequences_of
+from finetuning.data.examples import IGNORE_INDEX, Example, Examples, sequences_of
 
 Batch = dict[str, Any]
 Numbers = NDArray[np.int64]  # (n,) numbers of examples

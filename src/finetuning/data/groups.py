@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetuning.data.examples import Counts
 from finetuning.data.row import Message
-from finetuning.data.tokenization import Counts
 
 Keys = NDArray[np.uint64]
 

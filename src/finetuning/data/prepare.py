@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from finetuning.data.chat_template import ChatTemplate
+from finetuning.data.examples import IGNORE_INDEX, Examples, train_on_all
 from finetuning.data.groups import first_of_group, key_of, prompt_key, response_key, value_key
 from finetuning.data.rendering import (
     Conversation,
@@ -34,14 +35,7 @@ from finetuning.data.section import SAME_TEXT, Data, Eval, Source
 from finetuning.data.sources import stream_rows
 from finetuning.data.storage import Arrays, GrowingArrays, seal, write_examples
 from finetuning.data.templates import CHAT, TEMPLATES, MarkerTemplate, Segment, Template
-from finetuning.data.tokenization import (
-    IGNORE_INDEX,
-    Examples,
-    exceptions,
-    require_special_tokens_found,
-    tokenize,
-    train_on_all,
-)
+from finetuning.data.tokenization import exceptions, require_special_tokens_found, tokenize
 from finetuning.data.workers import cores, map_in_order
 from finetuning.errors import UserError, did_you_mean
 

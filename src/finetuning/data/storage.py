@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuning.data.tokenization import Counts, Examples, ranges
+from finetuning.data.examples import Counts, Examples, ranges
 
 Arrays = dict[str, NDArray[Any]]
 

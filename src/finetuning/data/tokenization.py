@@ -13,23 +13,30 @@ import copy
 import json
 import re
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain, groupby, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
+from finetuning.data.examples import (
+    IGNORE_INDEX,
+    Counts,
+    Examples,
+    Ids,
+    first_tokens,
+    ranges,
+    sums,
+)
 from finetuning.data.templates import Segment
 from finetuning.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-IGNORE_INDEX = -100  # label of a token that is left out of the loss; torch's default
 WINDOW = 64  # characters on either side of a border, in which a merge that crosses it is found
 REMEMBERED = 2**16  # words, and borders of prompt and response: 20 MB at most
 PROBED = 64  # conversations that are compared with what the tokenizer itself makes of them
@@ -41,8 +48,6 @@ WORD_BORDER = re.compile(r"(?<=\S)(?= \S)")
 # In front of the names of special tokens, where texts are encoded: no row can spell it.
 SECRET = f"\ue002{secrets.token_hex(8)}"
 
-Ids = NDArray[np.int32]
-Counts = NDArray[np.int64]
 Context = tuple[str | None, str]
 """TextSpan.before and after"""
 CONTINUED: Context = (None, "")
@@ -56,92 +61,6 @@ class Exceptions(NamedTuple):
     """text of a row spells a special token, and stays text"""
     merged: NDArray[np.bool_]
     """a merge would cross the end of a prompt, which is kept as generation asks with it"""
-
-
-class Example(TypedDict):
-    """One sequence of T tokens; of a pair two, one after the other."""
-
-    input_ids: Ids  # (T,)
-    labels: Ids  # (T,), IGNORE_INDEX where the token is not trained
-    chosen: NotRequired[int]
-    """of a pair: tokens of the sequence with the chosen response, behind which the other begins"""
-    reference: NotRequired[NDArray[np.float32]]
-    """of a pair in preference tuning: (4,) log-probabilities; see training/reference.py"""
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Tokenized examples, one after another in flat arrays."""
-
-    input_ids: Ids  # (tokens of all examples,)
-    labels: Ids  # (tokens of all examples,)
-    lengths: Counts  # (examples,)
-    rows: Counts  # (examples,) number of the row an example was made from
-    chosen: Counts | None = None  # (examples,) of pairs: see Example
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[Example]:
-        for number, (start, end) in enumerate(
-            zip(self.ends - self.lengths, self.ends, strict=True)
-        ):
-            yield self.example(number, slice(start, end))
-
-    def example(self, number: int, tokens: slice) -> Example:
-        """The example of this number, which has these tokens."""
-        example: Example = {"input_ids": self.input_ids[tokens], "labels": self.labels[tokens]}
-        if self.chosen is not None:
-            example["chosen"] = int(self.chosen[number])
-        return example
-
-    @property
-    def ends(self) -> Counts:
-        """(examples,) where in the flat arrays each example ends."""
-        return np.cumsum(self.lengths)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return int(self.sequence_lengths.max(initial=0))
-
-    @property
-    def sequence_lengths(self) -> Counts:
-        """(examples, 1) tokens of each sequence; (examples, 2) of pairs."""
-        if self.chosen is None:
-            return self.lengths[:, None]
-        return np.stack([self.chosen, self.lengths - self.chosen], 1)
-
-    def select(self, numbers: Counts, max_length: int | None = None) -> "Examples":
-        """The examples of these numbers, in this order, with repeats; cut to max_length tokens."""
-        starts = (self.ends - self.lengths)[numbers]
-        lengths = np.minimum(self.lengths[numbers], max_length or np.inf).astype(np.int64)
-        tokens = ranges(starts, lengths)
-        chosen = None if self.chosen is None else self.chosen[numbers]
-        rows = self.rows[numbers]
-        return Examples(self.input_ids[tokens], self.labels[tokens], lengths, rows, chosen)
-
-    @property
-    def widths(self) -> Counts:
-        """(examples,) slots in a padded batch where the example is the widest: as many sequences as
-        it has, each as long as its longest."""
-        lengths = self.sequence_lengths
-        widths: Counts = lengths.max(1) * lengths.shape[1]
-        return widths
-
-    def in_pairs(self) -> "Examples":
-        """Every two sequences as the one example that they are."""
-        lengths = self.lengths.reshape(-1, 2)
-        return replace(self, lengths=lengths.sum(1), rows=self.rows[::2], chosen=lengths[:, 0])
-
-
-def sequences_of(example: Example) -> list[Example]:
-    """The example itself; of a pair, the sequence with the chosen and that with the rejected."""
-    if "chosen" not in example:
-        return [example]
-    parts = slice(example["chosen"]), slice(example["chosen"], None)
-    ids, labels = example["input_ids"], example["labels"]
-    return [{"input_ids": ids[part], "labels": labels[part]} for part in parts]
 
 
 class TextSpan(NamedTuple):
@@ -213,19 +132,6 @@ def require_special_tokens_found(
 def normalized_tokens(tokenizer: "PreTrainedTokenizerFast") -> str:
     tokens = tokenizer.added_tokens_decoder.values()
     return ", ".join(token.content for token in tokens if token.special and token.normalized)
-
-
-def train_on_all(examples: Examples) -> Examples:
-    """The same examples with every token trained but the first, which is never predicted."""
-    labels = examples.input_ids.copy()
-    labels[first_tokens(examples.lengths)] = IGNORE_INDEX
-    return replace(examples, labels=labels)
-
-
-def first_tokens(lengths: Counts) -> Counts:
-    """Where in the flat arrays the examples begin that have a token."""
-    starts: Counts = (np.cumsum(lengths) - lengths)[lengths > 0]
-    return starts
 
 
 def encode_prompts(
@@ -395,20 +301,6 @@ def spellings(tokenizer: Tokenizer) -> re.Pattern[str]:
     if model["type"] == "Unigram" and model.get("byte_fallback"):
         texts.append("<0x[0-9A-F]{2}>")
     return re.compile("|".join(texts) if texts else r"(?!)")
-
-
-def ranges(starts: Counts, lengths: Counts) -> Counts:
-    """start, start + 1, ... start + length - 1 of each, one after another (sum of lengths,)."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
-
-
-def sums(values: Counts, counts: Counts) -> Counts:
-    """The sum of the first counts[0] values, of the next counts[1], and so on (counts,)."""
-    totals = np.append(0, np.cumsum(values))
-    ends = np.cumsum(counts)
-    summed: Counts = totals[ends] - totals[ends - counts]
-    return summed
 
 
 def splits_at_spaces(tokenizer: Tokenizer) -> bool:

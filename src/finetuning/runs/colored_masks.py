@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from finetuning.data.tokenization import IGNORE_INDEX, Example, Examples, sequences_of
+from finetuning.data.examples import IGNORE_INDEX, Example, Examples, sequences_of
 from finetuning.runs.terminal import GREY
 
 if TYPE_CHECKING:
