@@ -133,7 +133,10 @@ def test_what_the_libraries_can_do_passes(ask, overrides):
             [f"model.from_scratch.config={{{GPT2}}}".replace("n_layer: 1", "n_layer: 0")],
             "a model has at least one layer",
         ),
-        (["model.from_scratch.config={model_type: t5}"], "t5 models do not continue a text"),
+        (
+            ["model.from_scratch.config={model_type: t5}"],
+            "t5 models are not causal language models",
+        ),
         (["model.from_scratch.config={model_type: gtp2}"], "gtp2"),
         (
             [f"model.from_scratch.config={{{GPT2}}}".replace("n_positions: 64", "n_positions: 8")],

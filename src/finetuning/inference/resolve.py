@@ -112,7 +112,7 @@ def pin_base_model(recipe: Recipe) -> Recipe:
     snapshot = pull_pinned(name, begun_model(recipe).name)
     if (snapshot.folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(
-            f"model.name: {snapshot.address} is an adapter, on which no other can be; give its "
+            f"model.name: {snapshot.address} is an adapter, which cannot carry another; give its "
             "base model"
         )
     return recipe.model_copy(
@@ -166,8 +166,8 @@ def on_adapter(recipe: Recipe, folder: Path, name: str) -> Recipe:
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise UserError(
-            f"model.name: {folder} is an adapter without the recipe.yaml of its run, which says "
-            "what it is on"
+            f"model.name: {folder} is an adapter without the recipe.yaml of its run, which "
+            "names its base model"
         )
     before = load_recipe(file)
     if before.model.from_scratch or before.lora is None:

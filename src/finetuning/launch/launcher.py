@@ -31,7 +31,7 @@ def find_launcher() -> psutil.Process | None:
 
 
 def end_with_launcher() -> None:
-    """Has the kernel send SIGTERM when the launcher dies, lest its processes train on unseen.
+    """Has the kernel send SIGTERM when the launcher dies: its processes would train on unseen.
 
     One-process `accelerate launch` passes no signal on, and SIGUSR1 kills torch's launcher, not its
     processes.

@@ -41,9 +41,9 @@ def use_packed_attention(model: "PreTrainedModel") -> None:
         model.set_attn_implementation(PACKED_EAGER)
     elif implementation != "sdpa":
         raise UserError(
-            f"data.layout: packed, but {kind} models attend in a way of their own "
-            f"({implementation} attention: sinks or capped scores, say), which is not there for "
-            "packed examples; use data.layout=padded"
+            f"data.layout: packed, but {kind} models have an attention ({implementation}: sinks or "
+            "capped scores, say) that is not implemented for packed examples; use "
+            "data.layout=padded"
         )
     else:
         model.set_attn_implementation(PACKED)

@@ -63,7 +63,7 @@ class Current:
 
     packing: Packing | None = None
     is_known = False
-    """whether it was said, be it that there is none"""
+    """whether it was set, to None too"""
 
 
 @contextmanager

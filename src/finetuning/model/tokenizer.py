@@ -135,8 +135,8 @@ def require_same_when_saved(tokenizer: "PreTrainedTokenizerFast") -> None:
     ours, theirs = tokenizer.backend_tokenizer.to_str(), saved.backend_tokenizer.to_str()
     if type(saved) is not type(tokenizer) or theirs != ours:
         raise UserError(
-            f"model.name: the tokenizer, a {type(tokenizer).__name__}, is another one when it is "
-            "saved and loaded: other programs would ask the trained model with other token ids"
+            f"model.name: the tokenizer, a {type(tokenizer).__name__}, changes when it is saved "
+            "and loaded: other programs would give the trained model other token ids"
         )
 
 

@@ -132,7 +132,7 @@ def content_damage(folder: Path) -> str | None:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether it has a seal, be it one that cannot be read."""
+    """Whether it has a seal, one that cannot be read too."""
     return os.path.lexists(folder / SEAL)
 
 

@@ -99,7 +99,7 @@ def model_without_weights(
     config = load_config(recipe.model, tokenizer)
     place = "model.from_scratch.config" if recipe.model.from_scratch else "model.name"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{place}: {config.model_type} models do not continue a text")
+        raise UserError(f"{place}: {config.model_type} models are not causal language models")
     if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
         raise UserError(f"{place}: a model has at least one layer")
     with asking(place), torch.device("meta"):

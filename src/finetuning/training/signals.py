@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class Stop:
-    """Hears the signals; `signal` is the one that came, or None."""
+    """Handles the signals; `signal` is the one that came, or None."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -30,7 +30,7 @@ class Stop:
         for number in SIGNALS:
             # nohup has a terminal that closes ignored; so does a shell, of what it starts.
             if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):
-                signal.signal(number, self.hear)
+                signal.signal(number, self.on_signal)
         end_with_launcher()
 
     @contextmanager
@@ -44,7 +44,7 @@ class Stop:
         finally:
             self.phase = "after"
 
-    def hear(self, number: int, frame: Any) -> None:
+    def on_signal(self, number: int, frame: Any) -> None:
         repeated = self.signal == number
         # A launcher that dies of Ctrl-C too has the kernel send SIGTERM.
         if self.signal != signal.SIGINT:

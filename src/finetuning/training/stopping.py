@@ -98,13 +98,13 @@ class SynchronizedStop(TrainerCallback):
 
         That of a signal, or LAST_STEP less the first step whose loss was not finite.
         """
-        heard = int(self.stop.signal or 0)
+        own = int(self.stop.signal or 0)
         if self.trainer and (step := self.trainer.first_non_finite.poll()):
-            heard = LAST_STEP - step
+            own = LAST_STEP - step
         if self.group is None:
-            return heard
+            return own
         answer = self.finish_poll()
-        flag = torch.tensor([heard])
+        flag = torch.tensor([own])
         self.question = (
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True),
             flag,

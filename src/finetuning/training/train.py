@@ -58,8 +58,8 @@ def train(run: PreparedRun, stop: Stop, console: Console) -> None:
         losses = train_and_save(trainer, run, stop, progress, console)
     console.print(losses)
     console.print(f"run folder: {trainer.run_folder}")
-    # Torch asks for it, lest a process leaves while another still has something to receive from it
-    # by NCCL.
+    # As torch's manual wants: a process that leaves takes with it what another has still to receive
+    # from it by NCCL.
     trainer.accelerator.end_training()
 
 

@@ -92,7 +92,7 @@ class ResponseTrainer(ResumableTrainer):
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
             worker_init_fn=worker_ignores_signals,
-            # Its own, lest the loader draw from the random numbers of training.
+            # Its own: the loader would draw from the random numbers of training.
             generator=torch.Generator(),
         )
 
