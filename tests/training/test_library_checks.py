@@ -7,7 +7,8 @@ from finetuning.errors import UserError
 from finetuning.launch.strategy import Strategy
 from finetuning.recipe.recipe import load_recipe
 from finetuning.recipe.without_effect import settings_without_effect
-from finetuning.training.library_checks import require_library_settings, trial_arguments
+from finetuning.training.argument_checks import trial_arguments
+from finetuning.training.library_checks import require_library_settings
 from finetuning.training.prepared_run import prepare_run
 
 LLAMA = (

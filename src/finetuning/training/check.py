@@ -9,7 +9,8 @@ from finetuning.errors import UserError
 from finetuning.launch.devices import GIB
 from finetuning.model.weight_files import require_weight_files
 from finetuning.recipe.recipe import Recipe
-from finetuning.training.library_checks import require_library_settings, trial_arguments
+from finetuning.training.argument_checks import trial_arguments
+from finetuning.training.library_checks import require_library_settings
 from finetuning.training.prepared_run import PreparedRun
 
 if TYPE_CHECKING:
