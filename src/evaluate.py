@@ -47,13 +47,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from finetuning.evaluation.asking import Share
-    from finetuning.evaluation.models import Model
+    from finetuning.evaluation.named_models import Model
     from finetuning.evaluation.turns import Turn
 
 
 def main(arguments: list[str]) -> None:
+    from finetuning.evaluation.named_models import find_models
+
     options = read_arguments(arguments)
-    models, folder = find_models(options)
+    is_alone = len(options.runs) == 1
+    models, folder = find_models(
+        options.runs, options.overrides, is_alone and not options.no_base, options.output
+    )
     if options.tasks:
         run_benchmarks(options, models, folder)
     else:
@@ -192,30 +197,6 @@ def read_bound(text: str) -> tuple[str, float]:
         return name, float(bound)
     except ValueError:
         raise UserError(f"--at-least {text}: expected a number, as in {name}=30") from None
-
-
-def find_models(options: Namespace) -> tuple[list["Model"], Path]:
-    """The models, and where the results go."""
-    from finetuning.evaluation.models import Model
-    from finetuning.hub.access import require_hub
-    from finetuning.hub.address import PREFIX
-    from finetuning.inference.resolve import find_trained_model
-    from finetuning.launch.hub_needs import base_needs
-    from finetuning.model.quantization import hide_bitsandbytes
-    from finetuning.recipe.recipe import load_recipe
-
-    has_base = len(options.runs) == 1 and not options.no_base
-    models, folder = [], options.output
-    for name in options.runs:
-        path, recipe_file = find_trained_model(name)
-        recipe = load_recipe(recipe_file, options.overrides)
-        require_hub(base_needs(recipe, path))
-        models.append(Model(name, path, recipe, has_base))
-        is_ours = not name.startswith(PREFIX) and (recipe_file.parent / "environment.json").exists()
-        folder = folder or (recipe_file.parent if is_ours else Path()) / "evaluation"
-    quantized = [model.recipe for model in models if model.recipe.model.quantization]
-    hide_bitsandbytes(quantized[0] if quantized else models[0].recipe)
-    return models, folder
 
 
 def questions_of(options: Namespace, model: "Model") -> list["Turn"]:

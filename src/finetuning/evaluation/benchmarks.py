@@ -21,7 +21,7 @@ from typing import Any
 
 from finetuning.errors import UserError, did_you_mean, one_line
 from finetuning.evaluation.asking import Share
-from finetuning.evaluation.models import Model
+from finetuning.evaluation.named_models import Model
 from finetuning.evaluation.task_scores import AS_IS, question_lines, summary_of
 from finetuning.evaluation.unfinished import Unfinished, require_same
 from finetuning.files import write_text

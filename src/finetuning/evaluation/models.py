@@ -9,12 +9,12 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetuning.errors import UserError
 from finetuning.evaluation.asking import Answer, Answers, Share, ask
+from finetuning.evaluation.named_models import Model
 from finetuning.evaluation.results import (
     answer_lines,
     results_of,
@@ -25,31 +25,9 @@ from finetuning.evaluation.results import (
 from finetuning.evaluation.turns import Turn
 from finetuning.evaluation.unfinished import Unfinished, require_same
 from finetuning.inference.page import columns_of
-from finetuning.recipe.recipe import Recipe
 from finetuning.runs.folder import EVALUATION, RunFolder
 
 UNFINISHED = "unfinished.jsonl"
-
-
-@dataclass(frozen=True)
-class Model:
-    """A trained model, as it was named."""
-
-    name: str
-    folder: Path
-    recipe: Recipe
-    has_base: bool = False
-    """ask its base model too, first"""
-
-    def record(self) -> dict[str, Any]:
-        """What decides its answers."""
-        return {
-            "name": self.name,
-            "folder": str(self.folder.absolute()),
-            "quantization": self.recipe.model.quantization,
-            "generation": self.recipe.generation.model_dump(exclude={"prompts"}),
-            "base": self.has_base,
-        }
 
 
 def evaluate(
