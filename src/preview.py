@@ -72,14 +72,14 @@ def prepare(options: Namespace) -> "PreparedRun":
 def show_rows(run: "PreparedRun", console: "Console") -> None:
     """On the terminal, and in full in the folder preview."""
     from finetuning.data.examples import sequences_of
-    from finetuning.runs.colored_masks import examples_in_order, print_example, trained_and_not
+    from finetuning.runs.colored_masks import examples_in_order, print_example, split_by_mask
     from finetuning.runs.doctor import Shown, diagnose
     from finetuning.runs.funnel import print_findings, print_funnel
     from finetuning.runs.output_folder import make_folder, output_folder
 
     prepared = run.examples
     looked_at = [
-        Shown(number, row, split, trained_and_not(sequences_of(example)[0], run.tokenizer))
+        Shown(number, row, split, split_by_mask(sequences_of(example)[0], run.tokenizer))
         for number, (split, row, example) in enumerate(
             islice(examples_in_order(prepared.train, prepared.eval), LOOKED_AT)
         )

@@ -76,14 +76,14 @@ def run_main(main: Callable[[list[str]], None], manual: str, when_interrupted: s
         write_exit_note(0)
         return 0
     except (KeyboardInterrupt, Stopped, Exception) as error:
-        known = told(error, when_interrupted)
+        known = line_and_code(error, when_interrupted)
         if known is None:
             write_exit_note(1, safe(f"{type(error).__name__}: {one_line(error)}"))
             raise
     return report(*known)
 
 
-def told(error: BaseException, when_interrupted: str) -> tuple[str, int] | None:
+def line_and_code(error: BaseException, when_interrupted: str) -> tuple[str, int] | None:
     """(line for the person, exit code); None for an exception that nobody foresaw."""
     if isinstance(error, UserError):
         return f"error: {one_line(error)}", error.exit_code

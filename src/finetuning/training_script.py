@@ -34,7 +34,7 @@ def train_recipe(options: Namespace, script: str) -> None:
         run.recipe, run.examples.fingerprint, None if options.check else run.strategy
     )
     if finished := is_finished(folder, run.recipe):
-        say_finished(run, folder, finished, options, console)
+        report_finished(run, folder, finished, options, console)
         return
     with nullcontext() if console.quiet else lock(folder):
         describe(run, options, console)
@@ -98,7 +98,7 @@ def script_of(arguments: list[str]) -> str:
         return Recipe.script
 
 
-def say_finished(
+def report_finished(
     run: "PreparedRun", folder: Path, finished: str, options: Namespace, console: "Console"
 ) -> None:
     from finetuning.runs.reopen import take_changes

@@ -30,7 +30,7 @@ from finetuning.inference.trained_model import load_asker
 from finetuning.model.loading import load_model
 from finetuning.recipe.recipe import Recipe
 from finetuning.recipe.sections import Generation
-from finetuning.runs.colored_masks import trained_and_not
+from finetuning.runs.colored_masks import split_by_mask
 
 PAGE = Path(__file__).with_name("page.html")
 SETTINGS = (  # what the page lets a person change
@@ -74,7 +74,7 @@ class Column:
             answer = asker.stream(messages, show)
         said = Conversation([*messages, message("assistant", answer)], [])
         (example,) = tokenize(render_row(said, asker.template)[-1:], asker.tokenizer)
-        return {"answer": answer, "prompt": trained_and_not(example, asker.tokenizer)}
+        return {"answer": answer, "prompt": split_by_mask(example, asker.tokenizer)}
 
     def changed(self, settings: dict[str, Any]) -> Generation:
         given = {name: value for name, value in settings.items() if value is not None}

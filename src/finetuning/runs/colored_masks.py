@@ -29,7 +29,7 @@ def coloured(example: Example, tokenizer: "PreTrainedTokenizerFast") -> Text:
     """Of a pair the prompt, the chosen response and, on a line of its own, the rejected one."""
     text = Text()
     for part, colour in zip(sequences_of(example), (RESPONSE, REJECTED), strict=False):
-        parts = trained_and_not(part, tokenizer)
+        parts = split_by_mask(part, tokenizer)
         if text:
             text.append("\n")
             del parts[0]  # the same prompt
@@ -38,9 +38,7 @@ def coloured(example: Example, tokenizer: "PreTrainedTokenizerFast") -> Text:
     return text
 
 
-def trained_and_not(
-    example: Example, tokenizer: "PreTrainedTokenizerFast"
-) -> list[tuple[str, bool]]:
+def split_by_mask(example: Example, tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
     """The example's text in parts, and whether the tokens of each are trained.
 
     Neighbouring tokens are decoded together, so that characters of several tokens (Japanese, emoji)

@@ -46,7 +46,7 @@ def write_finish(folder: Path, kept_step: int) -> None:
 
 
 @contextmanager
-def noting_end(folder: Path, is_first: bool) -> Iterator[None]:
+def recording_end(folder: Path, is_first: bool) -> Iterator[None]:
     """Notes when the launch ended, however it does but by a kill; the first process does it.
 
     One that ends before it is written down leaves those before it as they were.

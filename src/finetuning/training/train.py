@@ -19,7 +19,7 @@ from finetuning.model.packed_models import use_packed_attention
 from finetuning.model.precision import with_weight_format
 from finetuning.model.response_head import require_plain_head
 from finetuning.recipe.recipe import PreferenceRecipe, Recipe
-from finetuning.runs.environment import noting_end, write_finish
+from finetuning.runs.environment import recording_end, write_finish
 from finetuning.runs.terminal import print_answers
 from finetuning.training.answers import evaluate_trained, means, score_evaluations
 from finetuning.training.callbacks import MetricsFile, ReportFile, Watchdog
@@ -54,7 +54,7 @@ def train(run: PreparedRun, stop: Stop, console: Console) -> None:
     trainer.add_callback(ReportFile(trainer.run_folder))
     trainer.add_callback(Watchdog())
     trainer.add_callback(SynchronizedStop(stop, trainer))
-    with noting_end(trainer.run_folder, trainer.is_world_process_zero()):
+    with recording_end(trainer.run_folder, trainer.is_world_process_zero()):
         losses = train_and_save(trainer, run, stop, progress, console)
     console.print(losses)
     console.print(f"run folder: {trainer.run_folder}")
@@ -79,7 +79,7 @@ def train_and_save(
     trainer.require_finite_weights()
     trainer.require_moved_weights()
     trainer.save_trained()
-    step, why = kept(trainer)
+    step, why = kept_step(trainer)
     samples = ask_after_training(trainer, run)
     evaluation = evaluate_trained(trainer, run)
     if trainer.is_world_process_zero():
@@ -145,7 +145,7 @@ def early_stopping(recipe: Recipe) -> EarlyStoppingCallback | None:
     return EarlyStoppingCallback(training.early_stopping_patience, threshold)
 
 
-def kept(trainer: ResponseTrainer) -> tuple[int, str]:
+def kept_step(trainer: ResponseTrainer) -> tuple[int, str]:
     """(step whose weights are kept, in one line why these); the last step's needs no line."""
     args, state, callback = trainer.args, trainer.state, trainer.early_stopping
     lines = []
