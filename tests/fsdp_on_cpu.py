@@ -1,7 +1,7 @@
 """Runs a script as accelerate would run it with FSDP on GPUs, but on CPUs over gloo.
 
 accelerate takes FSDP's route for accelerators only, and silently runs DDP on CPUs. PyTorch's FSDP2
-itself does not mind: told that gloo's processes are GPUs, accelerate goes the very route, save for
+itself does not mind: told that gloo's processes are GPUs, accelerate goes the same route, save for
 the device.
 
 accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 \\

@@ -85,7 +85,7 @@ DURING = {
     "the untrained model is asked": Instant(start_checks, "ask_before_training"),
     "the start is noted": Instant(start_checks, "write_start"),
     "packing is checked": Instant(start_checks, "require_isolation"),
-    "the longest batch is rehearsed": Instant(memory_check, "compute"),
+    "the longest batch is checked": Instant(memory_check, "compute"),
     "half of a step is done": Instant(ResponseTrainer, "training_step", 3),
     "the optimizer steps": Instant(torch.optim.AdamW, "step"),
     "a loss is logged": Instant(callbacks, "append_metrics"),

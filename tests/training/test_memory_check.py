@@ -15,11 +15,10 @@ from conftest import ROOT
 from run_folders import interrupted
 from safetensors.torch import load_file
 
-import finetuning.training.memory_check as rehearsal
 import sft
 from finetuning.data.batching import BatchSampler
 from finetuning.errors import UserError, is_out_of_memory
-from finetuning.training import start_checks
+from finetuning.training import memory_check, start_checks
 from finetuning.training.trainer import ResponseTrainer
 
 QUICK = [
@@ -73,9 +72,7 @@ def test_it_is_the_longest_that_any_process_gets(processes, settings, is_padded,
     assert (longest.max() * len(longest) if is_padded else longest.sum()) == max(sizes)
 
 
-def test_the_batch_that_is_rehearsed_is_the_longest_of_those_that_are_trained(
-    tmp_path, monkeypatch
-):
+def test_the_batch_that_is_checked_is_the_longest_of_those_that_are_trained(tmp_path, monkeypatch):
     seen, step = [], ResponseTrainer.training_step
 
     def watched(trainer, model, inputs, *args):
@@ -84,8 +81,8 @@ def test_the_batch_that_is_rehearsed_is_the_longest_of_those_that_are_trained(
 
     monkeypatch.setattr(ResponseTrainer, "training_step", watched)
     trained(tmp_path / "run", "training.eval_strategy=no", "data.eval=null")
-    rehearsed, *later = [sum(batch["lengths"]) for batch in seen]
-    assert rehearsed == max(later) and len(later) == 4
+    measured, *later = [sum(batch["lengths"]) for batch in seen]
+    assert measured == max(later) and len(later) == 4
 
 
 # No trace
@@ -97,7 +94,7 @@ def test_the_batch_that_is_rehearsed_is_the_longest_of_those_that_are_trained(
 def test_training_is_the_same_with_and_without(tmp_path, monkeypatch, more):
     """With dropout, which draws random numbers, and a checkpoint to go on from."""
     with_it = trained(tmp_path / "with", *DROPOUT, *more)
-    others = tuple(check for check in start_checks.CHECKS if check is not rehearsal.check_memory)
+    others = tuple(check for check in start_checks.CHECKS if check is not memory_check.check_memory)
     assert len(others) == len(start_checks.CHECKS) - 1
     monkeypatch.setattr(start_checks, "CHECKS", others)
     without = trained(tmp_path / "without", *DROPOUT, *more)
@@ -152,7 +149,7 @@ def test_two_processes_train_the_same_with_and_without(tmp_path, config):
 
 def out_of_memory_above(size: int, monkeypatch) -> list[int]:
     """Has a micro-batch of more examples fail as torch does; returns the sizes that are tried."""
-    tried, compute = [], rehearsal.compute
+    tried, compute = [], memory_check.compute
 
     def limited(trainer, batch):
         tried.append(len(batch["lengths"]))
@@ -163,7 +160,7 @@ def out_of_memory_above(size: int, monkeypatch) -> list[int]:
             )
         compute(trainer, batch)
 
-    monkeypatch.setattr(rehearsal, "compute", limited)
+    monkeypatch.setattr(memory_check, "compute", limited)
     return tried
 
 
@@ -224,7 +221,7 @@ def test_memory_that_ends_in_a_library_of_the_gpu_is_memory_that_ended(message):
 
 
 def test_another_error_stays_what_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(rehearsal, "compute", lambda *_: 1 / 0)
+    monkeypatch.setattr(memory_check, "compute", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trained(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Conversations -> answers, asked with the very prompt that was trained on."""
+"""Conversations -> answers, generated from exactly the prompt that was trained on."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Whether packed examples get the logits that they get alone, asked of the very model."""
+"""Whether packed examples get the logits that they get alone, tried with the model itself."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

@@ -118,7 +118,7 @@ def cast_input(layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def is_gated(module: Any) -> bool:
-    """Whether the module is an MLP whose forward has the very code of Llama's."""
+    """Whether the module is an MLP whose forward has the same code as Llama's."""
     code, llama = type(module).forward.__code__, LlamaMLP.forward.__code__
     return (code.co_code, code.co_names) == (llama.co_code, llama.co_names)
 

@@ -41,7 +41,7 @@ class ResponseHead:
     """A model's output embeddings, made to score targets instead of returning logits.
 
     The head is still called as the module it is, inside the model's own forward: what DDP, ZeRO-3
-    and FSDP2 hook there (gathering its weight, say) they find as ever. While it scores, the model
+    and FSDP2 hook there (gathering its weight, say) works unchanged. While it scores, the model
     computes and keeps only what these targets need: see last_block.py and recompute.py.
     """
 

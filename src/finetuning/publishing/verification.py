@@ -91,7 +91,7 @@ def paired(questions: list[str], ours: list[str], theirs: list[str]) -> list[Ans
 def require_agreement(console: "Console", forms: list[Form], is_exact: bool) -> None:
     """Says how many answers of the published model are the same.
 
-    Raises UserError unless all are, where the weights are the very same bytes (`is_exact`).
+    Raises UserError unless all are, where the weights are the same bytes (`is_exact`).
     """
     for form in [form for form in forms if form.name == PUBLISHED]:
         asked = len(form.answers)
@@ -157,7 +157,7 @@ def scores_of(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def read_agreements(folder: Path, bundle: Bundle) -> list[Agreement]:
-    """What was recorded when the very same files were asked before; nothing for other files."""
+    """What was recorded when the same files were asked before; nothing for other files."""
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record.get("files") != bundle.digest:
