@@ -123,11 +123,8 @@ def run_step(
     if recipe.training.gradient_accumulation_steps > 1:
         for weight in trained:
             weight.grad = torch.empty_like(weight)
-    is_half, is_packed = autocast is not None, "position_ids" in batch
-    # Its kernel takes examples one by one, but no bias.
-    has_flash = is_half and model.config.model_type != "bloom" and (capability or (0, 0)) >= (8, 0)
-    kind = Packing if capability is None or has_flash else PaddedPacking
-    packing = kind(tuple(batch["lengths"]), batch["position_ids"]) if is_packed else None
+    is_half = autocast is not None
+    packing = packing_of(batch, model, is_half, capability)
     arguments = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     targets = Targets(batch["positions"], batch["targets"])
     kernels = nullcontext() if capability is None else gpu_kernels(is_half)
@@ -139,6 +136,18 @@ def run_step(
         if weight.grad is not None:
             tracker.tag(weight.grad, "gradients")
     del state
+
+
+def packing_of(
+    batch: Batch, model: "PreTrainedModel", is_half: bool, capability: tuple[int, int] | None
+) -> Packing | None:
+    """How the device attends to the batch; None for padded rows."""
+    if "position_ids" not in batch:
+        return None
+    # Its kernel takes examples one by one, but no bias.
+    has_flash = is_half and model.config.model_type != "bloom" and (capability or (0, 0)) >= (8, 0)
+    kind = Packing if capability is None or has_flash else PaddedPacking
+    return kind(tuple(batch["lengths"]), batch["position_ids"])
 
 
 def make_weights_fake(model: "PreTrainedModel", tracker: StorageTracker) -> None:
