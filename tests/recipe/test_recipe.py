@@ -1,17 +1,16 @@
-"""A recipe is read as written, typed and whole; its schema says the same to editors."""
+"""A recipe is read as written, typed and whole."""
 
 import copy
 import dataclasses
 import json
 import re
+from functools import partial
 from typing import get_args
 
-import jsonschema
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
-from commands import ROOT
-from pages import listed_recipes
 from pydantic import ValidationError
+from recipe_texts import MIXED, RECIPES, TEXT, every_recipe, load_text, schema_validator
 from ruamel.yaml import YAML
 
 from finetuning.errors import UserError
@@ -26,44 +25,18 @@ from finetuning.recipe.library_sections import (
 )
 from finetuning.recipe.ownership import OWNED, PREFERENCE_KEYS, RENAMED
 from finetuning.recipe.recipe import PreferenceRecipe, Recipe, load_recipe
-from finetuning.recipe.schema import SCHEMA, recipe_schema
 from finetuning.recipe.sections import PreferenceTraining
 from finetuning.section import Section
-
-RECIPES = [ROOT / "recipes" / name for name in listed_recipes()]
-TEXT = """\
-model: {name: some/model}
-data: {path: rows.jsonl, reader: dolly, template: plain_chat}
-training: {output_dir: out}
-"""
-MIXED = """\
-model: {name: some/model}
-data:
-  path:
-    - {path: a.jsonl, weight: 0.5}
-    - {path: b.json, reader: sharegpt, where: {lang: ja}}
-  reader: dolly
-  template: plain_chat
-  eval: {fraction: 0.1, seed: 3}
-lora: {r: 8, target_modules: [c_attn]}
-training: {output_dir: out, eval_strategy: no, report_to: [tensorboard, wandb]}
-generation: {prompts: ["首都は？", "no"], temperature: 0.7}
-publish: {repo: me/models, subfolder: a/b}
-"""
-
-every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
 @pytest.fixture
 def load(tmp_path):
-    """Loads a recipe from its text, with overrides."""
+    return partial(load_text, tmp_path)
 
-    def load(text, *overrides):
-        file = tmp_path / "recipe.yaml"
-        file.write_text(text, encoding="utf-8")
-        return load_recipe(file, overrides)
 
-    return load
+@pytest.fixture(scope="module")
+def validator():
+    return schema_validator()
 
 
 def sections_of(section):
@@ -142,53 +115,6 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
 
 
 # Overrides
-
-
-def test_overrides_are_applied_in_order(load):
-    assert load(TEXT, "training.max_steps=1", "training.max_steps=2").training.max_steps == 2
-    assert load(MIXED, "lora=null", "lora.r=4").resolved()["lora"] == {"r": 4}
-    assert load(MIXED, "lora.r=4", "lora=null").lora is None
-
-
-def test_an_override_changes_one_key_and_leaves_its_neighbours(load):
-    assert load(MIXED, "lora.r=4").resolved()["lora"] == {"r": 4, "target_modules": ["c_attn"]}
-    assert load(MIXED, "data.eval.seed=4").data.eval.model_dump(exclude_unset=True) == {
-        "fraction": 0.1,
-        "seed": 4,
-    }
-
-
-def test_an_override_takes_lists_and_mappings(load):
-    recipe = load(
-        TEXT,
-        "data.path=[{path: a.jsonl}, {path: b.jsonl, weight: 2}]",
-        "data.where={lang: en, n: 3}",
-        "generation.prompts=[one, 'two, and a half', 三]",
-    )
-    assert [(source.path, source.weight) for source in recipe.data.sources] == [
-        ("a.jsonl", 1.0),
-        ("b.jsonl", 2.0),
-    ]
-    assert recipe.data.where == {"lang": "en", "n": 3}
-    assert recipe.generation.prompts == ["one", "two, and a half", "三"]
-
-
-def test_an_override_creates_the_section_it_names(load):
-    assert load(TEXT).lora is None
-    assert load(TEXT, "lora.r=8").lora.r == 8
-    assert load(TEXT + "lora: null\n", "lora.r=8").lora.r == 8
-    assert load(TEXT, "data.eval.every=5").data.eval.every == 5
-
-
-def test_an_override_may_have_an_equals_sign_or_nothing_as_its_value(load):
-    assert load(TEXT, "data.newline=<a=b>").data.newline == "<a=b>"
-    assert load(MIXED, "data.eval=").data.eval is None
-
-
-def test_overrides_leave_the_file_as_it_was(load, tmp_path):
-    load(MIXED, "lora.r=4", "data.where.lang=en")
-    assert (tmp_path / "recipe.yaml").read_text(encoding="utf-8") == MIXED
-    assert load(MIXED).lora.r == 8
 
 
 # The recipe as a value
@@ -291,90 +217,12 @@ def test_a_mixed_source_takes_from_the_data_section_what_it_does_not_set_apart(l
     )
 
 
-# The schema
-
-
-@pytest.fixture(scope="module")
-def validator():
-    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
-    jsonschema.Draft202012Validator.check_schema(schema)
-    return jsonschema.Draft202012Validator(schema)
-
-
 @every_recipe
 def test_every_recipe_has_the_same_step_on_any_number_of_gpus(path):
     recipe = load_recipe(path)
     assert {step_size(recipe, processes).total for processes in (1, 2, 4, 8)} == {
         recipe.training.global_batch_size
     }
-
-
-@every_recipe
-def test_every_recipe_names_the_schema_and_fits_it(path, validator):
-    first, _ = path.read_text(encoding="utf-8").split("\n", 1)
-    assert first == "# yaml-language-server: $schema=recipe.schema.json"
-    assert path.with_name("recipe.schema.json") == SCHEMA
-    validator.validate(YAML(typ="safe", pure=True).load(path))
-
-
-def test_the_schema_takes_a_recipe_with_every_section_saved_and_unsaved(load, validator):
-    read = YAML(typ="safe", pure=True).load
-    validator.validate(read(MIXED))
-    validator.validate(read(load(MIXED).as_yaml()))
-
-
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        ("training:", "trainning:"),
-        ("template:", "tempalte:"),
-        ("output_dir: out", "output_dir: out, learnig_rate: 1"),
-        ("fraction:", "fractoin:"),
-        ("{r: 8", "{rank: 8"),
-        ("temperature:", "temprature:"),
-        ("weight:", "wieght:"),
-        ("plain_chat", "plane_chat"),
-        ("r: 8", "r: eight"),
-        ("report_to: [tensorboard, wandb]", "packing: true"),
-    ],
-)
-def test_the_schema_refuses_what_loading_refuses(load, validator, right, wrong):
-    assert MIXED.count(right) == 1
-    text = MIXED.replace(right, wrong)
-    assert not validator.is_valid(YAML(typ="safe", pure=True).load(text))
-    with pytest.raises(UserError):
-        load(text)
-
-
-def test_the_schema_says_who_owns_a_key_and_what_its_new_name_is():
-    definitions = json.loads(SCHEMA.read_text(encoding="utf-8"))["$defs"]
-    packing = definitions["Training"]["properties"]["packing"]
-    assert packing["errorMessage"] == "training.packing belongs to data.layout"
-    renamed = definitions["Training"]["properties"]["evaluation_strategy"]
-    assert renamed["errorMessage"].endswith("write training.eval_strategy")
-
-
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        ("{name: some/model}", "{name: some/model, from_scratch: {config: {}, vocab_size: 300}}"),
-        ("{name: some/model}", "{revision: main}"),
-        ("{fraction: 0.1, seed: 3}", "{fraction: 0.1, every: 3}"),
-        ("{fraction: 0.1, seed: 3}", "{seed: 3}"),
-        ("{r: 8,", "{base_model_name_or_path: x,"),
-    ],
-)
-def test_the_schema_refuses_keys_that_exclude_each_other_or_belong_elsewhere(
-    validator, right, wrong
-):
-    assert MIXED.count(right) == 1
-    read = YAML(typ="safe", pure=True).load
-    assert validator.is_valid(read(MIXED))
-    assert not validator.is_valid(read(MIXED.replace(right, wrong)))
-
-
-def test_the_schema_file_is_that_of_this_code():
-    assert SCHEMA.read_text(encoding="utf-8") == recipe_schema(), "run: make schema"
 
 
 def test_the_sections_of_the_libraries_are_those_of_the_installed_ones():
