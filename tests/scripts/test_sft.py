@@ -49,7 +49,17 @@ ROWS = {
     ],
     "text": [{"id": n, "title": f"{n}", "text": f"{n} は数である。\n" * n} for n in range(1, 40)],
     "preference": [
-        {"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": f"{n}"} for n in range(40)
+        {
+            "prompt": f"What is {n}?",
+            **{
+                name: [
+                    {"role": "user", "content": f"What is {n}?"},
+                    {"role": "assistant", "content": f"{name} {n}"},
+                ]
+                for name in ("chosen", "rejected")
+            },
+        }
+        for n in range(40)
     ],
     "hh_rlhf": [
         {
@@ -77,7 +87,7 @@ def stand_in(recipe, folder: Path) -> list[str]:
     """Overrides: a tiny model and a few rows in the place of what the recipe takes from the Hub."""
     if recipe.model.from_scratch:
         return []
-    kinds = {"bloom": "bloom", "llm-jp-3": "llama"}
+    kinds = {"bloom": "bloom", "llm-jp-3": "llama", "zephyr": "mistral"}
     kind = next((kind for name, kind in kinds.items() if name in recipe.model.name), "gpt2")
     tokenizer = tiny.byte_level()
     if recipe.data.template == "chat":
@@ -86,13 +96,18 @@ def stand_in(recipe, folder: Path) -> list[str]:
     tiny.model_of(kind, vocab_size=len(tokenizer), width=width).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = ROWS[recipe.data.reader]
-    lines = [json.dumps(rows)] if isinstance(rows, dict) else map(json.dumps, rows)
-    file = folder / ("rows.json" if isinstance(rows, dict) else "rows.jsonl")
-    file.write_text("\n".join(lines), encoding="utf-8")
+    lines = [json.dumps(rows)] if isinstance(rows, dict) else [*map(json.dumps, rows)]
+    suffix = "json" if isinstance(rows, dict) else "jsonl"
+    held = recipe.data.eval.split if recipe.data.eval else None
+    names = ["rows"] if held is None else [f"rows/{recipe.data.split}", f"rows/{held}"]
+    (folder / "rows").mkdir()
+    for name in names:
+        (folder / f"{name}.{suffix}").write_text("\n".join(lines), encoding="utf-8")
+    place = folder / ("rows" if held else f"rows.{suffix}")
     of_the_hub = [
         f"data.{name}=null" for name in ("revision", "config") if getattr(recipe.data, name)
     ]
-    return [f"model.name={folder / 'model'}", f"data.path={file}", *of_the_hub]
+    return [f"model.name={folder / 'model'}", f"data.path={place}", *of_the_hub]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

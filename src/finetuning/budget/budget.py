@@ -54,6 +54,8 @@ class Budget:
     """trained on in all steps, repeated ones too; without padding"""
     seconds: tuple[float, float] | None
     """at least and at most, without start and evaluation; None if the GPU's peak is unknown"""
+    has_reference: bool
+    """of preference tuning: examples are pairs, and the seconds have a pass of their reference"""
     disk: int
     """checkpoints that are kept, the one that is being written, and the final weights"""
     free: int
@@ -107,6 +109,7 @@ def make_budget(
         steps=steps,
         tokens=round(prepared.train.lengths.sum() * epochs),
         seconds=seconds_of(flops, operations, device),
+        has_reference=recipe.data.is_preference,
         disk=disk_of(recipe, model, steps, steps_per_epoch),
         free=shutil.disk_usage(existing(Path(recipe.training.output_dir).expanduser())).free,
     )

@@ -35,10 +35,10 @@ def print_budget(console: Console, budget: "Budget", advice: list[str]) -> None:
     """Memory of a process part by part, steps, time, disk, and whether it fits."""
     console.print(budget_table(budget), soft_wrap=False)
     examples, slots, responses = budget.longest
+    unit = "pairs" if budget.has_reference else "examples"
     lines = {
-        "longest": f"{examples} examples, {slots:,} tokens computed, "
-        f"{responses:,} of them response",
-        "steps": f"{budget.steps:,} of {budget.step} examples ({budget.strategy}), "
+        "longest": f"{examples} {unit}, {slots:,} tokens computed, {responses:,} of them response",
+        "steps": f"{budget.steps:,} of {budget.step} {unit} ({budget.strategy}), "
         f"{budget.tokens:,} tokens in all",
         "time": computing(budget),
         "disk": f"{mib(budget.disk)} MiB for checkpoints and weights, {mib(budget.free)} are free",
@@ -59,7 +59,8 @@ def computing(budget: "Budget") -> str:
     if budget.seconds is None:
         return "not known for this GPU"
     shortest, longest = map(duration, budget.seconds)
-    return f"{shortest} to {longest} of computing, without start, evaluation and answers"
+    reference = "the reference included, " if budget.has_reference else ""
+    return f"{shortest} to {longest} of computing, {reference}without start, evaluation and answers"
 
 
 def mib(size: int) -> str:
