@@ -1,4 +1,5 @@
 """Which trained model a name means (run folder, recipe, Hub address), and asking it.
 
-Read `generation.py` first.
+Read `generation.py` first; `resolve.py` finds the model that a name means, `trained_model.py` loads
+it.
 """
