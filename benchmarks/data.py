@@ -32,17 +32,7 @@ MAX_LENGTH = 512
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", default="databricks/databricks-dolly-15k", help="dolly: Hub id or local file"
-    )
-    parser.add_argument(
-        "--tokenizer", default="openai-community/gpt2", help="GPT-2's: Hub id or local folder"
-    )
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
+    options = read_arguments()
     tokenizer = read_tokenizer(options.tokenizer)
     texts = [prompt + response for prompt, response in rendered(options.data, tokenizer.eos_token)]
     data = Data(
@@ -60,21 +50,37 @@ def main() -> None:
         prepare(data, tokenizer, Path(folder))
         cached = min(wall(lambda: prepare(data, tokenizer, Path(folder))) for _ in range(3))
 
-    print(
-        "| preparation of",
-        len(texts),
-        "rows | CPU s | rows/s | of one batch encoding | of trl's path |",
-    )
-    print("|---|---|---|---|---|")
-    for name, seconds in (("trl", theirs), ("ours", ours), ("one batch encoding (floor)", floor)):
-        rate, faster = len(texts) / seconds, theirs / seconds
-        print(
-            f"| {name} | {seconds:.2f} | {rate:.0f} | {seconds / floor:.2f} times "
-            f"| {faster:.1f} times faster |"
-        )
+    print_times(len(texts), floor, {"trl": theirs, "ours": ours})
     print(f"\nours again, from the cache: {cached:.3f} s (wall)")
     print(f"ids and labels equal to trl's: {same(prepared.train, dataset)}\n")
     packing(prepared.train.lengths)
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", default="databricks/databricks-dolly-15k", help="dolly: Hub id or local file"
+    )
+    parser.add_argument(
+        "--tokenizer", default="openai-community/gpt2", help="GPT-2's: Hub id or local folder"
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    return parser.parse_args()
+
+
+def print_times(rows: int, floor: float, seconds: dict[str, float]) -> None:
+    """A line for each way to prepare the rows, and for encoding them in one batch, the floor."""
+    heads = ["CPU s", "rows/s", "of one batch encoding", "of trl's path"]
+    print(f"| preparation of {rows} rows | {' | '.join(heads)} |")
+    print("|---|---|---|---|---|")
+    for name, each in {**seconds, "one batch encoding (floor)": floor}.items():
+        rate, faster = rows / each, seconds["trl"] / each
+        print(
+            f"| {name} | {each:.2f} | {rate:.0f} | {each / floor:.2f} times "
+            f"| {faster:.1f} times faster |"
+        )
 
 
 def rendered(path: str, eos: str) -> list[tuple[str, str]]:
