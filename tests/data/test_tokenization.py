@@ -24,6 +24,7 @@ from finetuning.data.tokenization import (
     encode_prompts,
     exceptions,
     require_special_tokens_found,
+    spans_of,
     tokenize,
 )
 from finetuning.errors import UserError
@@ -187,7 +188,7 @@ def test_ids_and_mask_are_those_of_the_saved_tokenizer_and_its_chat_template(kin
             folded, return_dict=True, return_assistant_tokens_mask=True
         )
         turns = [number for number, turn in enumerate(folded) if turn["role"] == "assistant"]
-        others = exceptions([segments], tokenizer)
+        others = exceptions(spans_of([segments], tokenizer), tokenizer)
         if others.spelled[0]:
             continue
         first = reader.apply_chat_template(
@@ -458,7 +459,7 @@ def test_a_tokenizer_that_does_not_find_its_own_special_tokens_is_refused(kind):
     template = MarkerTemplate(TEMPLATES["question_answer"], tokenizer.eos_token)
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "東京"}]
     segments = [template.render(messages)]
-    known = exceptions(segments, tokenizer)
+    known = exceptions(spans_of(segments, tokenizer), tokenizer)
     if kind != "byte_fallback":  # nothing is put in front of the token
         return require_special_tokens_found(segments, known, tokenizer)
     with pytest.raises(UserError, match=r'"normalized" is true for .*</s>'):

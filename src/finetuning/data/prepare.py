@@ -35,7 +35,12 @@ from finetuning.data.section import SAME_TEXT, Data, Eval, Source
 from finetuning.data.sources import stream_rows
 from finetuning.data.storage import Arrays, GrowingArrays, seal, write_examples
 from finetuning.data.templates import CHAT, TEMPLATES, MarkerTemplate, Segment, Template
-from finetuning.data.tokenization import exceptions, require_special_tokens_found, tokenize
+from finetuning.data.tokenization import (
+    examples_of,
+    exceptions,
+    require_special_tokens_found,
+    spans_of,
+)
 from finetuning.data.workers import cores, map_in_order
 from finetuning.errors import UserError, did_you_mean
 
@@ -160,7 +165,8 @@ class Preparation:
         tally, by_example = Tally(), self.by_example
         rendered = list(self.render(rows, tally))
         segments = [of_example for _, _, of_example in rendered]
-        responses = tokenize(segments, self.tokenizer)
+        spans = spans_of(segments, self.tokenizer)
+        responses = examples_of(spans, self.tokenizer)
         whole = train_on_all(responses) if self.data.loss_on == "all" else responses
         kept = self.fit(whole, [row.place for row, _, _ in rendered], tally)
 
@@ -169,8 +175,8 @@ class Preparation:
         is_closed = ends_with_mark(
             responses.select(kept, self.data.max_length), self.template, self.tokenizer
         )
+        other = exceptions([spans[number] for number in kept], self.tokenizer)
         kept_segments = [segments[number] for number in kept]
-        other = exceptions(kept_segments, self.tokenizer)
         require_special_tokens_found(kept_segments, other, self.tokenizer)
         trained = np.add.reduceat(examples.labels != IGNORE_INDEX, examples.ends - examples.lengths)
         counted = {
@@ -204,13 +210,13 @@ class Preparation:
                 continue
             tally.unused |= conversation.unused
             made = len(sequences) // self.sequences
-            tally.counts += Counter(
-                read=1, made=made, empty=int(has_empty_response(conversation.messages))
-            )
+            tally.counts["read"] += 1
+            tally.counts["made"] += made
+            tally.counts["empty"] += has_empty_response(conversation.messages)
             for segments in sequences:
                 yield row, conversation, segments
 
-    @property
+    @cached_property
     def sequences(self) -> int:
         """Of an example: a pair has two, one after the other."""
         return 2 if self.data.is_preference else 1

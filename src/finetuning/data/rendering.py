@@ -61,6 +61,8 @@ def read_pair(record: Record, reader: str) -> tuple[list[Message], list[Message]
 
 def renamed(row: Row, columns: dict[str, str | None]) -> Record:
     """The row with the reader's names of its columns."""
+    if not columns:
+        return Record(row)
     theirs = {name for name in columns.values() if name is not None}
     kept = {name: value for name, value in row.items() if name not in theirs | columns.keys()}
     moved = {ours: row[name] for ours, name in columns.items() if name is not None and name in row}

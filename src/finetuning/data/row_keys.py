@@ -57,10 +57,11 @@ def is_empty(value: Any) -> bool:
 
 def first_of(record: Record, names: Collection[str]) -> tuple[str, Any]:
     """The first of these keys that is not empty, and its value; all of them count as read."""
-    values = {name: record.get(name) for name in names}
-    return next(
-        ((name, value) for name, value in values.items() if not is_empty(value)), ("", None)
-    )
+    record.read.update(names)
+    for name in names:
+        if name in record and not is_empty(record[name]):
+            return name, record[name]
+    return "", None
 
 
 def is_trained(record: Record, place: str) -> bool:
