@@ -8,7 +8,7 @@ import tiny
 from conftest import ROOT
 
 from finetuning.data.cache import prepare
-from finetuning.data.prepare import load_template
+from finetuning.data.chosen_template import load_template
 from finetuning.recipe.recipe import load_recipe
 
 # Invented, in the shape of Harry-Potter-Dialogue-Dataset's en_train_set.json.

@@ -5,8 +5,8 @@ from tiny import CHAT_TEMPLATES, chat_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from finetuning.data.chat_template import ChatTemplate
+from finetuning.data.chosen_template import load_template
 from finetuning.data.named_templates import chat_template_of, set_chat_template, shipped_templates
-from finetuning.data.prepare import load_template
 from finetuning.data.row import BadRow
 from finetuning.data.section import Data
 from finetuning.errors import UserError

@@ -6,7 +6,7 @@ import re
 import pytest
 from tiny import byte_level
 
-from finetuning.data.prepare import load_template
+from finetuning.data.chosen_template import load_template
 from finetuning.data.rendering import Conversation, read_row, render_row
 from finetuning.data.row import BadRow
 from finetuning.data.section import Data, Source

@@ -7,7 +7,7 @@ import json
 import pytest
 import tiny
 
-from finetuning.data.prepare import load_template
+from finetuning.data.chosen_template import load_template
 from finetuning.data.row import message
 from finetuning.data.section import Data
 from finetuning.evaluation.asking import Share, ask

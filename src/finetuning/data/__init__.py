@@ -1,7 +1,7 @@
 """Files -> rows -> messages -> segments -> token ids and labels -> batches.
 
 Read `prepare.py` first: `build` is the whole way in one function. Then, in the order of the data:
-`sources`, `readers` (and `row_keys`), `rendering`, `templates` (or `chat_template`),
-`tokenization`, `batching`. Nothing here knows a recipe or the Hub, and only `batching` needs torch,
-so all of it works in a notebook.
+`sources`, `loading`, `readers` (and `row_keys`), `rendering`, `templates` (or `chat_template`),
+`tokenization`, `preparation`, `evaluation_split`, `batching`. Nothing here knows a recipe or the
+Hub, and only `batching` needs torch, so all of it works in a notebook.
 """

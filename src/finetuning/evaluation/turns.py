@@ -6,10 +6,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
-from finetuning.data.prepare import Tally, load_rows, refuse
+from finetuning.data.loading import load_rows
+from finetuning.data.preparation import refuse
 from finetuning.data.rendering import read_row, trained_turns
 from finetuning.data.row import BadRow, Message, Tool
 from finetuning.data.section import Data
+from finetuning.data.tally import Tally
 from finetuning.errors import UserError
 
 Key = tuple[int, int]

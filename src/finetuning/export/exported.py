@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetuning.data.chosen_template import load_template
 from finetuning.data.generation_marks import without_generation_marks
-from finetuning.data.prepare import load_template
 from finetuning.data.row import Message
 from finetuning.data.templates import Template
 from finetuning.data.tokenization import encode_prompts

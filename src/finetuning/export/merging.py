@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from finetuning.data.prepare import load_template
+from finetuning.data.chosen_template import load_template
 from finetuning.inference.generation import Asker, saved_generation_config
 from finetuning.inference.resolve import pin_base_model
 from finetuning.model.loading import load_model

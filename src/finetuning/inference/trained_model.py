@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from finetuning.data.prepare import load_template
+from finetuning.data.chosen_template import load_template
 from finetuning.inference.generation import Asker
 from finetuning.inference.resolve import pin_base_model
 from finetuning.model.loading import load_model

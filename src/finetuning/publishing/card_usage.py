@@ -3,7 +3,7 @@
 import json
 from typing import TYPE_CHECKING
 
-from finetuning.data.prepare import load_template
+from finetuning.data.chosen_template import load_template
 from finetuning.hub.address import Address
 from finetuning.hub.manifest import BaseModelSource
 from finetuning.recipe.recipe import Recipe

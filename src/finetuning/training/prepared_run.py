@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetuning.data.cache import cache_folder, prepare
+from finetuning.data.chosen_template import load_template
 from finetuning.data.named_templates import set_chat_template
-from finetuning.data.prepare import load_template, training_texts
+from finetuning.data.prepare import training_texts
 from finetuning.data.storage import Prepared
 from finetuning.data.templates import Template
 from finetuning.hub.access import require_hub
