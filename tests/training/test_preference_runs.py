@@ -73,7 +73,10 @@ def test_rewards_begin_at_zero_and_the_chosen_responses_come_to_be_preferred(tun
     assert last < first / 2 and logged(tuned, "eval_rewards/accuracies")[-1] == 1.0
     assert logged(tuned, "rewards/margins")[-1] > 0.5
     answers = json.loads((tuned / "evaluation.json").read_text())
-    assert answers["losses"]["trained"]["eval_rewards/accuracies"] == 1.0
+    trained = answers["losses"]["trained"]
+    assert trained["eval_rewards/accuracies"] == trained["eval_rewards/accuracies_low"] == 1.0
+    low, margin, high = (trained[f"eval_rewards/margins{end}"] for end in ("_low", "", "_high"))
+    assert low < margin < high
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_weights(tuned, tmp_path):

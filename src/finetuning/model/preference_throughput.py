@@ -24,12 +24,15 @@ class PreferenceThroughput(Throughput):
 
     def reset(self) -> None:
         super().reset()
+        self.margins: list[torch.Tensor] = []
+        """of each pair, (pairs of a micro-batch,)"""
         self.sums = torch.zeros(len(SUMS) + len(MEANS), dtype=self.loss.dtype, device=self.device)
 
     def count_pairs(
         self, pairs: ScoredPairs, of_pairs: torch.Tensor, of_tokens: torch.Tensor
     ) -> None:
         chosen, rejected = pairs.rewards
+        self.margins.append(chosen - rejected)
         figures = [
             torch.ones_like(chosen),
             pairs.tokens[:, :2].sum(1),

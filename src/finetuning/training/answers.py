@@ -127,12 +127,13 @@ def share_of(trainer: ResponseTrainer, run: PreparedRun) -> Share:
 
 def losses_of(trainer: ResponseTrainer) -> dict[str, dict[str, float]]:
     """Loss, perplexity and token accuracy of the whole evaluation set, before and after; of pairs,
-    loss, accuracy and margin of the rewards.
+    loss, accuracy and margin of the rewards with the ends of their 95 % intervals.
     """
     history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     names = (
         *("eval_loss", "eval_perplexity", "eval_mean_token_accuracy"),
-        *("eval_rewards/accuracies", "eval_rewards/margins"),
+        *("eval_rewards/accuracies", "eval_rewards/accuracies_low", "eval_rewards/accuracies_high"),
+        *("eval_rewards/margins", "eval_rewards/margins_low", "eval_rewards/margins_high"),
     )
     pairs = {BASE: history[0], TRAINED: history[-1]} if history else {}
     return {

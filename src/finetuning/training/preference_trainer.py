@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from finetuning.data.batching import Batch, PairSet
+from finetuning.evaluation.intervals import mean_of
 from finetuning.model.dropout import disable_dropout
 from finetuning.model.packing import packed_as
 from finetuning.model.preference_loss import ScoredPairs, summed_losses
@@ -64,6 +66,20 @@ class PreferenceTrainer(ResponseTrainer):
         items = num_items_in_batch / self.accelerator.num_processes
         loss = of_pairs / items[0] + of_tokens / items[1]
         return loss
+
+    def evaluation(self) -> dict[str, float]:
+        """With the 95 % intervals of reward accuracy and margin, over the pairs."""
+        own = [margin for each in self.throughput.margins for margin in each.tolist()]
+        margins = gather_object(own)
+        values = {
+            "rewards/accuracies": [margin > 0 for margin in margins],
+            "rewards/margins": margins,
+        }
+        found = super().evaluation()
+        for name, of_pairs in values.items():
+            interval = mean_of(of_pairs)
+            found |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+        return found
 
     @torch.no_grad()
     def log_probs(self, batch: Batch) -> torch.Tensor:

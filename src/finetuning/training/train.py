@@ -179,11 +179,18 @@ def loss_before_and_after(trainer: ResponseTrainer) -> str:
     figures += [("reward accuracy", "eval_rewards/accuracies", ".1%")]
     figures += [("margin", "eval_rewards/margins", ".3f")]
     changes = [
-        f"{name} {first[key]:{form}} -> {last[key]:{form}}"
+        f"{name} {first[key]:{form}} -> {last[key]:{form}}{interval(last, key, form)}"
         for name, key, form in figures
         if key in last
     ]
     return f"evaluation {', '.join(changes)} ({len(trainer.eval_dataset):,} examples)"
+
+
+def interval(evaluation: dict[str, float], key: str, form: str) -> str:
+    """` [low, high]` of a figure that has an interval."""
+    if f"{key}_low" not in evaluation:
+        return ""
+    return f" [{evaluation[f'{key}_low']:{form}}, {evaluation[f'{key}_high']:{form}}]"
 
 
 def evaluations(trainer: ResponseTrainer) -> list[dict[str, float]]:

@@ -173,7 +173,7 @@ class ResponseTrainer(ResumableTrainer):
         training, self.throughput = self.throughput, self.new_throughput()
         try:
             output = super().evaluation_loop(*args, **kwargs)
-            found = self.throughput.evaluation(self.accelerator)
+            found = self.evaluation()
         finally:
             # Evaluating is no training time.
             training.since += time.perf_counter() - self.throughput.since
@@ -184,6 +184,10 @@ class ResponseTrainer(ResumableTrainer):
         found = {f"{prefix}_{name}": value for name, value in {**found, **scores}.items()}
         output.metrics.update(found)
         return output
+
+    def evaluation(self) -> dict[str, float]:
+        """What was measured in the evaluation that is about to end."""
+        return self.throughput.evaluation(self.accelerator)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
