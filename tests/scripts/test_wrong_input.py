@@ -647,6 +647,18 @@ MISSING = [
         command=f"{NO_MODEL} model.name=outputs/hh_rlhf_gpt2_dpo/checkpoint-9",
     ),
     case(
+        "model file",
+        "model.name: FOLDER/recipe.yaml is a file; expected a folder or a Hub id",
+        command=f"{NO_MODEL} model.name=FOLDER/recipe.yaml",
+    ),
+    case(
+        "run that is not finished",
+        "model.name: FOLDER/begun has no trained model; train it first: accelerate launch "
+        "src/sft.py FOLDER/begun/recipe.yaml",
+        command=f"{NO_MODEL} model.name=FOLDER/begun",
+        files={"begun/recipe.yaml": RECIPE},
+    ),
+    case(
         "run of no recipe",
         "model.name: outputs/none: no such folder",
         command=f"{NO_MODEL} model.name=outputs/none",

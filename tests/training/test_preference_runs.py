@@ -1,6 +1,7 @@
 """Runs of src/dpo.py as a user has them: started, resumed, on an adapter, published, refused."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,13 @@ from transformers import AutoModelForCausalLM
 
 import dpo
 import generate
+import preview
 import publish
 import pull
 import sft
 from finetuning.data.examples import sequences_of
+from finetuning.evaluation.compared_run import Run
+from finetuning.evaluation.comparison import table_of
 from finetuning.recipe.recipe import load_recipe
 
 PAIRS = [
@@ -77,6 +81,20 @@ def test_rewards_begin_at_zero_and_the_chosen_responses_come_to_be_preferred(tun
     assert trained["eval_rewards/accuracies"] == trained["eval_rewards/accuracies_low"] == 1.0
     low, margin, high = (trained[f"eval_rewards/margins{end}"] for end in ("_low", "", "_high"))
     assert low < margin < high
+
+
+def test_a_comparison_and_the_page_of_a_run_show_its_rewards(runs, tuned):
+    columns, rows = table_of([Run(runs["full"]), Run(tuned)], by="reward margin")
+    accuracy, margin = (columns.index(f"reward {name}") for name in ("accuracy", "margin"))
+    assert [row[accuracy] for row in rows] == [1.0, None] and rows[0][margin] > 0.5
+    assert "reward margin" not in table_of([Run(runs["full"])])[0]
+    assert "reward margin" in (tuned / "report.html").read_text()
+
+
+def test_a_budget_counts_pairs_and_their_reference(tuned, tmp_path, call):
+    done = call(preview, tuned / "recipe.yaml", f"training.output_dir={tmp_path / 'new'}")
+    assert "a length bias" not in done.out and "longest  4 pairs, " in done.out
+    assert re.search(r"\d s of computing, the reference\s+included", done.out), done.out
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_weights(tuned, tmp_path):

@@ -18,6 +18,11 @@ FIGURES = {
     "evaluation accuracy": "eval_mean_token_accuracy",
     "tokens/s": "tokens_per_second",
 }
+# The same, of preference tuning only.
+FIGURES_OF_PAIRS = {
+    "reward accuracy": "eval_rewards/accuracies",
+    "reward margin": "eval_rewards/margins",
+}
 
 
 class Run(RunFolder):
@@ -59,7 +64,8 @@ class Run(RunFolder):
     @property
     def results(self) -> dict[str, float | None]:
         """{column: what came of it}, without scores."""
-        figures = {column: self.last(figure) for column, figure in FIGURES.items()}
+        every = {**FIGURES, **FIGURES_OF_PAIRS}
+        figures = {column: self.last(figure) for column, figure in every.items()}
         return {**figures, "hours": self.hours, "GPU hours": self.gpu_hours}
 
     @property

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from finetuning.errors import UserError, did_you_mean
-from finetuning.evaluation.compared_run import Run, common_folder
+from finetuning.evaluation.compared_run import FIGURES_OF_PAIRS, Run, common_folder
 from finetuning.evaluation.scores import BETTER_IF_HIGHER, SCORES
 from finetuning.untrusted_text import printable
 
@@ -19,7 +19,10 @@ LOW, HIGH = " low", " high"  # end the columns of an interval
 STATE = "state"
 SEEDS = ("training.seed", "training.data_seed")
 
-HIGHEST_FIRST = ("evaluation accuracy", "tokens/s", "ended", *BETTER_IF_HIGHER)
+HIGHEST_FIRST = (
+    *("evaluation accuracy", *FIGURES_OF_PAIRS, "tokens/s", "ended"),
+    *BETTER_IF_HIGHER,
+)
 
 Rows = tuple[list[str], list[list[Any]]]
 """(columns, rows) of a table"""
@@ -42,15 +45,25 @@ def table_of(runs: list[Run], by: str | None = None) -> Rows:
     """
     names, scores = differing(runs), scores_of(runs)
     bounds = [f"{name}{end}" for name in scores for end in ("", LOW, HIGH)]
-    columns = ["run", *names, *runs[0].results, STATE, *bounds]
+    results = results_of(runs)
+    columns = ["run", *names, *results, STATE, *bounds]
     rows = []
     for run in sorted(runs, key=rank):
         settings = [run.settings.get(name) for name in names]
         known = [run.scores.get(name, {}) for name in scores]
         intervals = [score.get(part) for score in known for part in ("mean", "low", "high")]
         name = name_of(run, runs)
-        rows.append([name, *settings, *run.results.values(), run.state, *intervals])
+        figures = [run.results[column] for column in results]
+        rows.append([name, *settings, *figures, run.state, *intervals])
     return columns, rows if by is None else sorted_by(by, columns, rows)
+
+
+def results_of(runs: list[Run]) -> list[str]:
+    """The columns of what came of them; those of pairs where one of the runs has them."""
+    is_known = {
+        name: any(run.results[name] is not None for run in runs) for name in FIGURES_OF_PAIRS
+    }
+    return [name for name in runs[0].results if is_known.get(name, True)]
 
 
 def scores_of(runs: list[Run]) -> list[str]:
@@ -89,7 +102,7 @@ def seed_table(runs: list[Run]) -> Rows | None:
     if not seeds:
         return None
     names = [name for name in differing(runs) if name not in SEEDS]
-    results = [*runs[0].results, *scores_of(runs)]
+    results = [*results_of(runs), *scores_of(runs)]
     columns = ["seeds", *names, *(f"{name}{end}" for name in results for end in ("", DEVIATION))]
     rows = []
     for group in seeds:

@@ -28,6 +28,8 @@ WORD = re.compile(r"[A-Za-z0-9]+|.", re.DOTALL)
 CHARTS = (
     ("loss", "損失", ("loss", "eval_loss")),
     ("token accuracy", "トークンの正解率", ("mean_token_accuracy", "eval_mean_token_accuracy")),
+    ("reward accuracy", "報酬の正解率", ("rewards/accuracies", "eval_rewards/accuracies")),
+    ("reward margin", "報酬の差", ("rewards/margins", "eval_rewards/margins")),
     ("learning rate", "学習率", ("learning_rate",)),
     ("gradient norm", "勾配のノルム", ("grad_norm",)),
     ("tokens a second", "1 秒あたりのトークン数", ("tokens_per_second",)),

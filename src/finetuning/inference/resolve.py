@@ -152,6 +152,12 @@ def with_begun_adapter(recipe: Recipe) -> Recipe:
         folder, name = snapshot.folder, str(snapshot.address)
     else:
         folder = Path(name).expanduser()
+    if (folder / "recipe.yaml").is_file() and not has_model(folder):
+        file = folder / "recipe.yaml"
+        raise UserError(
+            f"model.name: {folder} has no trained model; train it first: accelerate launch "
+            f"{load_recipe(file).script} {file}"
+        )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         if recipe.model.adapter:
             raise UserError(f"model.adapter: {folder} has no {ADAPTER_WEIGHTS}")

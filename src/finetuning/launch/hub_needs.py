@@ -21,6 +21,8 @@ def needs_of(recipe: Recipe) -> list[Need]:
     """
     needs = []
     name = recipe.model.name
+    if name and Path(name).expanduser().is_file():
+        raise UserError(f"model.name: {name} is a file; expected a folder or a Hub id")
     if name and not name.startswith(PREFIX) and not Path(name).expanduser().exists():
         if looks_local(name) or Path(name).parts[0] == OUTPUTS:
             raise UserError(f"model.name: {name}: no such folder{to_be_trained(name)}")
