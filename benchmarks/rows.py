@@ -43,7 +43,8 @@ started, before = time.perf_counter(), cpu()
 prepared = prepare(data, tokenizer, Path(cache))
 wall = time.perf_counter() - started
 used = cpu() - before
-tokens = [int(array.sum()) for array in vars(prepared.train).values()]  # every page
+# Every page is read.
+tokens = [int(array.sum()) for array in vars(prepared.train).values() if array is not None]
 print(json.dumps([wall, used]), flush=True)
 sys.stdin.read()
 """

@@ -1,9 +1,11 @@
 """Rows of any number: blocks and processes change the time, memory does not grow, and whatever
 happens on the way, the next start is right."""
 
+import io
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tiny import byte_level
 
-from finetuning.data import cache, prepare, storage, workers
+from finetuning.data import cache, loading, prepare, storage, workers
 from finetuning.data.section import Data
 from finetuning.errors import UserError
 
@@ -63,8 +66,8 @@ def with_processes(data, count):
 def test_blocks_and_processes_change_no_example(data, monkeypatch, processes, rows, text):
     whole = plain(cache.prepare(with_processes(data, 1), TOKENIZER))
     assert whole[1]["dropped"].keys() == {"invalid", "overflow"}
-    monkeypatch.setattr(prepare, "BLOCK_ROWS", rows)
-    monkeypatch.setattr(prepare, "BLOCK_TEXT", text)
+    monkeypatch.setattr(loading, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(loading, "BLOCK_TEXT", text)
     in_blocks = plain(cache.prepare(with_processes(data, processes), TOKENIZER))
     places = [set(report.pop("places")) for report in (whole[1], in_blocks[1])]
     assert places[0] == places[1]
@@ -72,7 +75,7 @@ def test_blocks_and_processes_change_no_example(data, monkeypatch, processes, ro
 
 
 def test_an_error_in_another_process_is_the_error_of_the_first_row_that_has_one(data, monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(loading, "BLOCK_ROWS", 2)
     data = data.model_copy(update={"num_proc": 2, "invalid_rows": "error"})
     with pytest.raises(UserError, match=r"rows\.jsonl: row 3: column prompt: expected text"):
         cache.prepare(data, TOKENIZER)
@@ -139,7 +142,7 @@ def is_running(process):
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK_ROWS", 100)
+    monkeypatch.setattr(loading, "BLOCK_ROWS", 100)
     cache.prepare(data_of(tmp_path / "first.jsonl", 300, num_proc=1), TOKENIZER)
     peaks = []
     for count in (1000, 4000):
@@ -204,7 +207,7 @@ INSTANTS = [
 def test_killed_at_any_instant_the_next_start_is_right(data, tmp_path, owner, name, call):
     child = os.fork()
     if not child:
-        prepare.BLOCK_ROWS = 50
+        loading.BLOCK_ROWS = 50
         kill_at(owner, name, call)
         cache.prepare(with_processes(data, 2), TOKENIZER, tmp_path / "cache")
         os._exit(0)
@@ -302,3 +305,17 @@ def test_arrays_are_those_that_were_written(tmp_path):
     assert arrays["a"].tolist() == [0, 1, 2, 3, 4, 7, 8] and arrays["a"].dtype == np.int32
     assert arrays["empty"].tolist() == [] and arrays["empty"].dtype == bool
     assert not list(tmp_path.iterdir())
+
+
+def test_the_benchmark_of_rows_prepares_them(tmp_path, monkeypatch, capsys):
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "rows.py"))
+    row = {"instruction": "Hi", "context": "", "response": "Hello"}
+    (tmp_path / "dolly.jsonl").write_text(json.dumps(row) + "\n")
+    rows, tokenizer, cache = (str(tmp_path / name) for name in ("rows.jsonl", "tokenizer", "cache"))
+    benchmark["write_rows"](str(tmp_path / "dolly.jsonl"), 3, Path(rows))
+    TOKENIZER.save_pretrained(tokenizer)
+    monkeypatch.setattr(sys, "argv", ["-c", rows, tokenizer, cache])
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    exec(benchmark["PREPARE"], {})
+    wall, cpu = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert wall > 0 and cpu > 0 and list(Path(cache).glob("*/train.input_ids.npy"))

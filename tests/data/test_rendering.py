@@ -31,9 +31,9 @@ CHAT = {"reader": "messages", "template": "chat"}
 
 
 def test_the_report_names_unused_columns_and_counts_empty_responses(tmp_path):
-    rows = [talk("q", "a", id=1, source="x"), talk("q", " "), talk("q", "", weight=1)]
+    rows = [talk("q", "a", id=1, source="x", **{"": 0}), talk("q", " "), talk("q", "", weight=1)]
     report = prepared(tmp_path, rows, reader="messages", template="plain_chat").report
-    assert report["unused"] == ["id", "source"]
+    assert report["unused"] == ["(no name)", "id", "source"]
     assert report["empty"] == 2
     assert report["conversations"] == 0
 

@@ -133,6 +133,7 @@ def test_a_key_without_a_value_says_nothing(key, empty):
         (messages(USER, ASSISTANT, images=["a.png"]), "column images: what is trained on is text"),
         (messages(USER, ASSISTANT, videos=["a"]), "column videos: what is trained on is text"),
         (messages(USER, ASSISTANT, audio="a.wav"), "column audio: what is trained on is text"),
+        (messages(USER, ASSISTANT, image_url="a"), "column image_url: what is trained on is text"),
         (messages(USER, ASSISTANT, chosen="a"), "column chosen: it belongs to preference data"),
         (
             messages(USER, ASSISTANT, label=False),

@@ -7,8 +7,9 @@ from tiny import CHAT_TEMPLATES, TOKENIZERS, chat_tokenizer
 from tokenizers import AddedToken
 
 from finetuning.data.chat_template import ChatTemplate
+from finetuning.data.context_turns import fold_context
 from finetuning.data.row import BadRow
-from finetuning.data.templates import TEMPLATES, Markers, MarkerTemplate, fold_context
+from finetuning.data.templates import TEMPLATES, Markers, MarkerTemplate
 from finetuning.data.tokenization import encode_prompts, tokenize
 
 MARKER_TEMPLATES = [name for name, markers in TEMPLATES.items() if markers]

@@ -17,8 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from finetuning.data import tokenization
 from finetuning.data.batching import Collator
 from finetuning.data.chat_template import ChatTemplate
+from finetuning.data.context_turns import fold_context
 from finetuning.data.examples import IGNORE_INDEX, train_on_all
-from finetuning.data.templates import TEMPLATES, MarkerTemplate, Segment, fold_context
+from finetuning.data.templates import TEMPLATES, MarkerTemplate, Segment
 from finetuning.data.tokenization import (
     Encoder,
     encode_prompts,

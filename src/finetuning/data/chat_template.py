@@ -7,10 +7,11 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+from finetuning.data.context_turns import fold_context
 from finetuning.data.jinja_template import JinjaTemplate
 from finetuning.data.named_templates import training_variant
 from finetuning.data.row import BadRow, Message, Tool
-from finetuning.data.templates import Segment, fold_context
+from finetuning.data.templates import Segment
 
 Span = tuple[int, int]  # (start, end) in the rendered text
 MARK = re.compile("\ue000(\\d+)\ue001")  # number of a text, in a rendering without these texts

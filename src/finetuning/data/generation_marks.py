@@ -9,7 +9,7 @@ it renders is written in parts.
 import re
 from collections.abc import Sequence
 
-from finetuning.data.templates import literal
+from finetuning.data.jinja_source import literal
 
 MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 BEFORE = "{%- macro generation_whole(messages, add_generation_prompt) %}\n"

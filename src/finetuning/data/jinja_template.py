@@ -12,8 +12,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from finetuning.data.generation_marks import with_generation_marks, without_generation_marks
+from finetuning.data.jinja_source import literal
 from finetuning.data.row import BadRow, Message, Tool, message
-from finetuning.data.templates import literal
 from finetuning.errors import one_line
 
 if TYPE_CHECKING:

@@ -5,8 +5,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetuning.data.jinja_source import literal
 from finetuning.data.section import Data
-from finetuning.data.templates import CHAT, literal
+from finetuning.data.templates import CHAT
 from finetuning.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ LABELLED = (
 )
 REFUSED = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), TEXT_ONLY),
+    **dict.fromkeys(("image_url", "image_urls", "audio_url", "video_url"), TEXT_ONLY),
     **dict.fromkeys(("chosen", "rejected"), PREFERENCE),
     "label": LABELLED,
 }

@@ -75,7 +75,8 @@ def make_report(
         "empty": counts["empty"],
         "conversations": counts["read"] if counts["made"] > counts["read"] else 0,
         "examples": counts["made"],
-        "unused": sorted(tally.unused),
+        # A csv file that pandas wrote has its index under no name.
+        "unused": sorted(name or "(no name)" for name in tally.unused),
     }
     if "of_chosen" in arrays:
         report["pairs"] = lengths_of_pairs(arrays["of_chosen"][kept], arrays["trained"][kept])

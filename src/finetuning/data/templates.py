@@ -11,11 +11,12 @@ An end mark is the token that ends a response: the tokenizer's EOS token, or the
 of a chat template, such as <|im_end|>. It is trained with the response, and generation stops at it.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from finetuning.data.context_turns import fold_context
+from finetuning.data.marker_jinja import MarkerJinja
 from finetuning.data.row import BadRow, Message, Tool, message
 
 
@@ -78,7 +79,6 @@ class Markers:
 
 
 NO_PLACE = "the template has no place"
-BELOW = "\n\n"  # between a question and its material, where the template has no place for that
 CHAT = "chat"  # data.template of the tokenizer's own chat template
 TEXT = "text"  # data.reader and data.template of text that answers nothing
 TEMPLATES: dict[str, Markers] = {
@@ -133,7 +133,7 @@ class MarkerTemplate:
 
     @property
     def jinja(self) -> str:
-        return marker_jinja(self)
+        return MarkerJinja(self).text
 
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Segment]:
         if tools:
@@ -178,73 +178,3 @@ class MarkerTemplate:
 
     def plain(self, text: str) -> Segment:
         return Segment(text.replace("\n", self.newline) if self.newline else text)
-
-
-def marker_jinja(template: MarkerTemplate) -> str:
-    """A marker template as Jinja: what `render` and `render_prompt` do, in another language.
-
-    `{% generation %}` stands around what is trained, so that transformers gives the same mask.
-    """
-    markers = template.markers
-
-    def write(text: str) -> str:
-        return f"{{{{- {literal(template.plain(text).text)} -}}}}"
-
-    def turn(role: str, around: tuple[str, str]) -> str:
-        return f"role == {literal(role)} -%}}{write(around[0])}{content}{write(around[1])}"
-
-    replaced = f" | replace('\\n', {literal(template.newline)})" if template.newline else ""
-    content = f"{{{{- message.content{replaced} -}}}}"
-    separator = f"{{%- if turns.ended -%}}{write(markers.turn_separator)}{{%- endif -%}}"
-    response = (
-        f"role == 'assistant' -%}}{write(markers.generation_prompt)}{{%- generation -%}}"
-        f"{write(markers.response_prefix)}{content}{{{{- {literal(template.eos)} -}}}}"
-        "{%- endgeneration -%}"
-    )
-    user = turn("user", markers.user)
-    if markers.context is None:  # fold_context: material goes below the question
-        before, after = map(write, markers.user)
-        user = (
-            "role in ('user', 'context') -%}"
-            f"{{%- if role == 'context' and turns.last in ('user', 'context') -%}}{write(BELOW)}"
-            f"{{%- else -%}}{before}{{%- endif -%}}{content}"
-            f"{{%- if loop.last or loop.nextitem.role != 'context' -%}}{after}{{%- endif -%}}"
-        )
-    others = [
-        turn(role, around)
-        for role in ("system", "context", "tool")
-        if (around := getattr(markers, role)) is not None
-    ]
-    refused = "{{- raise_exception('the template has no place for the role ' ~ role) -}}"
-    return (
-        "{%- set turns = namespace(ended=false, last='') -%}"
-        + (f"{{{{- {literal(template.bos)} -}}}}" if template.bos else "")
-        + f"{{%- for message in messages -%}}{{%- set role = message.role -%}}{separator}{{%- if "
-        + "{%- elif ".join([response, user, *others])
-        + f"{{%- else -%}}{refused}{{%- endif -%}}"
-        + "{%- set turns.ended = role == 'assistant' -%}{%- set turns.last = role -%}{%- endfor -%}"
-        + f"{{%- if add_generation_prompt -%}}{separator}{write(markers.generation_prompt)}"
-        + "{%- endif -%}"
-    )
-
-
-def literal(text: str) -> str:
-    """The text as a Jinja string."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def fold_context(messages: Sequence[Message]) -> list[Message]:
-    """The same conversation with material put below the question it belongs to.
-
-    Material that follows no question becomes a user turn of its own.
-    """
-    folded: list[Message] = []
-    for turn in messages:
-        if turn["role"] != "context":
-            folded.append(turn)
-        elif folded and folded[-1]["role"] == "user":
-            question = folded.pop()["content"]
-            folded.append(message("user", f"{question}{BELOW}{turn['content']}"))
-        else:
-            folded.append(message("user", turn["content"]))
-    return folded
