@@ -4,7 +4,6 @@ import math
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import huggingface_hub.constants
 import numpy as np
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 import trainings
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from trainings import EPSILON, LORA_TARGETS, RATE, prepared_run, trained, write_pairs
 from transformers import AutoModelForCausalLM, set_seed
 from trl import DPOConfig, DPOTrainer
@@ -25,7 +23,8 @@ from finetuning.data.examples import IGNORE_INDEX, sequences_of
 from finetuning.errors import UserError
 from finetuning.model.preference_loss import ScoredPairs, summed_losses
 from finetuning.recipe.sections import LossType, PreferenceTraining
-from finetuning.training.preference_trainer import PreferenceTrainer
+from finetuning.training.reference import find_reference
+from finetuning.training.train import make_trainer
 
 STEPS, PAIRS = 4, 4
 FIGURES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
@@ -96,13 +95,20 @@ def trl_of(recipe, base, folder: Path):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_every_figure_of_every_step_is_trls_in_either_layout(base, tmp_path, method):
-    """Loss, rewards, accuracies, margins, log-probabilities and the norm of the gradient."""
+    """Loss, rewards, accuracies, margins, log-probabilities and the norm of the gradient, also of a
+    step of several micro-batches; and the loss is that of a plain loop.
+    """
     overrides = [lora_of(base)] if method == "lora" else []
     overrides += ["training.loss_type=[sigmoid, ipo, sft]", "training.loss_weights=[1, 0.2, 0.1]"]
-    theirs = logged(trl_of(recipe_of(base, tmp_path, *overrides), base, tmp_path))
+    recipe = recipe_of(base, tmp_path, *overrides)
+    theirs = logged(trl_of(recipe, base, tmp_path))
     assert len(theirs) == STEPS and theirs[0][0] != pytest.approx(theirs[-1][0], rel=1e-3)
-    for layout in ("packed", "padded"):
-        ours = logged(trained(recipe_of(base, tmp_path, *overrides, f"data.layout={layout}")))
+    if method == "full":
+        losses = [line[0] for line in theirs]
+        assert plain_loop(recipe, base) == pytest.approx(losses, rel=1e-4)
+    halves = ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2"]
+    for changes in (["data.layout=packed", *halves], ["data.layout=padded"]):
+        ours = logged(trained(recipe_of(base, tmp_path, *overrides, *changes)))
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-5)
 
 
@@ -205,8 +211,8 @@ class Metrics(dict):
 
 
 def plain_loop(recipe, base) -> list[float]:
-    """The losses of DPO, one response after another, with all logits and a second model."""
-    run = prepared_run(recipe)
+    """The losses of those steps, one response after another, with all logits and a second model."""
+    run, beta = prepared_run(recipe), recipe.training.beta
     pairs = list(run.examples.train)
     policy, frozen = (AutoModelForCausalLM.from_pretrained(base[1]) for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), RATE, eps=EPSILON, weight_decay=0.0)
@@ -218,13 +224,18 @@ def plain_loop(recipe, base) -> list[float]:
 
     losses = []
     for step in range(STEPS):
+        both = [sequences_of(pair) for pair in pairs[step * PAIRS : (step + 1) * PAIRS]]
+        sizes = [[int((part["labels"] != IGNORE_INDEX).sum()) for part in pair] for pair in both]
         total = 0.0
-        for pair in pairs[step * PAIRS : (step + 1) * PAIRS]:
-            chosen, rejected = sequences_of(pair)
+        for (chosen, rejected), (more, less) in zip(both, sizes, strict=True):
             with torch.no_grad():
-                reference = log_prob(frozen, chosen) - log_prob(frozen, rejected)
-            margin = log_prob(policy, chosen) - log_prob(policy, rejected) - reference
-            loss = -F.logsigmoid(recipe.training.beta * margin) / PAIRS
+                reference = log_prob(frozen, chosen), log_prob(frozen, rejected)
+            found = log_prob(policy, chosen), log_prob(policy, rejected)
+            better, worse = (new - old for new, old in zip(found, reference, strict=True))
+            dpo = -F.logsigmoid(beta * (better - worse))
+            ipo = (better / more - worse / less - 1 / (2 * beta)) ** 2
+            sft = -found[0] / sum(size for size, _ in sizes)
+            loss = (dpo + 0.2 * ipo) / PAIRS + 0.1 * sft
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -232,15 +243,6 @@ def plain_loop(recipe, base) -> list[float]:
         optimizer.zero_grad()
         losses.append(total)
     return losses
-
-
-def test_a_step_of_several_micro_batches_is_the_step_of_a_plain_loop(base, tmp_path):
-    recipe = recipe_of(base, tmp_path)
-    expected = plain_loop(recipe, base)
-    halves = ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2"]
-    losses = [line[0] for line in logged(trained(recipe_of(base, tmp_path, *halves)))]
-    assert losses == pytest.approx(expected, rel=1e-5)
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.fixture
@@ -280,27 +282,28 @@ def test_another_run_on_the_same_weights_and_pairs_does_not_ask_the_reference_ag
 ):
     """Only the first pairs are, with which a run checks that the model is its own reference."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
+    run = prepared_run(recipe_of(dropping, tmp_path))
+    trainer = make_trainer(run)
+    trainer.state.max_steps = 1
     asked = []
-    whole = PreferenceTrainer.log_probs
+    log_probs = trainer.log_probs
+    monkeypatch.setattr(trainer, "log_probs", lambda batch: asked.append(1) or log_probs(batch))
 
-    def log_probs(trainer, batch):
-        asked.append(1)
-        return whole(trainer, batch)
-
-    monkeypatch.setattr(PreferenceTrainer, "log_probs", log_probs)
-
-    def passes(*overrides: str) -> tuple[int, Any]:
+    def passes() -> int:
         asked.clear()
-        trainer = trained(recipe_of(dropping, tmp_path, "training.max_steps=1", *overrides))
-        return len(asked), trainer.train_dataset.reference
+        trainer.train_dataset.reference[:] = math.nan
+        find_reference(trainer, run)
+        return len(asked)
 
-    (first, reference), (second, cached) = passes(), passes("training.beta=0.5")
-    assert (first, second) == (3, 1) and np.array_equal(reference, cached, equal_nan=True)
-    assert passes("data.layout=padded")[0] == 3
+    assert passes() == 3  # of training, of evaluation, and of the check
+    reference = trainer.train_dataset.reference.copy()
+    assert passes() == 1
+    assert np.array_equal(reference, trainer.train_dataset.reference, equal_nan=True)
     for file in (tmp_path / "cache/finetuning").glob("*.npz"):
         file.write_bytes(file.read_bytes()[:-40])
-    assert passes()[0] == 3
-    weights = load_file(dropping[1] / "model.safetensors")
-    weights["transformer.ln_f.bias"] += 1e-6
-    save_file(weights, dropping[1] / "model.safetensors", {"format": "pt"})
-    assert passes()[0] == 3
+    assert passes() == 3
+    trainer.args.per_device_eval_batch_size = 2
+    assert passes() == 5
+    with torch.no_grad():
+        trainer.model.transformer.ln_f.bias += 1e-6
+    assert passes() == 5
