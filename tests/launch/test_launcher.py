@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from accelerate.commands.config import config_args
 from conftest import ROOT
@@ -78,6 +79,15 @@ def started_by(monkeypatch):
 def test_nobody_launched_the_tests():
     assert find_launcher() is None
     assert requested_processes() == 1
+
+
+@pytest.mark.parametrize("found", [psutil.ZombieProcess, psutil.AccessDenied])
+def test_a_parent_that_has_ended_or_is_hidden_is_no_launcher(monkeypatch, found):
+    def cmdline(process):
+        raise found(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "cmdline", cmdline)
+    assert find_launcher() is None
 
 
 def test_torch_s_launcher_says_how_many_there_are(monkeypatch):

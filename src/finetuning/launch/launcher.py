@@ -23,11 +23,13 @@ LAUNCHERS = {
 
 
 def find_launcher() -> psutil.Process | None:
-    parent = psutil.Process().parent()
-    is_launcher = parent is not None and LAUNCHERS & {
-        Path(part).name for part in parent.cmdline()[:3]
-    }
-    return parent if is_launcher else None
+    """Of this process; None where it has none, or one that has ended or may not be looked at."""
+    try:
+        parent = psutil.Process().parent()
+        command = parent.cmdline()[:3] if parent else []
+    except psutil.Error:
+        return None
+    return parent if LAUNCHERS & {Path(part).name for part in command} else None
 
 
 def end_with_launcher() -> None:
