@@ -13,10 +13,11 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from finetuning.data.markers import Markers
 from finetuning.data.preferences import PREFERENCE_READERS
 from finetuning.data.readers import READERS
 from finetuning.data.row import Message
-from finetuning.data.templates import CHAT, TEMPLATES, Markers, MarkerTemplate
+from finetuning.data.templates import CHAT, TEMPLATES, MarkerTemplate
 from finetuning.launch.compatibility import RULES
 from finetuning.model.families import FAMILIES
 

@@ -8,8 +8,9 @@ from tokenizers import AddedToken
 
 from finetuning.data.chat_template import ChatTemplate
 from finetuning.data.context_turns import fold_context
+from finetuning.data.markers import Markers
 from finetuning.data.row import BadRow
-from finetuning.data.templates import TEMPLATES, Markers, MarkerTemplate
+from finetuning.data.templates import TEMPLATES, MarkerTemplate
 from finetuning.data.tokenization import encode_prompts, tokenize
 
 MARKER_TEMPLATES = [name for name, markers in TEMPLATES.items() if markers]

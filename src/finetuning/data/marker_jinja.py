@@ -4,13 +4,10 @@
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from finetuning.data.context_turns import BELOW
 from finetuning.data.jinja_source import literal
-
-if TYPE_CHECKING:
-    from finetuning.data.templates import MarkerTemplate
+from finetuning.data.markers import Markers
 
 REFUSED = "{{- raise_exception('the template has no place for the role ' ~ role) -}}"
 
@@ -22,13 +19,16 @@ class MarkerJinja:
     A case is the condition of an `if`, and what is written of a turn of that role.
     """
 
-    template: "MarkerTemplate"
+    markers: Markers
+    eos: str
+    bos: str | None
+    newline: str | None
 
     @property
     def text(self) -> str:
         cases = "{%- elif ".join([self.response, self.user, *self.others])
-        bos = f"{{{{- {literal(self.template.bos)} -}}}}" if self.template.bos else ""
-        prompt = self.write(self.template.markers.generation_prompt)
+        bos = f"{{{{- {literal(self.bos)} -}}}}" if self.bos else ""
+        prompt = self.write(self.markers.generation_prompt)
         return (
             f"{{%- set turns = namespace(ended=false, last='') -%}}{bos}"
             f"{{%- for message in messages -%}}{{%- set role = message.role -%}}{self.separator}"
@@ -41,22 +41,22 @@ class MarkerJinja:
     @property
     def separator(self) -> str:
         """Between the end mark of a response and the next turn."""
-        between = self.write(self.template.markers.turn_separator)
+        between = self.write(self.markers.turn_separator)
         return f"{{%- if turns.ended -%}}{between}{{%- endif -%}}"
 
     @property
     def response(self) -> str:
-        markers = self.template.markers
+        markers = self.markers
         return (
             f"role == 'assistant' -%}}{self.write(markers.generation_prompt)}{{%- generation -%}}"
             f"{self.write(markers.response_prefix)}{self.content}"
-            f"{{{{- {literal(self.template.eos)} -}}}}{{%- endgeneration -%}}"
+            f"{{{{- {literal(self.eos)} -}}}}{{%- endgeneration -%}}"
         )
 
     @property
     def user(self) -> str:
         """Where there is no place for material, it goes below the question, as in fold_context."""
-        markers = self.template.markers
+        markers = self.markers
         if markers.context is not None:
             return self.turn("user", markers.user)
         before, after = map(self.write, markers.user)
@@ -69,7 +69,7 @@ class MarkerJinja:
 
     @property
     def others(self) -> list[str]:
-        markers = self.template.markers
+        markers = self.markers
         places = {"system": markers.system, "context": markers.context, "tool": markers.tool}
         return [self.turn(role, around) for role, around in places.items() if around is not None]
 
@@ -79,9 +79,9 @@ class MarkerJinja:
 
     @property
     def content(self) -> str:
-        newline = self.template.newline
-        replaced = f" | replace('\\n', {literal(newline)})" if newline else ""
+        replaced = f" | replace('\\n', {literal(self.newline)})" if self.newline else ""
         return f"{{{{- message.content{replaced} -}}}}"
 
     def write(self, text: str) -> str:
-        return f"{{{{- {literal(self.template.plain(text).text)} -}}}}"
+        written = text.replace("\n", self.newline) if self.newline else text
+        return f"{{{{- {literal(written)} -}}}}"

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 from finetuning.data.context_turns import fold_context
 from finetuning.data.marker_jinja import MarkerJinja
+from finetuning.data.markers import Markers
 from finetuning.data.row import BadRow, Message, Tool, message
 
 
@@ -59,23 +60,6 @@ class Template(Protocol):
 
     def strip_markers(self, text: str) -> str:
         """The assistant's content in the text of a generated response."""
-
-
-@dataclass(frozen=True)
-class Markers:
-    """The text (before, after) the content of each role. A role without markers is refused."""
-
-    user: tuple[str, str]
-    generation_prompt: str
-    """ends the prompt; the response follows"""
-    response_prefix: str = ""
-    """first characters of the response, before the assistant's content"""
-    system: tuple[str, str] | None = None
-    context: tuple[str, str] | None = None
-    """without it the material is put below the question"""
-    tool: tuple[str, str] | None = None
-    turn_separator: str = "\n"
-    """between the end mark of a response and the next turn"""
 
 
 NO_PLACE = "the template has no place"
@@ -133,7 +117,7 @@ class MarkerTemplate:
 
     @property
     def jinja(self) -> str:
-        return MarkerJinja(self).text
+        return MarkerJinja(self.markers, self.eos, self.bos, self.newline).text
 
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Segment]:
         if tools:
