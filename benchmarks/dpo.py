@@ -158,7 +158,8 @@ def our_trainer(options: argparse.Namespace, model, pairs, tokenizer):
     from transformers import TrainerCallback
     from trl import SFTConfig
 
-    from finetuning.data.batching import Collator, PairSet
+    from finetuning.data.collator import Collator
+    from finetuning.data.example_set import PairSet
     from finetuning.model.loading import fuse_gelu
     from finetuning.model.packed_models import use_packed_attention
     from finetuning.recipe.sections import PreferenceTraining

@@ -121,7 +121,8 @@ def make_trainer(options: argparse.Namespace, model, examples, callbacks):
     from transformers import Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
-    from finetuning.data.batching import Collator, ExampleSet
+    from finetuning.data.collator import Collator
+    from finetuning.data.example_set import ExampleSet
     from finetuning.model.loading import fuse_gelu
     from finetuning.model.packed_models import use_packed_attention
     from finetuning.training.trainer import ResponseTrainer

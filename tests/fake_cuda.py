@@ -233,7 +233,7 @@ def to_fake_gpu(model: torch.nn.Module) -> None:
 
 def batch_of(lengths: list[int], layout: str = "packed", response: float = 0.5) -> dict[str, Any]:
     """Examples of these lengths; this share of each, at its end, is the response."""
-    from finetuning.data.batching import Collator
+    from finetuning.data.collator import Collator
 
     def example(length: int) -> dict[str, np.ndarray]:
         ids = np.full(length, 5)

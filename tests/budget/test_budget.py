@@ -22,7 +22,7 @@ from finetuning.budget.budget import make_budget
 from finetuning.budget.savings import enough
 from finetuning.budget.step_memory import TrackedHead, as_trained, meta_model, run_step
 from finetuning.budget.storage_tracker import StorageTracker
-from finetuning.data.batching import Collator
+from finetuning.data.collator import Collator
 from finetuning.data.examples import Examples
 from finetuning.data.storage import Prepared
 from finetuning.errors import UserError

@@ -6,8 +6,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from finetuning.data.batching import BatchSampler, Collator, ExampleSet
+from finetuning.data.batch_sampler import BatchSampler
 from finetuning.data.bin_packing import pack_lengths
+from finetuning.data.collator import Collator
+from finetuning.data.example_set import ExampleSet
 from finetuning.data.examples import Examples
 
 RANDOM = np.random.default_rng(0)

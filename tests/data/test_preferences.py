@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from tiny import CHAT_TEMPLATES, TOKENIZERS, byte_level, chat_tokenizer
 
-from finetuning.data.batching import Collator, ExampleSet, PairSet
 from finetuning.data.cache import prepare
+from finetuning.data.collator import Collator
+from finetuning.data.example_set import ExampleSet, PairSet
 from finetuning.data.examples import IGNORE_INDEX, sequences_of
 from finetuning.data.rendering import read_row
 from finetuning.data.row import BadRow

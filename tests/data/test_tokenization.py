@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetuning.data import tokenization
-from finetuning.data.batching import Collator
 from finetuning.data.chat_template import ChatTemplate
+from finetuning.data.collator import Collator
 from finetuning.data.context_turns import fold_context
 from finetuning.data.examples import IGNORE_INDEX, train_on_all
 from finetuning.data.templates import TEMPLATES, MarkerTemplate, Segment

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from transformers import GPT2LMHeadModel
 
-from finetuning.data.batching import Collator
+from finetuning.data.collator import Collator
 from finetuning.model.packed_models import use_packed_attention
 from finetuning.model.packing import Packing, packed_as
 from finetuning.model.response_head import ResponseHead, Targets

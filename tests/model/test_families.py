@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from finetuning.data.batching import Collator
+from finetuning.data.collator import Collator
 from finetuning.model.families import FAMILIES
 from finetuning.model.isolation import require_isolation
 from finetuning.model.packed_models import use_packed_attention

@@ -16,7 +16,7 @@ from run_folders import interrupted
 from safetensors.torch import load_file
 
 import sft
-from finetuning.data.batching import BatchSampler
+from finetuning.data.batch_sampler import BatchSampler
 from finetuning.errors import UserError, is_out_of_memory
 from finetuning.training import memory_check, start_checks
 from finetuning.training.trainer import ResponseTrainer

@@ -11,7 +11,8 @@ import torch
 
 from finetuning.budget.step_memory import measure_step, meta_model, optimizer_bytes
 from finetuning.budget.storage_tracker import StepMemory
-from finetuning.data.batching import BatchSampler, Collator
+from finetuning.data.batch_sampler import BatchSampler
+from finetuning.data.collator import Collator
 from finetuning.data.examples import IGNORE_INDEX, Example
 from finetuning.data.storage import Prepared
 from finetuning.launch.devices import Device

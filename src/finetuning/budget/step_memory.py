@@ -19,7 +19,7 @@ from finetuning.budget.gpu_stand_ins import (
     quantize_linear_layers,
 )
 from finetuning.budget.storage_tracker import StepMemory, StorageTracker
-from finetuning.data.batching import Batch
+from finetuning.data.collator import Batch
 from finetuning.model.loading import fuse_gelu
 from finetuning.model.lora import lora_config
 from finetuning.model.packed_models import use_packed_attention

@@ -2,6 +2,7 @@
 
 Read `prepare.py` first: `build` is the whole way in one function. Then, in the order of the data:
 `sources`, `loading`, `readers` (and `row_keys`), `rendering`, `templates` (or `chat_template`),
-`tokenization`, `preparation`, `evaluation_split`, `batching`. Nothing here knows a recipe or the
-Hub, and only `batching` needs torch, so all of it works in a notebook.
+`tokenization`, `preparation`, `evaluation_split`, `batch_sampler`, `collator`. Nothing here knows a
+recipe or the Hub, and only `collator` and `example_set` need torch, so all of it works in a
+notebook.
 """

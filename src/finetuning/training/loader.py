@@ -4,7 +4,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from finetuning.data.batching import BatchSampler
+from finetuning.data.batch_sampler import BatchSampler
 from finetuning.training.signals import block_signals
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from finetuning.budget.savings import remedies
-from finetuning.data.batching import Batch
+from finetuning.data.collator import Batch
 from finetuning.errors import UserError, is_out_of_memory
 from finetuning.launch.step_size import smaller
 from finetuning.model.packing import packed_as

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from finetuning.data.batching import Batch, PairSet
+from finetuning.data.collator import Batch
+from finetuning.data.example_set import PairSet
 from finetuning.evaluation.intervals import mean_of
 from finetuning.model.dropout import disable_dropout
 from finetuning.model.packing import packed_as

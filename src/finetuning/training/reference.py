@@ -22,8 +22,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from finetuning.data.batching import BatchSampler, PairSet, dummy_of
+from finetuning.data.batch_sampler import BatchSampler
 from finetuning.data.cache import cache_folder, make_private
+from finetuning.data.dummies import dummy_of
+from finetuning.data.example_set import PairSet
 from finetuning.errors import UserError
 from finetuning.files import write_bytes
 from finetuning.launch.software import versions
@@ -37,11 +39,12 @@ from finetuning.training.prepared_run import PreparedRun
 # model differs by more than that for each of its first tokens.
 ROUNDING = {False: (2e-4, 1e-3), True: (2e-2, 1e-1)}
 PACKAGE = Path(__file__).parents[1]
+BATCHES = ("batch_sampler", "bin_packing", "collator", "dummies", "example_set")
 # Modules of this package that a log-probability depends on; an edit of one makes the cache stale.
 CODE = sorted(
     [
         *(PACKAGE / "model").glob("*.py"),
-        *(PACKAGE / "data/batching.py", PACKAGE / "data/bin_packing.py"),
+        *(PACKAGE / "data" / f"{name}.py" for name in BATCHES),
         *(PACKAGE / "training/preference_trainer.py", Path(__file__)),
     ]
 )

@@ -7,7 +7,8 @@ from functools import partial
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
-from finetuning.data.batching import Collator, ExampleSet, PairSet
+from finetuning.data.collator import Collator
+from finetuning.data.example_set import ExampleSet, PairSet
 from finetuning.errors import UserError, one_line
 from finetuning.evaluation.report import write_report
 from finetuning.evaluation.table import print_evaluation

@@ -9,7 +9,9 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl import SFTConfig
 
-from finetuning.data.batching import Batch, BatchSampler, Collator, ExampleSet
+from finetuning.data.batch_sampler import BatchSampler
+from finetuning.data.collator import Batch, Collator
+from finetuning.data.example_set import ExampleSet
 from finetuning.model.packing import Packing, packed_as
 from finetuning.model.response_head import ResponseHead, Targets
 from finetuning.model.throughput import Throughput

@@ -1,135 +1,25 @@
-"""Examples -> batches: which examples meet in a step, and their layout in memory.
+"""Which examples meet in a step, and which of them each process gets.
 
-    padded   [[1, 2, 3, 0],      packed   [[1, 2, 3, 4, 5]]      no padding; `lengths` (3, 2) and
-              [4, 5, 0, 0]]               position_ids [[0, 1, 2, 0, 1]] tell examples apart
-
-A batch is a set of examples: the layout never changes the loss. Neither does the number of
-processes: they divide the examples of one seeded order among them.
+The number of processes changes no step: they divide the examples of one seeded order among them.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from heapq import heappop, heappush
-from itertools import accumulate, chain, islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from finetuning.data.bin_packing import ceil_div, pack_lengths
-from finetuning.data.examples import IGNORE_INDEX, Example, Examples, sequences_of
+from finetuning.data.dummies import dummy_of
 
-Batch = dict[str, Any]
 Numbers = NDArray[np.int64]  # (n,) numbers of examples
 
 SEARCHED = 2**21  # examples, about three seconds' worth, among which the largest batch is sought
 WINDOW = 50  # steps whose examples are sorted together when grouping by length
-
-
-@dataclass(frozen=True)
-class Collator:
-    """A list of examples -> the inputs of a model and of the loss.
-
-    input_ids (1, T) packed or (B, T) padded, of each example the tokens that a target depends on;
-    position_ids (1, T) packed only; positions (N,) of the N hidden states, flattened, that predict
-    a trained token; targets (N,), those tokens; lengths, of each example in input_ids. No attention
-    mask: packed examples are told apart by lengths, and causal attention never looks at padding on
-    the right.
-
-    A pair is two examples, first that with the chosen response; then also counts (4 * pairs,), see
-    counts_of_pair, and reference (pairs, 4).
-    """
-
-    layout: str
-    pad_token_id: int
-    """fills padded rows; never attended to and never trained, so any id will do"""
-
-    def __call__(self, examples: list[Example]) -> Batch:
-        pairs, examples = examples, [part for each in examples for part in sequences_of(each)]
-        labels = [example["labels"] for example in examples]
-        trained = [np.flatnonzero(each != IGNORE_INDEX) for each in labels]
-        # Nothing depends on an example's last target, nor on what stands behind it.
-        lengths = [max(1, int(at.max(initial=1))) for at in trained]
-        ids = [
-            example["input_ids"][:length] for example, length in zip(examples, lengths, strict=True)
-        ]
-        if self.layout == "packed":
-            starts = [0, *accumulate(lengths[:-1])]
-            batch: dict[str, np.ndarray] = {
-                "input_ids": np.concatenate(ids)[None],
-                "position_ids": np.concatenate([np.arange(length) for length in lengths])[None],
-            }
-        else:
-            longest = max(lengths)
-            starts = [longest * number for number in range(len(examples))]
-            padded = np.full((len(examples), longest), self.pad_token_id, np.int32)
-            for row, each in zip(padded, ids, strict=True):
-                row[: len(each)] = each
-            batch = {"input_ids": padded}
-        batch |= {
-            # An example's first token is never trained, so the position before is of the same one.
-            "positions": np.concatenate(
-                [start + at - 1 for start, at in zip(starts, trained, strict=True)]
-            ),
-            "targets": np.concatenate([each[at] for each, at in zip(labels, trained, strict=True)]),
-        }
-        if "chosen" in pairs[0]:
-            sizes = list(map(len, trained))
-            groups = map(counts_of_pair, sizes[::2], sizes[1::2])
-            batch["counts"] = np.array(list(chain.from_iterable(groups)))
-        tensors = {name: torch.as_tensor(array.astype(np.int64)) for name, array in batch.items()}
-        if "reference" in pairs[0]:
-            reference = np.stack([each["reference"] for each in pairs])
-            tensors["reference"] = torch.as_tensor(reference)
-        return {**tensors, "lengths": lengths}
-
-
-def counts_of_pair(chosen: int, rejected: int) -> tuple[int, int, int, int]:
-    """How many trained tokens of each response lie within the length of the shorter one, and how
-    many behind it: of the chosen response, then of the rejected.
-    """
-    shared = min(chosen, rejected)
-    return shared, chosen - shared, shared, rejected - shared
-
-
-class ExampleSet(torch.utils.data.Dataset[Example]):
-    """Examples by number. Number ~n (negative) is example n as a dummy, with no token to train.
-
-    A dummy example goes to a rank that has none left in the last batch of an epoch, so that every
-    rank runs the same number of batches.
-    """
-
-    def __init__(self, examples: Examples) -> None:
-        self.examples = examples
-        # Summed once; a list of all examples instead takes 0.4 s and 84 MiB for 200,000.
-        self.ends = examples.ends
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, number: int) -> Example:
-        is_dummy = number < 0
-        at = dummy_of(number) if is_dummy else number
-        tokens = slice(self.ends[at] - self.examples.lengths[at], self.ends[at])
-        example = self.examples.example(at, tokens)
-        if is_dummy:
-            example["labels"] = np.full_like(example["labels"], IGNORE_INDEX)
-        return example
-
-
-class PairSet(ExampleSet):
-    """Pairs, each with the log-probabilities of its responses under the reference."""
-
-    def __init__(self, examples: Examples) -> None:
-        super().__init__(examples)
-        # Not a number until it is known: a pair without it would be noticed at once.
-        self.reference = np.full((len(examples), 4), np.nan, np.float32)
-
-    def __getitem__(self, number: int) -> Example:
-        at = dummy_of(number) if number < 0 else number
-        return {**super().__getitem__(number), "reference": self.reference[at]}
 
 
 @dataclass
@@ -280,11 +170,6 @@ class BatchSampler:
             if len(parts[part]) < self.batch_size:
                 heappush(loads, (load + length, part))
         return [np.array(part, np.int64) for part in parts]
-
-
-def dummy_of(number: int) -> int:
-    """The number under which ExampleSet has example `number` as a dummy, and back."""
-    return ~number
 
 
 def in_groups(units: Numbers | list[Numbers], size: int) -> list[Any]:
