@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import zipfile
 from itertools import islice
 from pathlib import Path
@@ -76,11 +77,13 @@ def find_reference(trainer: PreferenceTrainer, run: PreparedRun) -> None:
 
 
 def reference_key(trainer: PreferenceTrainer, run: PreparedRun) -> str:
-    """Digest of all that decides the reference, to the bit: weights, pairs, precision, the shape of
-    its batches, libraries and code. The same in every process.
+    """Digest of all that decides the reference, to the bit: weights, pairs, precision, device, the
+    shape of its batches, libraries and code. The same in every process.
     """
     args = trainer.args
-    formats = [args.bf16, args.fp16, str(args.device), args.tf32]
+    is_gpu = args.device.type == "cuda"
+    device = torch.cuda.get_device_name(args.device) if is_gpu else platform.machine()
+    formats = [args.bf16, args.fp16, args.tf32, device, trainer.model.config._attn_implementation]
     batches = [args.per_device_eval_batch_size, args.world_size, run.recipe.data.layout]
     used = hashlib.sha256(used_pairs(trainer).tobytes()).hexdigest()
     pairs = [run.examples.fingerprint, used]
