@@ -178,7 +178,7 @@ def figures(trainer, clock: Clock, examples) -> dict:
         "seconds": seconds,
         "peak_mib": peak,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "tokens": len(examples.input_ids),
+        "tokens": int(examples.sequence_lengths.sum()),
         "responses": int((examples.labels != -100).sum()),
         "device": torch.cuda.get_device_name() if clock.device == "cuda" else "cpu",
     }
@@ -244,10 +244,11 @@ def representative(examples, count: int, batch: int):
     """So many of the examples, in batches whose padding and response share are those of all."""
     import numpy as np
 
+    tokens = examples.sequence_lengths.sum(1)
     responses = np.add.reduceat(examples.labels != -100, examples.ends - examples.lengths)
 
     def character(numbers: np.ndarray) -> np.ndarray:
-        lengths = examples.lengths[numbers]
+        lengths = tokens[numbers]
         padded = examples.widths[numbers].reshape(-1, batch).max(1).sum() * batch
         return np.array(
             [padded / lengths.sum(), responses[numbers].sum() / lengths.sum(), lengths.mean() / 100]

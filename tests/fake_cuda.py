@@ -245,6 +245,20 @@ def batch_of(lengths: list[int], layout: str = "packed", response: float = 0.5) 
     return Collator(layout, 0)([example(length) for length in lengths])
 
 
+def batch_of_pairs(prompts: list[int], response: int) -> dict[str, Any]:
+    """Packed pairs of prompts of these lengths and two responses of so many tokens."""
+    from finetuning.data.collator import Collator
+
+    def pair(prompt: int) -> dict[str, Any]:
+        shared, chosen = prompt - 1, prompt + response
+        ids = np.full(chosen + 1 + response, 5)
+        at = np.arange(len(ids))
+        labels = np.where((at < prompt) | (at == chosen), -100, ids)
+        return {"input_ids": ids, "labels": labels, "chosen": chosen, "shared": shared}
+
+    return Collator("packed", 0)([pair(prompt) for prompt in prompts])
+
+
 def training_step(
     trace: Trace, model: Any, batch: dict[str, Any], autocast: torch.dtype | None
 ) -> SimpleNamespace:
@@ -259,11 +273,12 @@ def training_step(
         for name, value in batch.items()
     }
     head = ResponseHead(model)
-    is_packed = "position_ids" in inputs
-    packing = Packing(tuple(inputs["lengths"]), inputs["position_ids"]) if is_packed else None
     arguments = {name: inputs[name] for name in ("input_ids", "position_ids") if name in inputs}
     trace.mark("weights")
-    with packed_as(packing), head.scoring(Targets(inputs["positions"], inputs["targets"])):
+    with (
+        packed_as(Packing.of(inputs)),
+        head.scoring(Targets(inputs["positions"], inputs["targets"])),
+    ):
         with torch.autocast("cuda", autocast, enabled=autocast is not None):
             loss = model(**arguments, use_cache=False).logits
         trace.mark("forward")

@@ -3,7 +3,7 @@
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 
-from finetuning.model.packing import Packing, packed_as, positions_of
+from finetuning.model.packing import Packing, pack, packed_as
 
 LENGTHS = (7, 1, 12, 5)
 # A window of 8 tokens, in every layer or in some.
@@ -27,7 +27,7 @@ def flat(lengths=LENGTHS, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def packing_of(lengths, device, way: type[Packing] = Packing) -> Packing:
-    return way(tuple(lengths), positions_of(lengths, device))
+    return way(**vars(pack(lengths, device)))
 
 
 def logits_of(model, ids, positions, lengths) -> torch.Tensor:

@@ -149,7 +149,7 @@ def test_the_evaluation_set_counts_pairs_and_copies_are_pairs(tmp_path):
     assert prepared.report["dropped"] == {"duplicate": 1}
     assert prepared.eval.rows.tolist() == [0, 4]
     assert prepared.train.rows.tolist() == [1, 2, 3, 5, 6, 7]
-    assert prepared.train.chosen.shape == (6,)
+    assert prepared.train.chosen.shape == prepared.train.shared.shape == (6,)
 
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -176,7 +176,9 @@ def test_the_prompt_is_one_list_of_ids_and_both_ends_are_trained(tmp_path, kind,
         both = sequences_of(example)
         begins = [np.flatnonzero(each["labels"] != IGNORE_INDEX)[0] for each in both]
         prompts = [each["input_ids"][:at].tolist() for each, at in zip(both, begins, strict=True)]
-        assert prompts[0] == prompts[1] and len(prompts[0]) > 1
+        assert prompts[0] == prompts[1] and len(prompts[0]) - 1 == example["shared"] > 0
+    longest = max(len(each["input_ids"]) for pair in prepared.train for each in sequences_of(pair))
+    assert prepared.report["tokens"]["max"] == prepared.train.longest == longest
 
 
 def test_a_batch_holds_whole_pairs_in_either_layout(tmp_path):
@@ -196,6 +198,15 @@ def test_a_batch_holds_whole_pairs_in_either_layout(tmp_path):
     shared = [min(sizes[:2]), min(sizes[2:])]
     groups = [*[shared[0], sizes[0] - shared[0], shared[0], sizes[1] - shared[0]]]
     groups += [shared[1], sizes[2] - shared[1], shared[1], sizes[3] - shared[1]]
+    # The prompt, but for its last token, stands in a packed row once.
+    once = [pair["shared"] for pair in prepared.train]
+    assert all(once) and packed["shared"] == [0, once[0], 0, once[1]]
+    assert packed["input_ids"].numel() == sum(padded["lengths"]) - sum(once)
+    assert len(packed["keys"]) == sum(padded["lengths"]) and "keys" not in padded
+    for number, length in enumerate(padded["lengths"]):
+        before = sum(padded["lengths"][:number])
+        seen = packed["input_ids"][0, packed["keys"][before : before + length]]
+        assert seen.tolist() == padded["input_ids"][number, :length].tolist()
     for batch in (packed, padded):
         assert batch["counts"].tolist() == groups
         assert batch["reference"].tolist() == pairs.reference.tolist()

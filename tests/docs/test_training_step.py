@@ -66,7 +66,7 @@ def test_its_loss_gradients_and_accuracy_are_those_of_the_real_step(step):
     )
     assert torch.equal(batch["targets"], step["targets"])
     assert batch["input_ids"].numel() == step["ids"].numel() - len(step["examples"])
-    packing = Packing(tuple(batch["lengths"]), batch["position_ids"])
+    packing = Packing.of(batch)
     with packed_as(packing), head.scoring(Targets(batch["positions"], batch["targets"])):
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
         loss = model(**inputs, use_cache=False).logits / len(batch["targets"])

@@ -13,7 +13,7 @@ from finetuning.model import attention
 from finetuning.model.attention import attend
 from finetuning.model.isolation import require_isolation
 from finetuning.model.packed_models import use_packed_attention
-from finetuning.model.packing import Packing, packed_as
+from finetuning.model.packing import Packing, pack, packed_as
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -56,14 +56,20 @@ def way(request, monkeypatch) -> type[Packing]:
     return PaddedPacking if request.param == "padded rows" else Packing
 
 
-def flash_attention(q, k, v, ends, _, longest, __, dropout, is_causal, ___, **settings):
+def flash_attention(q, k, v, ends, key_ends, *others, **settings):
+    longest, longest_keys, _, is_causal, _ = others
     left, right = settings["window_size_left"], settings["window_size_right"]
-    assert right == 0 and is_causal == (left == -1) and longest == ends.diff().max()
+    assert right == 0 and is_causal == (left == -1)
+    assert (longest, longest_keys) == (ends.diff().max(), key_ends.diff().max())
     parts = []
-    for start, end in pairwise(ends.tolist()):
-        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+    for (start, end), (first, last) in zip(
+        pairwise(ends.tolist()), pairwise(key_ends.tolist()), strict=True
+    ):
+        at = torch.arange(last - first)
+        distance = at[start - end :, None] - at  # of the last query, the last key is its own
         seen = (distance >= 0) & ((distance <= left) | (left == -1))
-        rows = (part[start:end].transpose(0, 1)[None] for part in (q, k, v))
+        pieces = q[start:end], k[first:last], v[first:last]
+        rows = (piece.transpose(0, 1)[None] for piece in pieces)
         output = F.scaled_dot_product_attention(
             *rows, attn_mask=seen, scale=settings["scale"], enable_gqa=True
         )
@@ -82,6 +88,33 @@ def test_a_packed_example_longer_than_the_window_sees_the_window(kind, way):
         together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
     assert require_isolation(model, longest=40) is None  # it raises otherwise
+
+
+@pytest.mark.parametrize("kind", [*tiny.CONFIGS, *WINDOWED])
+def test_an_example_attends_to_a_beginning_that_stands_in_the_one_before(kind, way):
+    """As the second response of a pair does. Gradients, too: both add to those of the beginning."""
+    model = tiny.model_of(kind, **WINDOWED.get(kind, {}))
+    lengths, shared = (15, 12, 7, 20), (0, 11, 0, 3)
+    ids, _ = flat(lengths)
+    one, two, three, four = ids.split(lengths, dim=1)
+    whole = one, torch.cat([one[:, :11], two], 1), three, torch.cat([three[:, :3], four], 1)
+    alone = [model(input_ids=each).logits[:, -n:] for each, n in zip(whole, lengths, strict=True)]
+    expected, gradients = logits_and_gradients(model, alone)
+    use_packed_attention(model)
+    packing = way(**vars(pack(lengths, model.device, shared)))
+    with packed_as(packing):
+        positions = packing.position_ids
+        together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        found = logits_and_gradients(model, [together])
+    torch.testing.assert_close(found, (expected, gradients), rtol=0, atol=1e-5)
+
+
+def logits_and_gradients(model, parts):
+    """(1, T, V) and those of the weights, of a sum in which each logit has its own weight."""
+    logits = torch.cat(parts, dim=1)
+    weights = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+    gradients = torch.autograd.grad((logits * weights).mean(), list(model.parameters()))
+    return logits.detach(), gradients
 
 
 @pytest.mark.parametrize("kind", [*WINDOWED, "gpt_oss"])

@@ -95,7 +95,7 @@ def ours(kind: str, method: str, layout: str) -> tuple[float, dict[str, torch.Te
     if layout == "packed":
         use_packed_attention(base)
         require_isolation(base, max(LENGTHS))
-        packing = Packing(tuple(batch["lengths"]), batch["position_ids"])
+        packing = Packing.of(batch)
     head = ResponseHead(model)
     head.require_unmodified_logits(model)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}

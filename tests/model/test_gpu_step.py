@@ -27,8 +27,11 @@ LORA = {
 }
 
 
-def traced(kind: str, gpu, layout: str = "packed", bits: int = 0, dtype=torch.float32, **more):
+def traced(
+    kind: str, gpu, layout: str = "packed", bits: int = 0, dtype=torch.float32, batch=None, **more
+):
     """A step's trace. With `bits` the base is in bitsandbytes' own layers, under an adapter."""
+    batch = batch or fake_cuda.batch_of(LENGTHS, layout)
     capability, autocast = gpu
     recipe, config = settings_of(kind, layout, bits > 0 or dtype != torch.float32, **more)
     with torch.device("meta"):
@@ -41,7 +44,7 @@ def traced(kind: str, gpu, layout: str = "packed", bits: int = 0, dtype=torch.fl
         fake_cuda.to_fake_gpu(model)
         if bits:
             fill_bitsandbytes_layers(model, bits)
-        fake_cuda.training_step(trace, model, fake_cuda.batch_of(LENGTHS, layout), autocast)
+        fake_cuda.training_step(trace, model, batch, autocast)
     return trace
 
 
@@ -133,6 +136,14 @@ def test_a_wait_is_seen():
 def test_no_attention_runs_in_the_math_kernel_or_sorts_in_backward(kind, gpu):
     trace = traced(kind, gpu)
     assert trace.kernels["math"] == 0
+    assert not [name for name in trace.operations if "index_put" in name]
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize("gpu", [T4, A100], ids=["T4", "A100"])
+def test_a_step_on_pairs_is_computed_as_one_on_other_examples(kind, gpu):
+    trace = traced(kind, gpu, batch=fake_cuda.batch_of_pairs([70, 33], 15))
+    assert trace.waits == [] and trace.kernels == traced(kind, gpu).kernels
     assert not [name for name in trace.operations if "index_put" in name]
 
 

@@ -9,6 +9,7 @@ from finetuning.errors import UserError
 from finetuning.model import packed_models
 from finetuning.model.isolation import require_isolation
 from finetuning.model.packed_models import use_packed_attention
+from finetuning.model.packing import Packing
 from finetuning.model.response_head import ResponseHead
 
 
@@ -53,11 +54,23 @@ def test_half_precision_on_a_gpu_isolates_too(kind, dtype):
     assert torch.equal(before[0, 20:], after[0, 20:])
 
 
+@pytest.mark.parametrize("are_pairs", [False, True])
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_the_real_model_is_asked_and_passes(kind):
+def test_the_real_model_is_asked_and_passes(kind, are_pairs):
     model = tiny.model_of(kind)
     use_packed_attention(model)
-    assert require_isolation(model) is None  # it raises otherwise
+    assert require_isolation(model, are_pairs=are_pairs) is None  # it raises otherwise
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_a_pair_whose_second_response_does_not_see_the_prompt_is_refused(kind, monkeypatch):
+    model = tiny.model_of(kind)
+    use_packed_attention(model)
+    monkeypatch.setattr(Packing, "attended", lambda packing, tokens: tokens)
+    monkeypatch.setattr(Packing, "key_lengths", property(lambda packing: packing.lengths))
+    assert require_isolation(model) is None
+    with pytest.raises(UserError, match="get alone"):
+        require_isolation(model, are_pairs=True)
 
 
 def test_a_model_is_asked_where_it_computes_and_not_where_its_weights_wait(monkeypatch):

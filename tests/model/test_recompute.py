@@ -61,7 +61,7 @@ def step(model, form: str = "float32") -> tuple[torch.Tensor, dict[str, torch.Te
     targets = Targets(batch["positions"], tokens)
     tracker = StorageTracker()
     with (
-        packed_as(Packing(tuple(batch["lengths"]), batch["position_ids"])),
+        packed_as(Packing.of(batch)),
         LayerNormInFloat32() if is_gpu else nullcontext(),
     ):
         autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)

@@ -142,12 +142,10 @@ def packing_of(
     batch: Batch, model: "PreTrainedModel", is_half: bool, capability: tuple[int, int] | None
 ) -> Packing | None:
     """How the device attends to the batch; None for padded rows."""
-    if "position_ids" not in batch:
-        return None
     # Its kernel takes examples one by one, but no bias.
     has_flash = is_half and model.config.model_type != "bloom" and (capability or (0, 0)) >= (8, 0)
     kind = Packing if capability is None or has_flash else PaddedPacking
-    return kind(tuple(batch["lengths"]), batch["position_ids"])
+    return kind.of(batch)
 
 
 def make_weights_fake(model: "PreTrainedModel", tracker: StorageTracker) -> None:

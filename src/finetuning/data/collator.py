@@ -6,12 +6,14 @@
 A batch is a set of examples: the layout never changes the loss.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from finetuning.data.examples import IGNORE_INDEX, Example, sequences_of
 
@@ -29,7 +31,9 @@ class Collator:
     the right.
 
     A pair is two examples, first that with the chosen response; then also counts (4 * pairs,), see
-    counts_of_pair, and reference (pairs, 4).
+    counts_of_pair, and reference (pairs, 4). Packed, the second stands there without what both
+    begin with: shared, how many tokens each example begins with that stand in the one before, and
+    keys, see keys_of.
     """
 
     layout: str
@@ -41,16 +45,21 @@ class Collator:
         labels = [example["labels"] for example in examples]
         trained = [np.flatnonzero(each != IGNORE_INDEX) for each in labels]
         # Nothing depends on an example's last target, nor on what stands behind it.
-        lengths = [max(1, int(at.max(initial=1))) for at in trained]
+        ends = [max(1, int(at.max(initial=1))) for at in trained]
+        begins = list(map(min, self.shared_tokens(pairs), (end - 1 for end in ends)))
+        lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
         ids = [
-            example["input_ids"][:length] for example, length in zip(examples, lengths, strict=True)
+            example["input_ids"][begin:end]
+            for example, begin, end in zip(examples, begins, ends, strict=True)
         ]
         if self.layout == "packed":
             starts = [0, *accumulate(lengths[:-1])]
             batch: dict[str, np.ndarray] = {
                 "input_ids": np.concatenate(ids)[None],
-                "position_ids": np.concatenate([np.arange(length) for length in lengths])[None],
+                "position_ids": np.concatenate(list(map(np.arange, begins, ends)))[None],
             }
+            if any(begins):
+                batch["keys"] = keys_of(lengths, begins)
         else:
             longest = max(lengths)
             starts = [longest * number for number in range(len(examples))]
@@ -61,7 +70,10 @@ class Collator:
         batch |= {
             # An example's first token is never trained, so the position before is of the same one.
             "positions": np.concatenate(
-                [start + at - 1 for start, at in zip(starts, trained, strict=True)]
+                [
+                    start + at - 1 - begin
+                    for start, at, begin in zip(starts, trained, begins, strict=True)
+                ]
             ),
             "targets": np.concatenate([each[at] for each, at in zip(labels, trained, strict=True)]),
         }
@@ -73,7 +85,27 @@ class Collator:
         if "reference" in pairs[0]:
             reference = np.stack([each["reference"] for each in pairs])
             tensors["reference"] = torch.as_tensor(reference)
-        return {**tensors, "lengths": lengths}
+        return {**tensors, "lengths": lengths, "shared": begins}
+
+    def shared_tokens(self, examples: list[Example]) -> list[int]:
+        """Of every sequence, how many of its first tokens stand in the one before it alone."""
+        if "chosen" not in examples[0]:
+            return [0] * len(examples)
+        is_packed = self.layout == "packed"
+        return [count for each in examples for count in (0, each["shared"] * is_packed)]
+
+
+def keys_of(lengths: Sequence[int], shared: Sequence[int]) -> NDArray[np.int64]:
+    """(K,) tokens of a packed row that its examples attend to, one example after another: those
+    that it shares with the one before, then its own.
+    """
+    starts = [0, *accumulate(lengths)]
+    parts = [
+        np.arange(start, start + count)
+        for before, own, length, begin in zip([0, *starts], starts, lengths, shared, strict=False)
+        for start, count in ((before, begin), (own, length))
+    ]
+    return np.concatenate(parts)
 
 
 def counts_of_pair(chosen: int, rejected: int) -> tuple[int, int, int, int]:

@@ -14,12 +14,15 @@ Counts = NDArray[np.int64]
 
 
 class Example(TypedDict):
-    """One sequence of T tokens; of a pair two, one after the other."""
+    """One sequence of T tokens; of a pair two, the second without what both begin with."""
 
     input_ids: Ids  # (T,)
     labels: Ids  # (T,), IGNORE_INDEX where the token is not trained
     chosen: NotRequired[int]
     """of a pair: tokens of the sequence with the chosen response, behind which the other begins"""
+    shared: NotRequired[int]
+    """of a pair: tokens that both sequences begin with: the prompt, but for its last token, from
+    which each predicts its own response"""
     reference: NotRequired[NDArray[np.float32]]
     """of a pair in preference tuning: (4,) log-probabilities; see training/reference.py"""
 
@@ -33,6 +36,7 @@ class Examples:
     lengths: Counts  # (examples,)
     rows: Counts  # (examples,) number of the row an example was made from
     chosen: Counts | None = None  # (examples,) of pairs: see Example
+    shared: Counts | None = None  # (examples,) the same
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -46,8 +50,9 @@ class Examples:
     def example(self, number: int, tokens: slice) -> Example:
         """The example of this number, which has these tokens."""
         example: Example = {"input_ids": self.input_ids[tokens], "labels": self.labels[tokens]}
-        if self.chosen is not None:
+        if self.chosen is not None and self.shared is not None:
             example["chosen"] = int(self.chosen[number])
+            example["shared"] = int(self.shared[number])
         return example
 
     @property
@@ -63,18 +68,20 @@ class Examples:
     @property
     def sequence_lengths(self) -> Counts:
         """(examples, 1) tokens of each sequence; (examples, 2) of pairs."""
-        if self.chosen is None:
+        if self.chosen is None or self.shared is None:
             return self.lengths[:, None]
-        return np.stack([self.chosen, self.lengths - self.chosen], 1)
+        return np.stack([self.chosen, self.lengths - self.chosen + self.shared], 1)
 
     def select(self, numbers: Counts, max_length: int | None = None) -> "Examples":
         """The examples of these numbers, in this order, with repeats; cut to max_length tokens."""
         starts = (self.ends - self.lengths)[numbers]
         lengths = np.minimum(self.lengths[numbers], max_length or np.inf).astype(np.int64)
         tokens = ranges(starts, lengths)
-        chosen = None if self.chosen is None else self.chosen[numbers]
+        chosen, shared = (
+            None if each is None else each[numbers] for each in (self.chosen, self.shared)
+        )
         rows = self.rows[numbers]
-        return Examples(self.input_ids[tokens], self.labels[tokens], lengths, rows, chosen)
+        return Examples(self.input_ids[tokens], self.labels[tokens], lengths, rows, chosen, shared)
 
     @property
     def widths(self) -> Counts:
@@ -85,18 +92,38 @@ class Examples:
         return widths
 
     def in_pairs(self) -> "Examples":
-        """Every two sequences as the one example that they are."""
+        """Every two sequences, of which each has a trained token, as the one example that they are.
+
+        What they share is there once, so that it is computed once where the layout is packed.
+        """
+        starts, trained = self.ends - self.lengths, np.flatnonzero(self.labels != IGNORE_INDEX)
+        prompts = trained[np.searchsorted(trained, starts)] - starts
+        shared = np.maximum(prompts.reshape(-1, 2).min(1) - 1, 0)
+        once, again = (ranges(starts[half::2], shared) for half in (0, 1))
+        assert np.array_equal(self.input_ids[once], self.input_ids[again])
         lengths = self.lengths.reshape(-1, 2)
-        return replace(self, lengths=lengths.sum(1), rows=self.rows[::2], chosen=lengths[:, 0])
+        return Examples(
+            np.delete(self.input_ids, again),
+            np.delete(self.labels, again),
+            lengths.sum(1) - shared,
+            self.rows[::2],
+            chosen=lengths[:, 0],
+            shared=shared,
+        )
 
 
 def sequences_of(example: Example) -> list[Example]:
     """The example itself; of a pair, the sequence with the chosen and that with the rejected."""
     if "chosen" not in example:
         return [example]
-    parts = slice(example["chosen"]), slice(example["chosen"], None)
+    chosen, shared = example["chosen"], example["shared"]
     ids, labels = example["input_ids"], example["labels"]
-    return [{"input_ids": ids[part], "labels": labels[part]} for part in parts]
+    first: Example = {"input_ids": ids[:chosen], "labels": labels[:chosen]}
+    second: Example = {
+        "input_ids": np.concatenate([ids[:shared], ids[chosen:]]),
+        "labels": np.concatenate([labels[:shared], labels[chosen:]]),
+    }
+    return [first, second]
 
 
 def train_on_all(examples: Examples) -> Examples:

@@ -1,7 +1,7 @@
 """Examples on disk: written as they come, sealed, and mapped into the memory of every process.
 
     <folder>/train.input_ids.npy  train.labels.npy  train.lengths.npy  train.rows.npy
-             train.chosen.npy     of pairs
+             train.chosen.npy  train.shared.npy     of pairs
              eval.*.npy           the same of the evaluation set
              prepared.json        SHA-256 of what follows in it; report, fingerprint, files
 
@@ -27,7 +27,12 @@ Arrays = dict[str, NDArray[Any]]
 
 INDEX = "prepared.json"
 NAMES = [field.name for field in fields(Examples)]
-OF_EXAMPLES = ("lengths", "rows", "chosen")  # of NAMES, those with a number for each example
+OF_EXAMPLES = (
+    "lengths",
+    "rows",
+    "chosen",
+    "shared",
+)  # of NAMES, those with a number for each example
 CHUNK = 2**20  # tokens that are copied at once
 # Bytes at the start of a file that its digest is of. More would make the start of a run on a
 # billion tokens wait for the disk; a file that was cut short is known by its size.

@@ -6,6 +6,7 @@ examples are attended to one by one (CPU), as padded rows (GPU), or by a variabl
 keys and values. How models come to attend so is said in packed_models.py.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ def attend(
     key. With `window` a query attends to that many keys at most, the last of them its own.
     """
     query, key, value = map(to_autocast_dtype, (query, key, value))
+    key, value = map(packing.attended, (key, value))
     if window and window >= packing.longest:
         window = None
     if bias is None and has_flash(query, value):
@@ -50,7 +52,8 @@ def attend(
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     mask = mask_of(packing, packing.row_length, query, bias, window)
-    q, k, v = (pad(x, packing) for x in (query, key, value))
+    q = pad(query, packing.rows, packing)
+    k, v = (pad(x, packing.key_rows, packing) for x in (key, value))
     output = F.scaled_dot_product_attention(
         q, k, v, mask, dropout, is_causal=mask is None, scale=scale
     )
@@ -68,18 +71,35 @@ def attend_one_by_one(
     window: int | None,
 ) -> torch.Tensor:
     """`attend` for a CPU, whose time for padding would be lost."""
+    if packing.keys is not None:
+        # SDPA's own causal mask has the first query look at the first key alone.
+        window = window or packing.longest
     mask = mask_of(packing, packing.longest, query, bias, window)
     gqa = key.shape[1] != query.shape[1]
     parts = []
-    # Not slices: the backward of each would be a row of zeros as long as the whole batch.
-    splits = (x.split_with_sizes(packing.lengths, dim=2) for x in (query, key, value))
-    for q, k, v in zip(*splits, strict=True):
-        cut = None if mask is None else mask[:, :, : q.shape[2], : q.shape[2]]
+    for q, k, v, cut in by_example(query, key, value, packing, mask):
         part = F.scaled_dot_product_attention(
             q, k, v, cut, dropout, is_causal=cut is None, scale=scale, enable_gqa=gqa
         )
         parts.append(part.transpose(1, 2))
     return join(*parts).transpose(1, 2)
+
+
+def by_example(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    mask: torch.Tensor | None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """(query, key, value, mask) of each example, whose last query is the token of its last key."""
+    # Not slices: the backward of each would be a row of zeros as long as the whole batch.
+    queries = query.split_with_sizes(packing.lengths, dim=2)
+    keys, values = (x.split_with_sizes(packing.key_lengths, dim=2) for x in (key, value))
+    for q, k, v in zip(queries, keys, values, strict=True):
+        end = k.shape[2]
+        cut = None if mask is None else mask[:, :, end - q.shape[2] : end, :end]
+        yield q, k, v, cut
 
 
 def join(*parts: torch.Tensor) -> torch.Tensor:
@@ -112,7 +132,9 @@ def attend_flash(
 ) -> torch.Tensor:
     """`attend` by FlashAttention's kernel for sequences of different lengths."""
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    sequences = (packing.boundaries, packing.boundaries, packing.longest, packing.longest)
+    # With fewer queries than keys, its causal mask has the last query look at every key.
+    longest = max(packing.lengths), packing.longest
+    sequences = (packing.boundaries, packing.key_boundaries, *longest)
     left = window - 1 if window else -1
     settings = {"scale": scale, "window_size_left": left, "window_size_right": 0}
     output = flash_attention(q, k, v, *sequences, dropout, window is None, False, **settings)

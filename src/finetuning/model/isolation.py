@@ -1,12 +1,11 @@
 """Whether packed examples get the logits that they get alone, tried with the model itself."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from finetuning.errors import UserError
-from finetuning.model.packing import Packing, packed_as, positions_of
+from finetuning.model.packing import Packing, pack, packed_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,11 +23,14 @@ def require_isolation(
     longest: int = 0,
     is_half: bool = False,
     device: torch.device | None = None,
+    *,
+    are_pairs: bool = False,
 ) -> None:
     """Raises UserError if packed examples do not get the logits that they get alone.
 
     Computes two examples with this very model, packed and alone. The first is longer than the
-    model's window if the data's `longest` example is. `is_half`: the model computes in half
+    model's window if the data's `longest` example is. Of pairs the second begins as the first does,
+    and is packed without that beginning. `is_half`: the model computes in half
     precision, by autocast or its own number format. `device`: what it computes on, where its
     weights are kept elsewhere in between (FSDP2 with offload).
     """
@@ -38,16 +40,20 @@ def require_isolation(
     random = torch.Generator().manual_seed(0)
     device = device or model.device
     tokens = torch.randint(5, 13, (1, sum(lengths)), generator=random).to(device)
+    first, second = tokens.split_with_sizes(lengths, dim=1)
+    begin = lengths[0] - 2 if are_pairs else 0
+    packing = pack(lengths, device, (0, begin))
     was_training = model.training
     model.train(False)
     try:
-        parts = tokens.split_with_sizes(lengths, dim=1)
-        alone = torch.cat([last_logits(model, part, part.shape[1:]) for part in parts], dim=1)
-        with packed_as(Packing(lengths, positions_of(lengths, device))):
-            packed = last_logits(model, tokens, lengths)
+        whole = first, torch.cat([first[:, :begin], second], dim=1)
+        alone = [last_logits(model, one, pack(one.shape[1:], device)) for one in whole]
+        with packed_as(packing):
+            packed = last_logits(model, tokens, packing)
     finally:
         model.train(was_training)
-    difference, norm = (alone - packed).norm(), alone.norm()
+    expected = torch.cat(alone, dim=1)
+    difference, norm = (expected - packed).norm(), expected.norm()
     if not difference <= tolerance(model, is_half) * norm:
         raise UserError(
             f"data.layout: packed, but in this {model.config.model_type} model packed examples do "
@@ -69,13 +75,15 @@ def tolerance(model: "PreTrainedModel", is_half: bool) -> float:
 
 
 def last_logits(
-    model: "PreTrainedModel", input_ids: torch.Tensor, lengths: Sequence[int]
+    model: "PreTrainedModel", input_ids: torch.Tensor, packing: Packing
 ) -> torch.Tensor:
     """(1, at most COMPARED for each of the examples in the row, V)"""
-    positions = positions_of(lengths, input_ids.device)
-    kept = COMPARED * len(lengths)
+    kept = COMPARED * len(packing.lengths)
     output = model(
-        input_ids=input_ids, position_ids=positions, use_cache=False, logits_to_keep=kept
+        input_ids=input_ids,
+        position_ids=packing.position_ids,
+        use_cache=False,
+        logits_to_keep=kept,
     )
     logits: torch.Tensor = output.logits
     return logits[:, -kept:].float()

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from transformers.integrations import sdpa_attention
 
 from finetuning.errors import UserError
-from finetuning.model.attention import attend, has_flash, mask_of
+from finetuning.model.attention import attend, by_example, has_flash, mask_of
 from finetuning.model.packing import Current
 
 if TYPE_CHECKING:
@@ -92,9 +92,8 @@ def packed_capped_attention(
     packing, parts = Current.packing, []
     mask = mask_of(packing, packing.longest, query, None, sliding_window or packing.longest)
     assert mask is not None
-    splits = (x.split_with_sizes(packing.lengths, dim=2) for x in (query, key, value))
-    for q, k, v in zip(*splits, strict=True):
-        cut = mask[:, :, : q.shape[2], : q.shape[2]]
+    key, value = map(packing.attended, (key, value))
+    for q, k, v, cut in by_example(query, key, value, packing, mask):
         settings = {"scaling": scaling, "dropout": dropout, "softcap": softcap}
         parts.append(eager(module, q, k, v, cut, **settings)[0])  # (1, T of it, H, D)
     return torch.cat(parts, dim=1), None

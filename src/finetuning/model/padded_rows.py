@@ -45,10 +45,12 @@ scatter: Callable[..., torch.Tensor] = Scatter.apply
 gather: Callable[..., torch.Tensor] = Gather.apply
 
 
-def pad(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """(1, H, T, D) -> (examples, H, row_length, D), zero behind an example's end."""
+def pad(packed: torch.Tensor, index: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """(1, H, T, D), and where each is in the flattened rows (T,) -> (examples, H, row_length, D),
+    zero elsewhere.
+    """
     count, length = len(packing.lengths), packing.row_length
-    rows = scatter(packed[0].transpose(0, 1), packing.rows, count * length)
+    rows = scatter(packed[0].transpose(0, 1), index, count * length)
     return rows.view(count, length, *rows.shape[1:]).transpose(1, 2)
 
 

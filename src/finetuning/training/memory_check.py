@@ -15,7 +15,7 @@ from finetuning.budget.savings import remedies
 from finetuning.data.collator import Batch
 from finetuning.errors import UserError, is_out_of_memory
 from finetuning.launch.step_size import smaller
-from finetuning.model.packing import packed_as
+from finetuning.model.packing import Packing, packed_as
 from finetuning.training.prepared_run import PreparedRun
 from finetuning.training.trainer import ResponseTrainer
 
@@ -82,7 +82,7 @@ def compute(trainer: ResponseTrainer, batch: Batch) -> None:
         # Whose backward cannot be taken back; its optimizer has all the memory it needs.
         inputs = trainer._prepare_inputs(batch)
         model.train()
-        with packed_as(trainer.packing(inputs)), trainer.compute_loss_context_manager():
+        with packed_as(Packing.of(inputs)), trainer.compute_loss_context_manager():
             trainer.compute_loss(model, inputs)
         return
     trained = [weight for weight in model.parameters() if weight.requires_grad]

@@ -9,7 +9,7 @@ from finetuning.data.collator import Batch
 from finetuning.data.example_set import PairSet
 from finetuning.evaluation.intervals import mean_of
 from finetuning.model.dropout import disable_dropout
-from finetuning.model.packing import packed_as
+from finetuning.model.packing import Packing, packed_as
 from finetuning.model.preference_loss import ScoredPairs, summed_losses
 from finetuning.model.preference_throughput import PreferenceThroughput
 from finetuning.recipe.sections import PreferenceTraining
@@ -86,7 +86,7 @@ class PreferenceTrainer(ResponseTrainer):
     def log_probs(self, batch: Batch) -> torch.Tensor:
         """(pairs, 4) of the batch's responses, as ScoredPairs has them; counted nowhere."""
         inputs = self._prepare_inputs(batch)
-        with packed_as(self.packing(inputs)), self.compute_loss_context_manager():
+        with packed_as(Packing.of(inputs)), self.compute_loss_context_manager():
             losses = self.scored(self.model_wrapped, inputs)
         self.throughput.reset()
         return -losses.reshape(-1, 4)

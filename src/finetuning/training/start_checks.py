@@ -41,7 +41,9 @@ def check_packing(trainer: ResponseTrainer, run: PreparedRun) -> None:
     if run.recipe.data.layout == "packed":
         longest = run.examples.train.longest
         is_half = trainer.args.bf16 or trainer.args.fp16
-        require_isolation(trainer.model, longest, is_half, trainer.args.device)
+        are_pairs = run.recipe.data.is_preference
+        device = trainer.args.device
+        require_isolation(trainer.model, longest, is_half, device, are_pairs=are_pairs)
 
 
 def check_reference(trainer: ResponseTrainer, run: PreparedRun) -> None:

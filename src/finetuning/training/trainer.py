@@ -123,16 +123,11 @@ class ResponseTrainer(ResumableTrainer):
             for name, value in inputs.items()
         }
 
-    def packing(self, inputs: Batch) -> Packing | None:
-        """How the examples stand in the batch's one row; None for padded rows."""
-        is_packed = "position_ids" in inputs
-        return Packing(tuple(inputs["lengths"]), inputs["position_ids"]) if is_packed else None
-
     # Loss
 
     def training_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Until backward is done: checkpointed layers attend again.
-        with self.offloading, packed_as(self.packing(inputs)):
+        with self.offloading, packed_as(Packing.of(inputs)):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
@@ -167,7 +162,7 @@ class ResponseTrainer(ResumableTrainer):
         self, model: Any, inputs: Batch, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager(), packed_as(self.packing(inputs)):
+        with torch.no_grad(), self.compute_loss_context_manager(), packed_as(Packing.of(inputs)):
             return self.compute_loss(model, inputs).detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
