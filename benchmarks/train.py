@@ -123,7 +123,7 @@ def make_trainer(options: argparse.Namespace, model, examples, callbacks):
 
     from finetuning.data.collator import Collator
     from finetuning.data.example_set import ExampleSet
-    from finetuning.model.loading import fuse_gelu
+    from finetuning.model.loading import disable_cudnn_attention, fuse_gelu
     from finetuning.model.packed_models import use_packed_attention
     from finetuning.training.trainer import ResponseTrainer
 
@@ -158,6 +158,7 @@ def make_trainer(options: argparse.Namespace, model, examples, callbacks):
     if not own:
         return SFTTrainer(**shared)
     layout = mode.removeprefix("ours_")
+    disable_cudnn_attention()
     fuse_gelu(model)
     if layout == "packed":
         use_packed_attention(model)

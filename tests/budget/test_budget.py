@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -376,3 +377,83 @@ def test_a_folder_with_a_tokenizer_alone_shows_rows_without_a_budget(tmp_path, c
     assert (tmp_path / "run" / "preview" / "report.json").exists()
     asked = call(preview, *command, "--gpu", "t4")
     assert asked.code == 2 and asked.err.startswith("error: model.name: ")
+
+
+# The memory that the header of a recipe names
+
+FIGURES = re.compile(r"By src/preview.py, (\d+|an) \w+ of ([\d,]+) tokens takes? ([\d.]+) of the")
+LAYERS = {"gpt2": "n_layer", "bloom": "n_layer", "llama": "num_hidden_layers"}
+
+
+def llm_jp_3(width: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": 99584,
+        "max_position_embeddings": 4096,
+    }
+
+
+LLM_JP_1_3B = {
+    "model_type": "gpt2",
+    "n_embd": 2048,
+    "n_inner": 8192,
+    "n_layer": 24,
+    "n_head": 16,
+    "n_positions": 2048,
+    "vocab_size": 50688,
+}
+# Of the model's config.json, or of its card, what decides shapes; and the GPU.
+MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "dolly_gpt2": ({"model_type": "gpt2", "n_layer": 12}, "t4"),
+    "dolly_ja_bloomz_560m": ({**BLOOMZ_1B1, "hidden_size": 1024}, "t4"),
+    "dolly_ja_llm_jp_3_1.8b": (llm_jp_3(2048, 7168, 24, 16), "h100"),
+    "dolly_ja_llm_jp_3_7.2b": (llm_jp_3(4096, 11008, 32, 32), "h100"),
+    "dolly_ja_llm_jp_3_7.2b_lora4bit": (llm_jp_3(4096, 11008, 32, 32), "t4"),
+    "harry_potter_bloomz_1b1_lora4bit": (BLOOMZ_1B1, "t4"),
+    "harry_potter_bloomz_1b1_lora8bit": (BLOOMZ_1B1, "t4"),
+    "oasst1_ja_llm_jp_1.3b": (LLM_JP_1_3B, "a100-40"),
+    "oasst1_ja_llm_jp_1.3b_lora": (LLM_JP_1_3B, "t4"),
+    "oasst1_ja_llm_jp_3_3.7b_lora": (llm_jp_3(3072, 8192, 28, 24), "t4"),
+    "wikipedia_ja_llm_jp_3_1.8b": (llm_jp_3(2048, 7168, 24, 16), "h100"),
+}
+# With fewer layers than these, the peak would be in the output layer.
+FIRST = {"dolly_ja_llm_jp_3_7.2b": 5, "dolly_ja_llm_jp_3_7.2b_lora4bit": 5}
+STRATEGIES = {"dolly_ja_llm_jp_3_7.2b": Strategy("zero3", 8)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_header_names_the_memory_that_preview_finds(name, tmp_path):
+    text = (ROOT / f"recipes/{name}.yaml").read_text(encoding="utf-8")
+    count, length, gib = FIGURES.findall(text)[0]
+    (config, gpu), strategy = MODELS[name], STRATEGIES.get(name, SINGLE)
+    device = devices.gpu_by_name(gpu)
+    assert f"of the {device.memory / 2**30:.1f} GiB" in text
+    recipe = load_recipe(ROOT / f"recipes/{name}.yaml", [f"model.name={tmp_path}"])
+    examples = recipe.training.per_device_train_batch_size
+    assert count == ("an" if examples == 1 else str(examples))
+    assert length == f"{recipe.data.max_length:,}"
+    found = gib_of(recipe, config, strategy, device, tmp_path, FIRST.get(name, 2))
+    assert float(gib) == pytest.approx(found, rel=0.1)
+
+
+def gib_of(recipe, config, strategy, device, folder: Path, first: int) -> float:
+    """Of the longest examples that the recipe takes.
+
+    Each layer adds the same: `first` of them and one more are enough to know of all.
+    """
+    layers, found = LAYERS[config["model_type"]], []
+    for count in (first, first + 1):
+        write_config(folder, {**config, layers: count})
+        rows = prepared(100, recipe.data.max_length)
+        budget = make_budget(recipe, rows, tiny.byte_level(), strategy, device)
+        found.append(budget.total / 2**30)
+    return found[0] + (config[layers] - first) * (found[1] - found[0])
+
+
+def test_every_recipe_of_a_model_on_the_hub_names_its_memory():
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    assert {name for name in recipes if "dpo" not in name} - {"quickstart"} == MODELS.keys()

@@ -51,6 +51,13 @@ def test_the_end_mark_learns_where_it_is_the_pad_token_of_the_base_model_too(tmp
     assert gradient_of_the_end_mark(base, end).norm() > 0
 
 
+def test_a_process_that_has_a_model_attends_without_cudnn():
+    """Be it to train or to answer."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    from_scratch()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_the_config_of_a_model_from_scratch_can_be_saved_and_loaded(kind, tmp_path: Path):
     settings = Model(

@@ -18,9 +18,6 @@ from finetuning.model.recompute import made_by
 
 # Not torch.nn.attention.varlen.varlen_attn: it calls this, but always without dropout.
 flash_attention: Any = torch.ops.aten._flash_attention_forward
-# torch prefers cuDNN's attention on an H100: half a second for every new length, and wrong answers
-# and gradients in half precision (pytorch#193893, pytorch#196678).
-torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def attend(

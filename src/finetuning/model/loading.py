@@ -32,6 +32,7 @@ def load_model(
     has.
     """
     show_bars_of_long_work_only()
+    disable_cudnn_attention()
     if model.from_scratch:
         return make_model(model, tokenizer, seed)
     loaded = read_model(model, device)
@@ -54,6 +55,14 @@ def show_bars_of_long_work_only() -> None:
 
     settings = {"delay": 3, "leave": False, "disable": None}  # after 3 s, in terminals
     set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, **settings}))
+
+
+def disable_cudnn_attention() -> None:
+    """torch prefers it on an H100: half a second for every new length, and wrong answers and
+    gradients in half precision (pytorch#193893, pytorch#196678)."""
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def make_model(model: Model, tokenizer: "PreTrainedTokenizerFast", seed: int) -> "PreTrainedModel":
