@@ -80,6 +80,11 @@ CASES = [
         ["training.auto_find_batch_size=true"],
         ZERO,
     ),
+    (
+        "training.loraplus_lr_ratio with ZeRO or FSDP",
+        ["lora={r: 4}", "training.loraplus_lr_ratio=16"],
+        ZERO,
+    ),
     ("model.dtype: float16 with training", ["model.dtype=float16"], {}),
     (
         "model.dtype: bfloat16 with training.fp16",

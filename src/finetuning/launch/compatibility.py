@@ -129,6 +129,15 @@ RULES = (
         ),
     ),
     Rule(
+        "training.loraplus_lr_ratio with ZeRO or FSDP",
+        "it was not tested with an optimizer whose state is shared out",
+        "accelerate_configs/ddp.yaml",
+        lambda recipe, strategy: (
+            recipe.training.loraplus_lr_ratio is not None
+            and strategy.name not in ("single", "ddp")
+        ),
+    ),
+    Rule(
         "ZeRO offload without a C++ compiler",
         "DeepSpeed compiles its Adam for the CPU when training begins",
         "install g++, or accelerate_configs/zero3.yaml",

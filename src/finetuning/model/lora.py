@@ -76,6 +76,21 @@ def add_adapter(
     return adapted
 
 
+def loraplus_optimizer(
+    model: "PreTrainedModel", args: "SFTConfig", ratio: float
+) -> "torch.optim.Optimizer":
+    """peft's optimizer for LoRA+ (https://arxiv.org/abs/2402.12354), with the settings of training:
+    matrices B learn `ratio` times as fast as matrices A."""
+    from peft.optimizers import create_loraplus_optimizer
+    from transformers import Trainer
+
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
+        model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=args.weight_decay, **settings
+    )
+    return optimizer
+
+
 def require_modules(model: "PreTrainedModel", lora: dict[str, Any]) -> None:
     """Raises UserError for a listed name that no module has.
 

@@ -107,6 +107,22 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def check_loraplus(self) -> "Recipe":
+        if self.training.loraplus_lr_ratio is None:
+            return self
+        if self.lora is None:
+            raise ValueError(
+                "training.loraplus_lr_ratio is about the matrices of an adapter: add a lora "
+                "section, or leave it out"
+            )
+        if self.training.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(
+                f"training.loraplus_lr_ratio was not tested with optim {self.training.optim}; use "
+                "adamw_torch or adamw_torch_fused"
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_quantization(self) -> "Recipe":
         if self.model.quantization and self.lora is None:
             raise ValueError(

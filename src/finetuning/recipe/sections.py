@@ -101,6 +101,7 @@ NOT_OF_SFT_CONFIG = {
     "auto_find_batch_size",
     "early_stopping_patience",
     "early_stopping_threshold",
+    "loraplus_lr_ratio",
     *PREFERENCE_KEYS,
 }
 """settings of `training` that are ours, or that we do otherwise"""
@@ -127,6 +128,9 @@ class Training(SFTConfigFields):
     """stop after so many evaluations without a better training.metric_for_best_model"""
     early_stopping_threshold: float = Field(default=0.0, ge=0, le=10**6)
     """by how much it has to be better to count"""
+    loraplus_lr_ratio: float | None = Field(default=None, gt=0, le=10**4)
+    """LoRA+: how many times learning_rate an adapter's matrices B learn at, such as 16; by peft's
+    optimizer"""
     # The library's default asks the device, in every micro-batch, for a loss that it replaces by
     # an average.
     logging_nan_inf_filter: bool = False

@@ -123,6 +123,7 @@ def make_trainer(run: PreparedRun) -> ResponseTrainer:
             processing_class=run.tokenizer,
             order=recipe.data.order,
             batch_tokens=recipe.data.batch_tokens,
+            loraplus_lr_ratio=recipe.training.loraplus_lr_ratio,
             generation_config=saved_generation_config(asker),
             early_stopping=early_stopping(recipe),
         )

@@ -12,6 +12,7 @@ from trl import SFTConfig
 from finetuning.data.batch_sampler import BatchSampler
 from finetuning.data.collator import Batch, Collator
 from finetuning.data.example_set import ExampleSet
+from finetuning.model.lora import loraplus_optimizer
 from finetuning.model.packing import Packing, packed_as
 from finetuning.model.response_head import ResponseHead, Targets
 from finetuning.model.throughput import Throughput
@@ -41,10 +42,12 @@ class ResponseTrainer(ResumableTrainer):
         *,
         order: str = "random",
         batch_tokens: int | None = None,
+        loraplus_lr_ratio: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.order, self.batch_tokens = order, batch_tokens
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         self.head = ResponseHead(self.accelerator.unwrap_model(self.model))
         self.throughput = self.new_throughput()
         self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch
@@ -59,6 +62,13 @@ class ResponseTrainer(ResumableTrainer):
 
     def new_throughput(self) -> Throughput:
         return Throughput(self.model, self.args.device)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.loraplus_lr_ratio and self.optimizer is None:
+            trained = self.model if model is None else model
+            self.optimizer = loraplus_optimizer(trained, self.args, self.loraplus_lr_ratio)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
 
     # Batches
 
