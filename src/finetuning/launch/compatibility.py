@@ -133,8 +133,7 @@ RULES = (
         "it was not tested with an optimizer whose state is shared out",
         "accelerate_configs/ddp.yaml",
         lambda recipe, strategy: (
-            recipe.training.loraplus_lr_ratio is not None
-            and strategy.name not in ("single", "ddp")
+            recipe.training.loraplus_lr_ratio is not None and strategy.name not in ("single", "ddp")
         ),
     ),
     Rule(
