@@ -7,7 +7,7 @@ from peft import PeftModel
 from trainings import LORA_TARGETS, losses_of, recipe_of, trained, write_rows
 from transformers import AutoModelForCausalLM
 
-TOKENS = tiny.byte_level()("It is")["input_ids"]  # in every response
+TOKENS = tiny.byte_level()("t is")["input_ids"]  # in every response
 KINDS = {
     "some": f"trainable_token_indices: {TOKENS}",
     "all": "modules_to_save: [embed_tokens]",
