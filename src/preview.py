@@ -130,6 +130,7 @@ def show_budget(
 ) -> None:
     from finetuning.budget.savings import enough
     from finetuning.launch import devices
+    from finetuning.launch.compatibility import require_compatible
     from finetuning.model.quantization import hide_bitsandbytes
     from finetuning.runs.budget_table import print_budget
 
@@ -143,6 +144,13 @@ def show_budget(
     def budget_of(recipe: "Recipe") -> "Budget":
         return make_budget(recipe, run.examples, run.tokenizer, run.strategy, device)
 
+    def fits(changed: "Recipe") -> bool:
+        try:
+            require_compatible(changed, run.strategy, trains_here=False)
+            return budget_of(changed).verdict == "fits"
+        except UserError:  # what training would refuse is no advice
+            return False
+
     try:
         budget = budget_of(run.recipe)
     except UserError as error:  # a tokenizer's folder is enough to look at the rows
@@ -155,7 +163,8 @@ def show_budget(
             run.recipe,
             step.micro_batch,
             step.accumulation,
-            lambda changed: budget_of(changed).verdict == "fits",
+            fits,
+            budget.fits_without_tokens,
         )
     print_budget(console, budget, advice)
 

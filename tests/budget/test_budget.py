@@ -327,6 +327,24 @@ def test_only_settings_that_are_enough_are_advised(small):
     assert "training.activation_checkpointing=true" in enough(recipe, 8, 1, lambda _: True)
 
 
+def test_an_adapter_is_advised_where_it_fits_and_fewer_tokens_where_the_weights_do(small):
+    recipe = load_recipe(ROOT / "recipes/dolly_gpt2.yaml", [f"model.name={small}", *FREE])
+    on_4_bits = "a lora section with model.quantization=4bit"
+    found = enough(recipe, 1, 1, lambda changed: changed.lora is not None, False)
+    assert found == ["a lora section"]
+    found = enough(recipe, 1, 1, lambda changed: changed.model.quantization == "4bit", False)
+    assert found == [on_4_bits]
+    assert enough(recipe, 1, 1, lambda _: False, False) == []
+    shorter = f"a data.max_length below {recipe.data.max_length}"
+    assert enough(recipe, 1, 1, lambda _: False, True) == [shorter]
+    budget = budget_of(small)
+    rest = budget.total - budget.parts["activations"] - budget.parts["logits"]
+    for room, expected in ((1.3, True), (1.1, False)):
+        device = devices.Device("a GPU", int(rest * room), 1e12, (7, 5))
+        changed = dataclasses.replace(budget, device=device)
+        assert changed.fits_without_tokens is expected and changed.verdict == "does not fit"
+
+
 # Devices and strategies
 
 

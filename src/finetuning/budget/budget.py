@@ -72,6 +72,12 @@ class Budget:
         return self.device.memory // (1 if self.device.is_gpu else self.strategy.processes)
 
     @property
+    def fits_without_tokens(self) -> bool:
+        """Whether what is there at the peak beside activations and logits fits."""
+        of_tokens = self.parts["activations"] + self.parts["logits"]
+        return self.total - of_tokens <= TIGHT * self.available
+
+    @property
     def verdict(self) -> str:
         """fits, tight, or does not fit."""
         share = self.total / self.available

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from finetuning.launch.step_size import smaller
 from finetuning.recipe.recipe import Recipe
+from finetuning.recipe.sections import Lora
 
 
 class Saving(NamedTuple):
@@ -34,7 +35,18 @@ def savings(recipe: Recipe, micro_batch: int, accumulation: int) -> list[Saving]
         changed = recipe.model_copy(update={"model": model})
         found.append(Saving(f"model.quantization={bits}", changed))
     found.append(Saving(f"a data.max_length below {recipe.data.max_length}", None))
-    return found if recipe.lora else [*found, Saving("a lora section", None)]
+    return found if recipe.lora else [*found, *with_adapter(recipe)]
+
+
+def with_adapter(recipe: Recipe) -> list[Saving]:
+    """An adapter on every linear layer, and one on a base in 4 bits."""
+    changed = recipe.model_copy(update={"lora": Lora(r=8, target_modules="all-linear")})
+    found = [Saving("a lora section", changed)]
+    if not recipe.model.from_scratch:
+        model = recipe.model.model_copy(update={"quantization": "4bit"})
+        changed = changed.model_copy(update={"model": model})
+        found.append(Saving("a lora section with model.quantization=4bit", changed))
+    return found
 
 
 def with_micro_batch(recipe: Recipe, micro_batch: int, accumulation: int) -> Saving:
@@ -55,17 +67,24 @@ def remedies(recipe: Recipe, micro_batch: int, accumulation: int) -> list[str]:
 
 
 def enough(
-    recipe: Recipe, micro_batch: int, accumulation: int, fits: Callable[[Recipe], bool]
+    recipe: Recipe,
+    micro_batch: int,
+    accumulation: int,
+    fits: Callable[[Recipe], bool],
+    fits_without_tokens: bool = True,
 ) -> list[str]:
     """The settings of which each is enough by itself, as `fits` estimates, if any is.
 
-    Of the micro-batches the largest that fits.
+    Of the micro-batches the largest that fits, and of the adapters the larger. Fewer tokens are
+    enough only if what does not depend on their number fits.
     """
     found: list[str] = []
     for setting, changed in savings(recipe, micro_batch, accumulation):
         is_batch = "per_device_train_batch_size" in setting
         if is_batch and any("per_device_train_batch_size" in other for other in found):
             continue
-        if changed is None or fits(changed):
+        if setting.startswith("a lora") and any(other.startswith("a lora") for other in found):
+            continue
+        if fits_without_tokens if changed is None else fits(changed):
             found.append(setting)
     return found
