@@ -77,14 +77,14 @@ def add_adapter(
 
 
 def loraplus_optimizer(
-    model: "PreTrainedModel", args: "SFTConfig", ratio: float
+    model: "PeftModel", args: "SFTConfig", ratio: float
 ) -> "torch.optim.Optimizer":
     """peft's optimizer for LoRA+ (https://arxiv.org/abs/2402.12354), with the settings of training:
     matrices B learn `ratio` times as fast as matrices A."""
     from peft.optimizers import create_loraplus_optimizer
     from transformers import Trainer
 
-    kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
     optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
         model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=args.weight_decay, **settings
     )
