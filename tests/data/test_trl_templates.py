@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetuning.data.chat_template import ChatTemplate
-from finetuning.data.jinja_template import in_form
+from finetuning.data.message_forms import in_form
 from finetuning.data.named_templates import with_settings
 from finetuning.data.rendering import Conversation, render_row
 from finetuning.data.row import BadRow

@@ -3,53 +3,36 @@
 What a template has a place for is not declared anywhere: it is found by asking it.
 """
 
-import json
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from finetuning.data.generation_marks import with_generation_marks, without_generation_marks
-from finetuning.data.jinja_source import literal
+from finetuning.data.message_forms import (
+    CALLS,
+    PLACEHOLDER,
+    QUESTION,
+    TOOLS,
+    CallForm,
+    calling,
+    in_form,
+)
 from finetuning.data.row import BadRow, Message, Tool, message
+from finetuning.data.template_source import (
+    with_content_in_parts,
+    with_fixed_date,
+    with_mark_at_end,
+    with_mark_in_content,
+    without_mark_at_end,
+)
 from finetuning.errors import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# The date that a chat template gets when it asks for one: with the current date the same rows would
-# have other ids tomorrow. Llama 3's templates write this one where no date can be asked for.
-TODAY = datetime(2024, 7, 26)
-DATE_PARTS = [f"%{letter}" for letter in ("-d", "-m", *"aAbBdeFHIjmMpSTyY")]
-IS_CLOSED = "messages and messages[-1].role == 'assistant' and not add_generation_prompt"
-MARK_AT_END = re.compile(rf"\{{\{{ \".*\" if {re.escape(IS_CLOSED)} else '' }}}}$")
-PLACEHOLDER = "\ue000\ue001"  # text whose place in a rendering is looked for
 OPEN_THOUGHT = re.compile(r"<think>\s*$")
-
-QUESTION = message("user", "a")
-CALLS: list[dict[str, Any]] = [
-    {
-        "id": "call00000",
-        "type": "function",
-        "function": {"name": PLACEHOLDER, "arguments": {"a": "b"}},
-    }
-]
-TOOLS: list[Tool] = [
-    {
-        "type": "function",
-        "function": {
-            "name": PLACEHOLDER,
-            "description": "a",
-            "parameters": {
-                "type": "object",
-                "properties": {"a": {"type": "string", "description": "b"}},
-                "required": ["a"],
-            },
-        },
-    }
-]
 
 
 class Closing(NamedTuple):
@@ -59,15 +42,6 @@ class Closing(NamedTuple):
     """(text, special token) one after another, behind the content of a response"""
     is_next_turn: bool = False
     """the mark belongs to the turn that follows (GLM), so that there is none behind the last"""
-
-
-class CallForm(NamedTuple):
-    """How a chat template wants tool calls."""
-
-    content: str | None
-    """of a message that has calls and no content"""
-    has_text_arguments: bool
-    """arguments as JSON text (DeepSeek), not as an object"""
 
 
 class JinjaTemplate:
@@ -145,14 +119,7 @@ class JinjaTemplate:
     def dated(self) -> str:
         """The tokenizer's chat template, in which strftime_now is a macro that returns TODAY."""
         saved = without_generation_marks(self.tokenizer.get_chat_template())
-        template = MARK_AT_END.sub("", saved)
-        if "strftime_now" not in template or "macro strftime_now" in template:
-            return template
-        # A macro shadows transformers' function; arguments of apply_chat_template must be data.
-        replaced = "".join(f".replace({part!r}, {TODAY.strftime(part)!r})" for part in DATE_PARTS)
-        macro = f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}"
-        # The line feed goes with the block's end: the template still begins where a line begins.
-        return f"{macro}\n{template}"
+        return with_fixed_date(without_mark_at_end(saved))
 
     @cached_property
     def textual(self) -> str:
@@ -272,57 +239,3 @@ class JinjaTemplate:
         """Whether its prompt opens a thought although it has no place for one (DeepSeek R1)."""
         prompt = self.probe([QUESTION], add_generation_prompt=True)
         return bool(OPEN_THOUGHT.search(prompt)) and not self.has_reasoning
-
-
-def calling() -> Message:
-    """A message that calls a function named PLACEHOLDER."""
-    return {"role": "assistant", "content": "", "tool_calls": CALLS}
-
-
-def in_form(turn: Message, form: CallForm | None) -> dict[str, Any]:
-    """The message with the keys and forms that a chat template reads."""
-    read: dict[str, Any] = {key: value for key, value in turn.items() if key != "is_trained"}
-    if not read.get("reasoning_content"):
-        read.pop("reasoning_content", None)
-    if form and turn.get("tool_calls"):
-        read["content"] = turn["content"] or form.content
-        if form.has_text_arguments:
-            read["tool_calls"] = [with_text_arguments(call) for call in turn["tool_calls"]]
-    return read
-
-
-def with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    arguments = json.dumps(function["arguments"], ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-def with_mark_at_end(template: str, mark: str) -> str:
-    """The chat template with an end mark behind the last response of a conversation."""
-    # Jinja drops the line feed at the end of a template.
-    return f"{template.removesuffix(chr(10))}{{{{ {literal(mark)} if {IS_CLOSED} else '' }}}}"
-
-
-def with_mark_in_content(template: str, mark: str) -> str:
-    """The chat template with an end mark behind the content of every response."""
-    content = f"message.content ~ {literal(mark)}"
-    return with_other_content(template, "message.role == 'assistant'", content)
-
-
-def with_content_in_parts(template: str) -> str:
-    """The chat template for content that is text where it knows only parts of a content."""
-    return with_other_content(
-        template, "message.content is string", "[{'type': 'text', 'text': message.content}]"
-    )
-
-
-def with_other_content(template: str, condition: str, content: str) -> str:
-    """The chat template with another content of the messages for which the condition holds."""
-    return (
-        "{% set changed = namespace(messages=[]) %}{% for message in messages %}"
-        f"{{% if {condition} %}}"
-        f"{{% set other = dict(message, content={content}) %}}"
-        "{% set changed.messages = changed.messages + [other] %}"
-        "{% else %}{% set changed.messages = changed.messages + [message] %}{% endif %}{% endfor %}"
-        f"{{% set messages = changed.messages %}}\n{template}"
-    )
