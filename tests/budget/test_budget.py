@@ -327,7 +327,7 @@ def test_only_settings_that_are_enough_are_advised(small):
     assert "training.activation_checkpointing=true" in enough(recipe, 8, 1, lambda _: True)
 
 
-def test_an_adapter_is_advised_where_it_fits_and_fewer_tokens_where_the_weights_do(small):
+def test_an_adapter_is_advised_where_it_fits_and_fewer_tokens_where_the_weights_do(small, capsys):
     recipe = load_recipe(ROOT / "recipes/dolly_gpt2.yaml", [f"model.name={small}", *FREE])
     on_4_bits = "a lora section with model.quantization=4bit"
     found = enough(recipe, 1, 1, lambda changed: changed.lora is not None, False)
@@ -343,6 +343,8 @@ def test_an_adapter_is_advised_where_it_fits_and_fewer_tokens_where_the_weights_
         device = devices.Device("a GPU", int(rest * room), 1e12, (7, 5))
         changed = dataclasses.replace(budget, device=device)
         assert changed.fits_without_tokens is expected and changed.verdict == "does not fit"
+    print_budget(Console(width=200), changed, [])
+    assert "by this estimate enough: no one setting; more memory, or" in capsys.readouterr().out
 
 
 # Devices and strategies

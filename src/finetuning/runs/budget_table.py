@@ -17,6 +17,9 @@ EXPLAINED = {
     "logits": "of some response positions at a time",
     "communication": "between processes",
 }
+NOTHING_IS_ENOUGH = (
+    "no one setting; more memory, or several GPUs with accelerate_configs/zero3.yaml"
+)
 VERDICTS = {"fits": "bold green", "tight": "bold yellow", "does not fit": "bold red"}
 
 
@@ -47,7 +50,8 @@ def print_budget(console: Console, budget: "Budget", advice: list[str]) -> None:
         console.print(f"{name:<8} {text}")
     console.print(f"verdict  {budget.verdict}", style=VERDICTS[budget.verdict])
     if budget.verdict != "fits":
-        console.print(f"         by this estimate enough: {', or '.join(advice)}")
+        found = ", or ".join(advice) or NOTHING_IS_ENOUGH
+        console.print(f"         by this estimate enough: {found}")
     if budget.disk > budget.free:
         console.print(
             "         too little room on the disk: lower training.save_total_limit, or make room",
