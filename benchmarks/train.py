@@ -117,55 +117,78 @@ def sample(options: argparse.Namespace):
 
 
 def make_trainer(options: argparse.Namespace, model, examples, callbacks):
-    from peft import get_peft_model
+    if options.worker == "trainer":
+        return plain_trainer(options, model, examples, callbacks)
+    if options.worker.startswith("ours"):
+        return our_trainer(options, model, examples, callbacks)
+    return trl_trainer(options, model, examples, callbacks)
+
+
+def plain_trainer(options: argparse.Namespace, model, examples, callbacks):
     from transformers import Trainer, TrainingArguments
+
+    return Trainer(
+        with_adapter(options, model),
+        TrainingArguments(**settings_of(options, BATCH)),
+        data_collator=plain_collator,
+        train_dataset=as_dataset(examples),
+        callbacks=callbacks,
+    )
+
+
+def trl_trainer(options: argparse.Namespace, model, examples, callbacks):
     from trl import SFTConfig, SFTTrainer
+
+    from finetuning.model.tokenizer import read_tokenizer
+
+    mode, dataset = options.worker, as_dataset(examples)
+    special = dict(SETTINGS.get(mode, AS_THEY_ARE))
+    if mode == "trl_liger":
+        special["use_liger_kernel"] = True
+    settings = {**settings_of(options, BATCH), **special, "logging_nan_inf_filter": True}
+    return SFTTrainer(
+        model,
+        SFTConfig(**settings),
+        processing_class=read_tokenizer(options.tokenizer),
+        train_dataset=dataset.with_format(None) if mode == "trl_packing" else dataset,
+        peft_config=adapter_of(options),
+        callbacks=callbacks,
+    )
+
+
+def our_trainer(options: argparse.Namespace, model, examples, callbacks):
+    from trl import SFTConfig
 
     from finetuning.data.collator import Collator
     from finetuning.data.example_set import ExampleSet
     from finetuning.model.loading import disable_cudnn_attention, fuse_gelu
     from finetuning.model.packed_models import use_packed_attention
+    from finetuning.model.tokenizer import read_tokenizer
     from finetuning.training.trainer import ResponseTrainer
 
-    common, lora = settings_of(options, BATCH), adapter_of(options)
-    dataset = as_dataset(examples)
-    mode = options.worker
-    if mode == "trainer":
-        if lora:
-            model = get_peft_model(model, lora)
-        arguments = TrainingArguments(**common)
-        return Trainer(
-            model,
-            arguments,
-            data_collator=plain_collator,
-            train_dataset=dataset,
-            callbacks=callbacks,
-        )
-    own = mode.startswith("ours")
-    special = SETTINGS.get(mode, AS_THEY_ARE)
-    if mode == "trl_liger":
-        special = {**special, "use_liger_kernel": True}
-    from finetuning.model.tokenizer import read_tokenizer
-
-    shared = {
-        "model": model,
-        "args": SFTConfig(**{**common, **special, "logging_nan_inf_filter": not own}),
-        "processing_class": read_tokenizer(options.tokenizer),
-        "train_dataset": dataset.with_format(None) if mode == "trl_packing" else dataset,
-        "peft_config": lora,
-        "callbacks": callbacks,
-    }
-    if not own:
-        return SFTTrainer(**shared)
-    layout = mode.removeprefix("ours_")
+    layout = options.worker.removeprefix("ours_")
     disable_cudnn_attention()
     fuse_gelu(model)
     if layout == "packed":
         use_packed_attention(model)
-    if shared.pop("peft_config"):
-        shared["model"] = get_peft_model(model, lora)
-    shared["train_dataset"] = ExampleSet(examples)
-    return ResponseTrainer(**shared, data_collator=Collator(layout, 0), order="sequential")
+    special = SETTINGS.get(options.worker, AS_THEY_ARE)
+    settings = {**settings_of(options, BATCH), **special, "logging_nan_inf_filter": False}
+    return ResponseTrainer(
+        model=with_adapter(options, model),
+        args=SFTConfig(**settings),
+        processing_class=read_tokenizer(options.tokenizer),
+        train_dataset=ExampleSet(examples),
+        data_collator=Collator(layout, 0),
+        order="sequential",
+        callbacks=callbacks,
+    )
+
+
+def with_adapter(options: argparse.Namespace, model):
+    from peft import get_peft_model
+
+    lora = adapter_of(options)
+    return get_peft_model(model, lora) if lora else model
 
 
 def as_dataset(examples):
