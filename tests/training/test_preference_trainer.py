@@ -307,3 +307,7 @@ def test_another_run_on_the_same_weights_and_pairs_does_not_ask_the_reference_ag
     with torch.no_grad():
         trainer.model.transformer.ln_f.bias += 1e-6
     assert passes() == 5
+    trainer.model.config.layer_norm_epsilon *= 2
+    assert passes() == 5
+    trainer.model.config._name_or_path = "another folder"
+    assert passes() == 1

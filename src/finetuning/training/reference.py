@@ -46,9 +46,12 @@ CODE = sorted(
     [
         *(PACKAGE / "model").glob("*.py"),
         *(PACKAGE / "data" / f"{name}.py" for name in BATCHES),
-        *(PACKAGE / "training/preference_trainer.py", Path(__file__)),
+        *(PACKAGE / "training" / f"{name}.py" for name in ("trainer", "preference_trainer")),
+        Path(__file__),
     ]
 )
+
+PLACES = ("_name_or_path", "base_model_name_or_path", "revision")  # where a model was found
 
 Numbers = NDArray[np.int64]
 Arrays = dict[str, NDArray[np.float32]]
@@ -89,8 +92,20 @@ def reference_key(trainer: PreferenceTrainer, run: PreparedRun) -> str:
     pairs = [run.examples.fingerprint, used]
     code = [path.read_text(encoding="utf-8") for path in CODE]
     weights = gather_object([digest_of_weights(trainer)])
-    decides = [weights, pairs, formats, batches, versions(), code]
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+    decides = [weights, settings_of(trainer.model), pairs, formats, batches, versions(), code]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=plain).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """For JSON; a set has another order in another process."""
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def settings_of(model: Any) -> list[dict[str, Any]]:
+    """What the same weights may be computed with in other ways: rope_theta, lora_alpha, ..."""
+    adapters = getattr(model, "peft_config", {}).values()
+    settings = [model.config.to_dict(), *(config.to_dict() for config in adapters)]
+    return [{k: v for k, v in each.items() if k not in PLACES} for each in settings]
 
 
 def digest_of_weights(trainer: PreferenceTrainer) -> str:
