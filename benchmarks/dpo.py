@@ -155,7 +155,7 @@ def columns(pair) -> dict[str, list[int]]:
 
 def our_trainer(options: argparse.Namespace, model, pairs, tokenizer):
     from peft import get_peft_model
-    from transformers import TrainerCallback
+    from transformers import TrainerCallback, set_seed
     from trl import SFTConfig
 
     from finetuning.data.collator import Collator
@@ -166,17 +166,18 @@ def our_trainer(options: argparse.Namespace, model, pairs, tokenizer):
     from finetuning.training.preference_trainer import PreferenceTrainer
     from finetuning.training.reference import compute, require_own_reference, used_pairs
 
-    settings = settings_of(options, BATCH)
+    args = SFTConfig(**settings_of(options, BATCH), logging_nan_inf_filter=False)
     layout = options.worker.removeprefix("ours_")
     fuse_gelu(model)
     if layout == "packed":
         use_packed_attention(model)
     if lora := adapter_of(options):
+        set_seed(args.seed)  # as trl does: the same adapter
         model = get_peft_model(model, lora)
     trainer = PreferenceTrainer(
-        preferences=PreferenceTraining(output_dir=settings["output_dir"]),
+        preferences=PreferenceTraining(output_dir=str(args.output_dir)),
         model=model,
-        args=SFTConfig(**settings, logging_nan_inf_filter=False),
+        args=args,
         train_dataset=PairSet(pairs),
         data_collator=Collator(layout, 0),
         processing_class=tokenizer,
