@@ -26,6 +26,7 @@ TRAINERS = {
 # method of Trainer: the arguments it is called with or handed, in this order
 CALLED = {
     "train": ["resume_from_checkpoint"],
+    "create_optimizer": ["model"],
     "_run_epoch": ["model", "epoch", "train_dataloader", "steps_in_epoch"],
     "_evaluate": ["trial", "ignore_keys_for_eval", "skip_scheduler"],
     "_determine_best_metric": ["metrics", "trial"],
@@ -93,6 +94,7 @@ def test_trainer_sets_the_attribute(attribute):
 def test_trainer_calls_what_we_override_where_it_counts():
     source = inspect.getsource(Trainer)
     for call in (
+        "self.create_optimizer(",
         "self._run_epoch(",
         "self._evaluate(",
         "self._get_output_dir(",

@@ -126,8 +126,9 @@ def test_a_batch_is_copied_without_waiting_and_without_its_labels(
             lambda *args, **given: copies.append((args, given)) or copy(*args, **given),
         )
         inputs = trainer._prepare_inputs(batch)
-    assert inputs.keys() == batch.keys() - {"labels"} and inputs["lengths"] == batch["lengths"]
-    tensors = [name for name in inputs if name != "lengths"]
+    assert inputs.keys() == batch.keys() - {"labels"}
+    assert all(inputs[name] == batch[name] for name in ("lengths", "shared"))
+    tensors = inputs.keys() - {"lengths", "shared"}
     assert [args[1:] for args, _ in copies] == [(trainer.args.device,)] * len(tensors)
     assert all(given == {"non_blocking": True} for _, given in copies)
     assert all(torch.equal(inputs[name], batch[name]) for name in tensors)
