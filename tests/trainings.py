@@ -123,7 +123,11 @@ def losses_of(trainer: ResponseTrainer) -> list[float]:
 
 
 def figures_of(trainer: ResponseTrainer) -> dict[str, list[float]]:
-    """Loss, norm of the gradient, and of preference tuning the rewards, of every logged step."""
+    """Loss, norm of the gradient, and of preference tuning the rewards, of every logged step.
+
+    The first has no accuracy: rewards are 0 there, and rounding decides which is higher.
+    """
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = [name for name in steps[0] if name in ("loss", "grad_norm") or "rewards/" in name]
-    return {name: [entry[name] for entry in steps] for name in names}
+    first = {"rewards/accuracies": 1}
+    return {name: [entry[name] for entry in steps[first.get(name, 0) :]] for name in names}
