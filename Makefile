@@ -54,7 +54,7 @@ quickstart-dpo: quickstart  ## tune the quickstart on preferences (less than a m
 	  $(RUN)/accelerate launch --config_file accelerate_configs/cpu.yaml src/dpo.py recipes/quickstart_dpo.yaml
 	$(RUN)/python src/generate.py outputs/quickstart_dpo 'What is the capital of Japan?'
 
-test: $(VENV)/.dev  ## every test that one CPU can run (under 10 minutes)
+test: $(VENV)/.dev  ## every test that one CPU can run (about five minutes)
 	$(RUN)/python -m pytest -m 'not cluster' --numprocesses 2 --dist worksteal $(PYTEST_ARGS)
 
 test-cluster: $(VENV)/.deepspeed  ## tests with several processes, and on a Slurm cluster of virtual nodes (root)

@@ -99,8 +99,8 @@ def test_a_system_message_is_no_prompt_and_later_turns_are_none():
 
 def test_rows_without_a_key_are_alone():
     keys = np.array([0, 0, 7, 0, 7], np.uint64)
-    assert first_of_group(keys).tolist() == [0, 1, 2, 3, 2]
-    assert first_of_group(keys[:0]).tolist() == []
+    assert first_of_group([keys]).tolist() == [0, 1, 2, 3, 2]
+    assert first_of_group([keys[:0]]).tolist() == []
 
 
 def test_copies_are_counted_and_left_out_where_the_recipe_says_so(prepared_of):

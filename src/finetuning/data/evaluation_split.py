@@ -36,8 +36,8 @@ def draw_sides(arrays: Arrays, data: Data, tally: Tally) -> Sides:
         if len(arrays["prompts"]) and not arrays["prompts"].any():
             raise UserError(f"data.eval.group_by: no row has a column {group_by}")
     kept = without_duplicates(arrays, data, tally)
-    same = first_of_group(*(arrays[name][kept] for name in SHARED))
-    groups = same if group_by else first_of_group(arrays["row_keys"][kept])
+    same = first_of_group(arrays[name][kept] for name in SHARED)
+    groups = same if group_by else first_of_group([arrays["row_keys"][kept]])
     is_eval = evaluation_set(arrays["is_eval"][kept], groups, data.eval)
     copies = copies_by_weight(arrays["sources"][kept], data.sources)
     return Sides(
@@ -51,7 +51,7 @@ def draw_sides(arrays: Arrays, data: Data, tally: Tally) -> Sides:
 
 def without_duplicates(arrays: Arrays, data: Data, tally: Tally) -> NDArray[np.int64]:
     """(kept,) numbers of the examples, without copies of earlier ones where the recipe says so."""
-    first = first_of_group(arrays["copies"])
+    first = first_of_group([arrays["copies"]])
     numbers = np.arange(len(first))
     copies = np.flatnonzero(first != numbers)
     tally.counts["duplicates"] = len(copies)

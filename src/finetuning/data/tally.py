@@ -47,9 +47,10 @@ def make_report(
 ) -> dict[str, Any]:
     """Of the examples of these numbers, so many of which are trained and evaluated on."""
     counts, lengths = tally.counts, arrays["lengths"][kept]
-    chosen = arrays.get("chosen", arrays["lengths"])[kept]
-    shared = arrays.get("shared", np.zeros_like(arrays["lengths"]))[kept]
-    longest = np.maximum(chosen, lengths - chosen + shared)
+    longest = lengths
+    if "chosen" in arrays:
+        chosen, shared = arrays["chosen"][kept], arrays["shared"][kept]
+        longest = np.maximum(chosen, lengths - chosen + shared)
     total = int(lengths.sum())
     counted = {name: int(arrays[name][kept].sum()) for name in COUNTED}
     report: dict[str, Any] = {
