@@ -19,6 +19,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "true"
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import numpy as np
+from dolly import dolly_parser
 
 from finetuning.data.bin_packing import pack_lengths
 from finetuning.data.cache import prepare
@@ -57,15 +58,7 @@ def main() -> None:
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", default="databricks/databricks-dolly-15k", help="dolly: Hub id or local file"
-    )
-    parser.add_argument(
-        "--tokenizer", default="openai-community/gpt2", help="GPT-2's: Hub id or local folder"
-    )
+    parser = dolly_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args()
 

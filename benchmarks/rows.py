@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from dolly import dolly_parser
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
@@ -51,16 +52,8 @@ sys.stdin.read()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = dolly_parser(__doc__)
     parser.add_argument("--rows", type=int, default=15_000)
-    parser.add_argument(
-        "--data", default="databricks/databricks-dolly-15k", help="dolly: Hub id or local file"
-    )
-    parser.add_argument(
-        "--tokenizer", default="openai-community/gpt2", help="GPT-2's: Hub id or local folder"
-    )
     parser.add_argument("--source", type=Path, default=SOURCE, help="src/ of another checkout")
     options = parser.parse_args()
     print("| rows | run | wall s | CPU s | own MiB | mapped MiB |")

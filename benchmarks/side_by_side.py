@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dolly import dolly_parser
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 MODELS = {
@@ -53,15 +55,7 @@ LORA = {
 
 
 def parser_of(doc: str, modes: dict[str, str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", default="databricks/databricks-dolly-15k", help="dolly: Hub id or local file"
-    )
-    parser.add_argument(
-        "--tokenizer", default="openai-community/gpt2", help="GPT-2's: Hub id or local folder"
-    )
+    parser = dolly_parser(doc)
     parser.add_argument("--model", choices=MODELS, default="gpt2")
     parser.add_argument("--method", choices=("full", "lora"), default="full")
     parser.add_argument("--modes", nargs="*", choices=modes)

@@ -6,7 +6,6 @@ Both train a very small GPT-2 for one step through `accelerate launch` on the CP
 nothing prepared, and again. Wall seconds; the ratio is what counts. Then what each part costs.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -16,6 +15,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from dolly import dolly_parser
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,15 +85,7 @@ part("first step")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", default="databricks/databricks-dolly-15k", help="dolly: Hub id or local file"
-    )
-    parser.add_argument(
-        "--tokenizer", default="openai-community/gpt2", help="GPT-2's: Hub id or local folder"
-    )
+    parser = dolly_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp())

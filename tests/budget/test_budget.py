@@ -33,7 +33,7 @@ from finetuning.launch.strategy import Strategy
 from finetuning.recipe.recipe import load_recipe
 from finetuning.runs.budget_table import budget_table, print_budget
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # behind src, which has a dpo.py too
 import memory
 
 SINGLE = Strategy("single", 1)

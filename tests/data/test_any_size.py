@@ -308,6 +308,7 @@ def test_arrays_are_those_that_were_written(tmp_path):
 
 
 def test_the_benchmark_of_rows_prepares_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     benchmark = runpy.run_path(str(ROOT / "benchmarks" / "rows.py"))
     row = {"instruction": "Hi", "context": "", "response": "Hello"}
     (tmp_path / "dolly.jsonl").write_text(json.dumps(row) + "\n")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finetuning.data.examples import IGNORE_INDEX, Example, sequences_of
+from finetuning.data.examples import IGNORE_INDEX, Example, Ids, sequences_of
 
 Batch = dict[str, Any]
 
@@ -54,19 +54,10 @@ class Collator:
         ]
         if self.layout == "packed":
             starts = [0, *accumulate(lengths[:-1])]
-            batch: dict[str, np.ndarray] = {
-                "input_ids": np.concatenate(ids)[None],
-                "position_ids": np.concatenate(list(map(np.arange, begins, ends)))[None],
-            }
-            if any(begins):
-                batch["keys"] = keys_of(lengths, begins)
+            batch = packed_row(ids, begins)
         else:
-            longest = max(lengths)
-            starts = [longest * number for number in range(len(examples))]
-            padded = np.full((len(examples), longest), self.pad_token_id, np.int32)
-            for row, each in zip(padded, ids, strict=True):
-                row[: len(each)] = each
-            batch = {"input_ids": padded}
+            starts = [max(lengths) * number for number in range(len(ids))]
+            batch = {"input_ids": padded_rows(ids, self.pad_token_id)}
         batch |= {
             # An example's first token is never trained, so the position before is of the same one.
             "positions": np.concatenate(
@@ -93,6 +84,27 @@ class Collator:
             return [0] * len(examples)
         is_packed = self.layout == "packed"
         return [count for each in examples for count in (0, each["shared"] * is_packed)]
+
+
+def packed_row(ids: list[Ids], begins: Sequence[int]) -> dict[str, NDArray[Any]]:
+    """One row of these sequences, each without so many of its first tokens; see Collator."""
+    lengths = list(map(len, ids))
+    positions = [
+        np.arange(begin, begin + length) for begin, length in zip(begins, lengths, strict=True)
+    ]
+    row: dict[str, NDArray[Any]] = {
+        "input_ids": np.concatenate(ids)[None],
+        "position_ids": np.concatenate(positions)[None],
+    }
+    return {**row, "keys": keys_of(lengths, begins)} if any(begins) else row
+
+
+def padded_rows(ids: list[Ids], pad_token_id: int) -> Ids:
+    """(sequences, T of the longest), filled on the right."""
+    padded = np.full((len(ids), max(map(len, ids))), pad_token_id, np.int32)
+    for row, each in zip(padded, ids, strict=True):
+        row[: len(each)] = each
+    return padded
 
 
 def keys_of(lengths: Sequence[int], shared: Sequence[int]) -> NDArray[np.int64]:

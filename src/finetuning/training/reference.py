@@ -7,11 +7,8 @@ adapter that is trained on. They are cached beside prepared rows, too: another r
 weights and pairs, with another beta, reads them there.
 """
 
-import hashlib
 import io
-import json
 import os
-import platform
 import zipfile
 from itertools import islice
 from pathlib import Path
@@ -19,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -29,29 +26,15 @@ from finetuning.data.dummies import dummy_of
 from finetuning.data.example_set import PairSet
 from finetuning.errors import UserError
 from finetuning.files import write_bytes
-from finetuning.launch.software import versions
 from finetuning.runs.folder import REFERENCE
-from finetuning.training.divergence import local_part
 from finetuning.training.preference_trainer import PreferenceTrainer
 from finetuning.training.prepared_run import PreparedRun
+from finetuning.training.reference_key import reference_key
 
 # By how much a log-probability may differ when the same model computes it in another batch: for
 # each token, and at least; in float32 and in half precision. The sum over a response of another
 # model differs by more than that for each of its first tokens.
 ROUNDING = {False: (2e-4, 1e-3), True: (2e-2, 1e-1)}
-PACKAGE = Path(__file__).parents[1]
-BATCHES = ("batch_sampler", "bin_packing", "collator", "dummies", "example_set")
-# Modules of this package that a log-probability depends on; an edit of one makes the cache stale.
-CODE = sorted(
-    [
-        *(PACKAGE / "model").glob("*.py"),
-        *(PACKAGE / "data" / f"{name}.py" for name in BATCHES),
-        *(PACKAGE / "training" / f"{name}.py" for name in ("trainer", "preference_trainer")),
-        Path(__file__),
-    ]
-)
-
-PLACES = ("_name_or_path", "base_model_name_or_path", "revision")  # where a model was found
 
 Numbers = NDArray[np.int64]
 Arrays = dict[str, NDArray[np.float32]]
@@ -67,9 +50,10 @@ def find_reference(trainer: PreferenceTrainer, run: PreparedRun) -> None:
     if trainer.state.global_step:
         read_reference(trainer)
         return
-    cached = cache_folder() / f"{reference_key(trainer, run)}.{REFERENCE}"
+    used = used_pairs(trainer)
+    cached = cache_folder() / f"{reference_key(trainer, run, used)}.{REFERENCE}"
     if not fill_from(cached, trainer):
-        compute(trainer, trainer.train_dataset, used_pairs(trainer))
+        compute(trainer, trainer.train_dataset, used)
         if trainer.eval_dataset is not None:
             compute(trainer, trainer.eval_dataset, np.arange(len(trainer.eval_dataset)))
         keep(cached, trainer)
@@ -77,50 +61,6 @@ def find_reference(trainer: PreferenceTrainer, run: PreparedRun) -> None:
     if trainer.is_world_process_zero():
         write_bytes(trainer.run_folder / REFERENCE, content_of(trainer))
     trainer.accelerator.wait_for_everyone()
-
-
-def reference_key(trainer: PreferenceTrainer, run: PreparedRun) -> str:
-    """Digest of all that decides the reference, to the bit: weights, pairs, precision, device, the
-    shape of its batches, libraries and code. The same in every process.
-    """
-    args = trainer.args
-    is_gpu = args.device.type == "cuda"
-    device = torch.cuda.get_device_name(args.device) if is_gpu else platform.machine()
-    formats = [args.bf16, args.fp16, args.tf32, device, trainer.model.config._attn_implementation]
-    batches = [args.per_device_eval_batch_size, args.world_size, run.recipe.data.layout]
-    used = hashlib.sha256(used_pairs(trainer).tobytes()).hexdigest()
-    pairs = [run.examples.fingerprint, used]
-    code = [path.read_text(encoding="utf-8") for path in CODE]
-    weights = gather_object([digest_of_weights(trainer)])
-    decides = [weights, settings_of(trainer.model), pairs, formats, batches, versions(), code]
-    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=plain).encode()).hexdigest()
-
-
-def plain(value: Any) -> Any:
-    """For JSON; a set has another order in another process."""
-    return sorted(value) if isinstance(value, set) else str(value)
-
-
-def settings_of(model: Any) -> list[dict[str, Any]]:
-    """What the same weights may be computed with in other ways: rope_theta, lora_alpha, ..."""
-    adapters = getattr(model, "peft_config", {}).values()
-    settings = [model.config.to_dict(), *(config.to_dict() for config in adapters)]
-    return [{k: v for k, v in each.items() if k not in PLACES} for each in settings]
-
-
-def digest_of_weights(trainer: PreferenceTrainer) -> str:
-    """Of what this process holds of the model, adapter, buffers and scales of quantized weights
-    among it.
-    """
-    # Under ZeRO-3 a state_dict is of empty tensors.
-    tensors: dict[str, Any] = {**trainer.model.state_dict()}
-    tensors |= dict(trainer.model.named_parameters())
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        part = local_part(tensor.detach()).contiguous()
-        digest.update(f"{name} {part.dtype} {list(part.shape)}".encode())
-        digest.update(part.reshape(-1).view(torch.uint8).cpu().numpy().data)
-    return digest.hexdigest()
 
 
 def used_pairs(trainer: PreferenceTrainer) -> Numbers:
