@@ -161,6 +161,7 @@ def our_trainer(options: argparse.Namespace, model, pairs, tokenizer):
     from finetuning.data.collator import Collator
     from finetuning.data.example_set import PairSet
     from finetuning.model.loading import fuse_gelu
+    from finetuning.model.lora_sum import sum_in_place
     from finetuning.model.packed_models import use_packed_attention
     from finetuning.recipe.sections import PreferenceTraining
     from finetuning.training.preference_trainer import PreferenceTrainer
@@ -174,6 +175,7 @@ def our_trainer(options: argparse.Namespace, model, pairs, tokenizer):
     if lora := adapter_of(options):
         set_seed(args.seed)  # as trl does: the same adapter
         model = get_peft_model(model, lora)
+        sum_in_place(model)
     trainer = PreferenceTrainer(
         preferences=PreferenceTraining(output_dir=str(args.output_dir)),
         model=model,

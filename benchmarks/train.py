@@ -162,6 +162,7 @@ def our_trainer(options: argparse.Namespace, model, examples, callbacks):
     from finetuning.data.collator import Collator
     from finetuning.data.example_set import ExampleSet
     from finetuning.model.loading import disable_cudnn_attention, fuse_gelu
+    from finetuning.model.lora_sum import sum_in_place
     from finetuning.model.packed_models import use_packed_attention
     from finetuning.model.tokenizer import read_tokenizer
     from finetuning.training.trainer import ResponseTrainer
@@ -173,8 +174,10 @@ def our_trainer(options: argparse.Namespace, model, examples, callbacks):
         use_packed_attention(model)
     special = SETTINGS.get(options.worker, AS_THEY_ARE)
     settings = {**settings_of(options, BATCH), **special, "logging_nan_inf_filter": False}
+    adapted = with_adapter(options, model)
+    sum_in_place(adapted)
     return ResponseTrainer(
-        model=with_adapter(options, model),
+        model=adapted,
         args=SFTConfig(**settings),
         processing_class=read_tokenizer(options.tokenizer),
         train_dataset=ExampleSet(examples),

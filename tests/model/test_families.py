@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from finetuning.data.collator import Collator
 from finetuning.model.families import FAMILIES
 from finetuning.model.isolation import require_isolation
+from finetuning.model.lora_sum import sum_in_place
 from finetuning.model.packed_models import use_packed_attention
 from finetuning.model.packing import Packing, packed_as
 from finetuning.model.response_head import ResponseHead, Targets, require_plain_head
@@ -89,6 +90,8 @@ def example_by_example(kind: str, method: str) -> tuple[float, dict[str, torch.T
 def ours(kind: str, method: str, layout: str) -> tuple[float, dict[str, torch.Tensor]]:
     """The same of one batch, as the trainer computes it."""
     model, base = model_of(kind, method)
+    if method == "lora":
+        sum_in_place(model)
     require_plain_head(base, None)
     batch = Collator(layout, 0)(examples())
     packing = None

@@ -59,6 +59,8 @@ def add_adapter(
     from peft import get_peft_model
     from transformers import set_seed
 
+    from finetuning.model.lora_sum import sum_in_place
+
     set_seed(args.seed)  # peft draws the adapter's weights
     is_zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     # ZeRO-3 gathers small weights into one buffer of one dtype (deepspeedai/DeepSpeed#8072).
@@ -67,6 +69,7 @@ def add_adapter(
         adapted = load_adapter(model, begun, is_trainable=True, **settings)
     else:
         adapted = get_peft_model(model, config, **settings)
+    sum_in_place(adapted)
     if args.activation_checkpointing:
         # Trainer does so itself, but not for a peft model (huggingface/transformers#42489).
         adapted.enable_input_require_grads()
