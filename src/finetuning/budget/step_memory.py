@@ -49,6 +49,7 @@ def meta_model(recipe: Recipe, config: "PreTrainedConfig") -> "PreTrainedModel":
     dtype = torch_dtype(recipe.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.get_input_embeddings().padding_idx = None  # as load_model does
         prepared: PreTrainedModel = as_trained(recipe, model)
     return prepared
 
@@ -64,7 +65,10 @@ def as_trained(recipe: Recipe, model: Any) -> Any:
     if adapter := lora_config(recipe):
         from peft import get_peft_model
 
+        from finetuning.model.lora_sum import sum_in_place
+
         model = get_peft_model(model, adapter)
+        sum_in_place(model)
     if recipe.training.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         if recipe.lora:
@@ -98,7 +102,6 @@ def measure_step(
                 for name, value in batch.items()
             }
             run_step(recipe, model, head, tensors, autocast, capability)
-        head.tie_again()
     return tracker.step_memory()
 
 
@@ -116,8 +119,6 @@ def run_step(
     """
     tracker = head.tracker
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    if head.tied is not None:
-        trained = [weight for weight in trained if weight is not head.head.weight]
     with tracker.tagging("optimizer"):
         state = torch.empty(optimizer_bytes(recipe, trained), dtype=torch.uint8)
     if recipe.training.gradient_accumulation_steps > 1:
@@ -168,23 +169,11 @@ def make_weights_fake(model: "PreTrainedModel", tracker: StorageTracker) -> None
 
 
 class TrackedHead(ResponseHead):
-    """Tags what the loss allocates as logits, and the gradients it leaves behind as activations.
-
-    Autograd adds the two gradients of a tied weight in place, but not on fake tensors, where it
-    would make a third. So the head has a weight of its own meanwhile, in the same memory.
-    """
+    """Tags what the loss allocates as logits, and the gradients it leaves behind as activations."""
 
     def __init__(self, model: "PreTrainedModel", tracker: StorageTracker) -> None:
         super().__init__(model)
         self.tracker = tracker
-        embeddings: Any = model.get_input_embeddings()
-        self.tied = self.head.weight if self.head.weight is embeddings.weight else None
-        if self.tied is not None:
-            self.head.weight = torch.nn.Parameter(self.tied.detach(), self.tied.requires_grad)
-
-    def tie_again(self) -> None:
-        if self.tied is not None:
-            self.head.weight = self.tied
 
     def forward(self, head: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         first = len(self.tracker.sizes)

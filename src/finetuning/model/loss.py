@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from finetuning.model.tied_weight import HeadGradient
+
 TILE_LOGITS = 2**24  # alive at once: 64 MiB in float32
 # But no fewer rows: below, a core multiplies a vocabulary of 250,880 a fifth slower.
 TILE_ROWS = 128
@@ -28,6 +30,8 @@ class Scores(NamedTuple):
 class ResponseLoss(torch.autograd.Function):
     """hidden (N, C), weight (V, C), bias (V,) or None, tokens (N,), cap or None, counts -> Scores.
 
+    With `left`, the weight's gradient is left there, in float32, instead of being returned.
+
     Gradients are multiplied by what comes after the loss, and only then rounded. One factor for all
     targets can wait until backward, and so can one for each row of hidden. A weight's gradient adds
     the rows up: with a factor for each group, tiles are computed again when the factors are known.
@@ -42,6 +46,7 @@ class ResponseLoss(torch.autograd.Function):
         tokens: torch.Tensor,
         cap: float | None = None,
         counts: torch.Tensor | None = None,
+        left: HeadGradient | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.needs, dtype = ctx.needs_input_grad[:3], weight.dtype
         if torch.is_autocast_enabled(device := hidden.device.type):
@@ -53,7 +58,7 @@ class ResponseLoss(torch.autograd.Function):
         )
         if ctx.is_late:
             ctx.save_for_backward(hidden, weight, bias, tokens)
-        ctx.cap, ctx.dtype, ctx.counts = cap, dtype, counts
+        ctx.cap, ctx.dtype, ctx.counts, ctx.left = cap, dtype, counts, left
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(correct)
         if counts is None:
@@ -76,12 +81,16 @@ class ResponseLoss(torch.autograd.Function):
         elif ctx.counts is not None and gradients.hidden is not None:
             factor = of_each_target(factor, ctx.counts, len(gradients.hidden))
         # Scaled here and not in forward: only now is it known (accumulation, fp16's scale).
+        scaled = gradients.scaled(factor)
+        if ctx.left is not None:
+            ctx.left.value = scaled.weight
+            scaled = scaled._replace(weight=None)
         rounded = [
-            None if gradient is None else gradient.mul_(factor).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(scaled, ctx.dtypes, strict=True)
         ]
         ctx.gradients = None
-        return (*rounded, None, None, None)
+        return (*rounded, None, None, None, None)
 
 
 response_loss: Callable[..., tuple[torch.Tensor, torch.Tensor]] = ResponseLoss.apply
@@ -104,15 +113,20 @@ class Gradients(NamedTuple):
     bias: torch.Tensor | None
 
     @classmethod
-    def zeros(
+    def blank(
         cls, hidden: torch.Tensor, weight: torch.Tensor, needs: Sequence[bool], dtype: torch.dtype
     ) -> "Gradients":
         of_hidden, of_weight, of_bias = needs
+        fill = torch.empty_like if len(hidden) else torch.zeros_like  # the first tile overwrites
         return cls(
             torch.empty_like(hidden, dtype=dtype) if of_hidden else None,
-            torch.zeros_like(weight, dtype=dtype) if of_weight else None,
+            fill(weight, dtype=dtype) if of_weight else None,
             torch.zeros_like(weight[:, 0], dtype=dtype) if of_bias else None,
         )
+
+    def scaled(self, factor: torch.Tensor) -> "Gradients":
+        """These, multiplied in place."""
+        return Gradients(*(x if x is None else x.mul_(factor) for x in self))
 
     def add(
         self, part: slice, of_logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor
@@ -140,7 +154,7 @@ def score_tiles(
     rows, matrix = hidden.to(dtype), weight.to(dtype)
     offset = None if bias is None else bias.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    gradients = Gradients.zeros(rows, weight, needs, wide)
+    gradients = Gradients.blank(rows, weight, needs, wide)
     losses = torch.empty(len(rows), dtype=wide, device=hidden.device)
     correct = torch.zeros((), dtype=torch.long, device=hidden.device)
     for part, logits in tiles(rows, matrix, offset):

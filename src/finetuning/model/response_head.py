@@ -14,6 +14,7 @@ from finetuning.model.logit_change import LogitChange, settings_of_change, uncha
 from finetuning.model.lora import require_modules
 from finetuning.model.loss import Scores, response_loss
 from finetuning.model.recompute import recompute_cheap_outputs, recomputing
+from finetuning.model.tied_weight import TiedWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,12 +43,14 @@ class ResponseHead:
 
     The head is still called as the module it is, inside the model's own forward: what DDP, ZeRO-3
     and FSDP2 hook there (gathering its weight, say) works unchanged. While it scores, the model
-    computes and keeps only what these targets need: see last_block.py and recompute.py.
+    computes and keeps only what these targets need: see last_block.py, recompute.py and
+    tied_weight.py.
     """
 
     def __init__(self, model: "PreTrainedModel") -> None:
         recompute_cheap_outputs(model)
         self.last_block = LastBlock(model)
+        self.tied_weight = TiedWeight(model)
         self.change, self.settings = LogitChange.of(model), settings_of_change(model)
         self.head: Any = model.get_output_embeddings()
         self.targets: Targets | None = None
@@ -60,7 +63,12 @@ class ResponseHead:
         """Within, the model's `logits` are Scores.loss of the targets."""
         self.targets = targets
         try:
-            with recomputing(), self.last_block.at(targets.positions), unchanged(self.settings):
+            with (
+                recomputing(),
+                self.last_block.at(targets.positions),
+                self.tied_weight.sharing(),
+                unchanged(self.settings),
+            ):
                 yield
         finally:
             self.targets = None
@@ -102,7 +110,13 @@ class ResponseHead:
             hidden = hidden * self.change.factor
         _, tokens, counts = self.targets
         loss, correct = response_loss(
-            hidden, head.weight, head.bias, tokens, self.change.cap, counts
+            hidden,
+            head.weight,
+            head.bias,
+            tokens,
+            self.change.cap,
+            counts,
+            self.tied_weight.of_head,
         )
         # Detached: the graph would live until the next batch, with bitsandbytes' activations in it.
         self.scores = Scores(loss.detach(), correct)
