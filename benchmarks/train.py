@@ -189,7 +189,9 @@ def our_trainer(options: argparse.Namespace, model, examples, callbacks):
 
 def with_adapter(options: argparse.Namespace, model):
     from peft import get_peft_model
+    from transformers import TrainingArguments, set_seed
 
+    set_seed(TrainingArguments.seed)  # as trl does: the same adapter
     lora = adapter_of(options)
     return get_peft_model(model, lora) if lora else model
 
