@@ -442,7 +442,11 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "wikipedia_ja_llm_jp_3_1.8b": (llm_jp_3(2048, 7168, 24, 16), "h100"),
 }
 # With fewer layers than these, the peak would be in the output layer.
-FIRST = {"dolly_ja_llm_jp_3_7.2b": 5, "dolly_ja_llm_jp_3_7.2b_lora4bit": 5}
+FIRST = {
+    "dolly_ja_llm_jp_3_7.2b": 5,
+    "dolly_ja_llm_jp_3_7.2b_lora4bit": 5,
+    "wikipedia_ja_llm_jp_3_1.8b": 8,
+}
 STRATEGIES = {"dolly_ja_llm_jp_3_7.2b": Strategy("zero3", 8)}
 
 
@@ -458,7 +462,7 @@ def test_the_header_names_the_memory_that_preview_finds(name, tmp_path):
     assert count == ("an" if examples == 1 else str(examples))
     assert length == f"{recipe.data.max_length:,}"
     found = gib_of(recipe, config, strategy, device, tmp_path, FIRST.get(name, 2))
-    assert float(gib) == pytest.approx(found, rel=0.1)
+    assert float(gib) == pytest.approx(found, rel=0.02)
 
 
 def gib_of(recipe, config, strategy, device, folder: Path, first: int) -> float:
