@@ -18,15 +18,16 @@ COLOURS = {"ours_padded": "#8fbf8f", "ours_packed": "#3a7d3a"}
 
 def main(paths: list[str]) -> None:
     figure, axes = plt.subplots(2, len(paths), figsize=(4.2 * len(paths), 5.2), squeeze=False)
-    for column, path in enumerate(paths):
-        runs = json.loads(Path(path).read_text())
-        names = list(MODES.values())
-        colours = [COLOURS.get(mode, "#b0b0b0") for mode in MODES]
+    measured = [json.loads(Path(path).read_text()) for path in paths]
+    modes = [mode for mode in MODES if any(mode in runs for runs in measured)]
+    names = [MODES[mode] for mode in modes]
+    colours = [COLOURS.get(mode, "#b0b0b0") for mode in modes]
+    for column, (path, runs) in enumerate(zip(paths, measured, strict=True)):
         for row, (figure_name, label) in enumerate(
             (("seconds", "CPU seconds"), ("peak_mib", "peak MiB"))
         ):
             panel = axes[row][column]
-            values = [runs[mode][figure_name] if mode in runs else 0 for mode in MODES]
+            values = [runs[mode][figure_name] if mode in runs else 0 for mode in modes]
             bars = panel.barh(names, values, color=colours)
             text = [
                 f"{value:,.{1 if figure_name == 'seconds' else 0}f}" if value else "not run"
