@@ -27,8 +27,6 @@ class SumInPlace(LoraVariant):
         """x (B, T, in), result (B, T, out) of the base layer -> (B, T, out)"""
         few = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         output: torch.Tensor = module.lora_B[active_adapter](few * module.scaling[active_adapter])
-        if output.dtype != result.dtype:  # a half-precision base without autocast
-            return result + output
         return output.add_(result)
 
 
