@@ -111,6 +111,21 @@ def test_losses_and_weights_are_those_of_a_loop_over_single_examples(
         torch.testing.assert_close(found[name].detach(), weight, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_layers_that_are_computed_again_give_the_same_training(base, rows, tmp_path, method):
+    overrides = ["training.activation_checkpointing=true"]
+    if method == "lora":
+        overrides.append(f"lora={{r: 4, lora_alpha: 8, target_modules: {LORA_TARGETS[base[0]]}}}")
+    recipe = recipe_of(base, rows, tmp_path / "run", *overrides)
+    trainer = trained(recipe)
+    assert trainer.model.is_gradient_checkpointing
+    losses, weights = reference(recipe, trainer)
+    assert losses_of(trainer) == pytest.approx(losses, rel=1e-5)
+    found = dict(trainer.model.named_parameters())
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name].detach(), weight, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_batch_is_copied_without_waiting_and_without_its_labels(
     base, rows, tmp_path, monkeypatch, layout
