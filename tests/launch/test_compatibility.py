@@ -109,16 +109,24 @@ CASES = [
     ),
     ("training.torch_compile", ["training.torch_compile=true"], {}),
 ]
-# (what a rule says, whether there is a GPU, environment): only torch can tell, so it is imported
-# first.
+# (what a rule says, whether there is a GPU, environment, overrides): only torch can tell, so it is
+# imported first.
 GPU_CONFIG = "an accelerate config for GPUs without a usable GPU"
 VISIBLE = {"CUDA_VISIBLE_DEVICES": "0"}  # tests on a machine without GPUs hide them all
-FSDP_CASES = [
-    ("FSDP on a CPU", False, FSDP),
-    ("FSDP on a CPU", False, {**FSDP, "FSDP_VERSION": "2"}),
-    ("FSDP version 1", True, FSDP),
-    (GPU_CONFIG, False, {"WORLD_SIZE": "2", **VISIBLE}),
-    (GPU_CONFIG, False, {**ZERO, **VISIBLE}),
+OFFLOADING = ["training.activation_offloading=true"]
+MACHINE_CASES = [
+    ("FSDP on a CPU", False, FSDP, []),
+    ("FSDP on a CPU", False, {**FSDP, "FSDP_VERSION": "2"}, []),
+    ("FSDP version 1", True, FSDP, []),
+    (GPU_CONFIG, False, {"WORLD_SIZE": "2", **VISIBLE}, []),
+    (GPU_CONFIG, False, {**ZERO, **VISIBLE}, []),
+    ("training.activation_offloading on a CPU", False, {}, OFFLOADING),
+    (
+        "training.activation_offloading on a CPU",
+        True,
+        {},
+        [*OFFLOADING, "training.use_cpu=true"],
+    ),
 ]
 
 WORKS = [
@@ -168,7 +176,7 @@ def refusal(what: str) -> str:
 
 
 def test_every_rule_has_a_case():
-    assert {case[0] for case in (*CASES, *FSDP_CASES)} == {rule.what for rule in RULES}
+    assert {case[0] for case in (*CASES, *MACHINE_CASES)} == {rule.what for rule in RULES}
 
 
 def folder_with_deepspeed(folder: Path) -> str:
@@ -193,15 +201,15 @@ def test_what_does_not_go_together_is_refused_before_torch_is_imported(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("what", "gpu", "environment"), FSDP_CASES)
+@pytest.mark.parametrize(("what", "gpu", "environment", "overrides"), MACHINE_CASES)
 def test_what_only_the_machine_can_tell_is_refused_before_a_model_is_loaded(
-    what, gpu, environment, launched, monkeypatch, tmp_path
+    what, gpu, environment, overrides, launched, monkeypatch, tmp_path
 ):
     launched(on_disk(environment, tmp_path))
     monkeypatch.syspath_prepend(folder_with_deepspeed(tmp_path))
     monkeypatch.setattr(compatibility, "has_gpu", lambda: gpu)
     with pytest.raises(UserError) as refused:
-        sft.main([QUICKSTART, f"training.output_dir={tmp_path / 'run'}"])
+        sft.main([QUICKSTART, f"training.output_dir={tmp_path / 'run'}", *overrides])
     assert str(refused.value) == refusal(what)
     assert not (tmp_path / "run").exists()
 

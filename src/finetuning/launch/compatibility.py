@@ -189,6 +189,16 @@ RULES = (
         ),
     ),
     Rule(
+        "training.activation_offloading on a CPU",
+        "activations are in main memory already",
+        "training.activation_checkpointing: true, or leave it out",
+        lambda recipe, strategy: (
+            bool(recipe.training.activation_offloading)
+            and (bool(recipe.training.use_cpu) or not has_gpu())
+        ),
+        depends_on_machine=True,
+    ),
+    Rule(
         "training.torch_compile",
         "it was not tested with packed attention and the loss over responses",
         "leave it out",
