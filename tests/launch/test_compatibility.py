@@ -108,6 +108,15 @@ CASES = [
         {},
     ),
     ("training.torch_compile", ["training.torch_compile=true"], {}),
+    *(
+        (
+            "training.bf16_full_eval or training.fp16_full_eval",
+            [f"training.{name}_full_eval=true"],
+            {},
+        )
+        for name in ("bf16", "fp16")
+    ),
+    ("training.debug", ["training.debug=underflow_overflow"], {}),
 ]
 # (what a rule says, whether there is a GPU, environment, overrides): only torch can tell, so it is
 # imported first.

@@ -199,6 +199,20 @@ RULES = (
         depends_on_machine=True,
     ),
     Rule(
+        "training.bf16_full_eval or training.fp16_full_eval",
+        "neither an evaluation during training nor src/evaluate.py heeds them",
+        "training.bf16 or training.fp16, in which the evaluation set is evaluated too",
+        lambda recipe, strategy: bool(
+            recipe.training.bf16_full_eval or recipe.training.fp16_full_eval
+        ),
+    ),
+    Rule(
+        "training.debug",
+        "transformers' hooks end in an error at the first boolean mask",
+        "leave it out: a run ends by itself where its loss is not finite",
+        lambda recipe, strategy: bool(recipe.training.debug),
+    ),
+    Rule(
         "training.torch_compile",
         "it was not tested with packed attention and the loss over responses",
         "leave it out",
