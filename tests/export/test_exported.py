@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,6 +175,27 @@ def test_llama_cpp_tokenizes_as_the_tokenizer(kind, tmp_path, llama_cpp):
     for text in HOSTILE:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert server.tokens(text) == ids, text
+
+
+def test_a_server_that_is_asked_nothing_ends(tmp_path, llama_cpp):
+    """llama.cpp's would wait for ever for a loop that had not begun."""
+    tokenizer = tiny.byte_level()
+    tiny.model_of("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    contents = Contents("tiny", tokenizer, None, [0], Generation(), None)
+    write_gguf(tmp_path, contents, "f32", tmp_path / "model.gguf")
+    code = """
+import os, sys
+from finetuning.export.llama_cpp import LlamaCpp
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # its threads have to wait for each other
+for _ in range(10):
+    LlamaCpp(sys.argv[1], 64, 1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model.gguf")],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        timeout=120,
+    )
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral"])

@@ -38,6 +38,9 @@ class LlamaCpp:
         settings.cpuparams.n_threads = threads
         self.server = xllamacpp.Server(settings)
         self.build: str = xllamacpp.BUILD_INFO
+        # It answers some requests before its main loop runs. Deleted before that, it would wait for
+        # the loop to end, for ever: this is a request that only the loop answers.
+        self.post("/completion", prompt="a", n_predict=0)
 
     def post(self, path: str, **body: Any) -> Any:
         request = urllib.request.Request(
