@@ -116,7 +116,7 @@ CASES = [
         )
         for name in ("bf16", "fp16")
     ),
-    ("training.debug", ["training.debug=underflow_overflow"], {}),
+    ("training.debug: underflow_overflow", ["training.debug=underflow_overflow"], {}),
 ]
 # (what a rule says, whether there is a GPU, environment, overrides): only torch can tell, so it is
 # imported first.

@@ -207,10 +207,10 @@ RULES = (
         ),
     ),
     Rule(
-        "training.debug",
+        "training.debug: underflow_overflow",
         "transformers' hooks end in an error at the first boolean mask",
         "leave it out: a run ends by itself where its loss is not finite",
-        lambda recipe, strategy: bool(recipe.training.debug),
+        lambda recipe, strategy: "underflow_overflow" in recipe.training.debug,
     ),
     Rule(
         "training.torch_compile",
