@@ -2,14 +2,19 @@
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from finetuning.budget.step_memory import as_trained
+from finetuning.model.lora import add_adapter, lora_config
 from finetuning.model.lora_sum import SumInPlace, sum_in_place
+from finetuning.recipe.recipe import load_recipe
 
 TARGETS = {
     "gpt2": ["c_attn", "mlp.c_proj"],
@@ -120,3 +125,14 @@ def test_an_adapter_that_is_switched_off_is_off():
         off = ours(input_ids=ids).logits
     assert torch.equal(off, tiny.model_of("gpt2").eval()(input_ids=ids).logits)
     assert not torch.allclose(ours(input_ids=ids).logits, off)
+
+
+def test_training_and_its_estimate_have_it():
+    lora = f"lora={{r: 4, target_modules: {TARGETS['gpt2']}}}"
+    recipe = load_recipe(ROOT / "recipes/quickstart.yaml", [lora])
+    args = SimpleNamespace(seed=0, deepspeed_plugin=None, activation_checkpointing=False)
+    trained = add_adapter(tiny.model_of("gpt2"), lora_config(recipe), args)
+    estimated = as_trained(recipe, tiny.model_of("gpt2"))
+    assert (
+        len(fused(trained)) == len(fused(estimated)) == 2 * len(tiny.model_of("gpt2").transformer.h)
+    )
